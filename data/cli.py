@@ -1,0 +1,247 @@
+"""What every command of this project shares: typed settings, one-line errors, a progress line, files that are whole or absent.
+
+A script declares one flat dataclass and ends with `run(main, Settings)`:
+
+    @dataclass(kw_only=True)
+    class Settings:
+        corpus: str = opt(help="the corpus folder")            # no default: the flag is required
+        samples: int = opt(4, "thoughts a chunk (K)", low=1)   # --samples=8
+
+    def main(s: Settings): ...
+
+    if __name__ == "__main__":
+        run(main, Settings)
+
+Standard library only, so that importing it costs nothing.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+import typing
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something that the user can mend. The message is one line: file or flag, what was expected, what to do."""
+
+
+# ------------------------------------------------------------------------------------------------- settings
+
+
+def opt(default=dataclasses.MISSING, help: str = "", low: float | None = None):
+    """A setting: its default (none: required), one line of help, and the smallest value allowed."""
+    return dataclasses.field(default=default, metadata={"help": help, "low": low})
+
+
+def convert(flag: str, text: str, kind: type, low: float | None):
+    """The flag's text as a value of its type, or UserError."""
+    choices = typing.get_args(kind)
+    if choices:  # Literal["a", "b"]
+        if text not in choices:
+            raise UserError(f"{flag}={text}: expected one of {', '.join(choices)}")
+        return text
+    if kind is bool:
+        if text.lower() not in ("true", "false", "1", "0"):
+            raise UserError(f"{flag}={text}: expected true or false")
+        return text.lower() in ("true", "1")
+    try:
+        value = kind(text)
+    except ValueError:
+        raise UserError(f"{flag}={text}: expected {'a whole number' if kind is int else 'a number'}") from None
+    if kind is float and not abs(value) < float("inf"):  # NaN fails this comparison, too
+        raise UserError(f"{flag}={text}: expected a finite number")
+    if low is not None and value < low:
+        raise UserError(f"{flag}={text}: must be at least {low}")
+    return value
+
+
+def read_settings(settings: type, argv: list[str]):
+    """`--name=value ...` as an instance of the dataclass `settings`; a bare `--name` sets a bool. UserError otherwise."""
+    fields = {f.name: f for f in dataclasses.fields(settings)}
+    values = {}
+    for word in argv:
+        name, has_value, text = word.removeprefix("--").partition("=")
+        if not word.startswith("--"):
+            raise UserError(f"{word}: settings are written --name=value; --help lists them")
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+            raise UserError(f"--{name}: no such setting; " + (f"did you mean --{near[0]}?" if near else "--help lists them"))
+        field = fields[name]
+        if not has_value and field.type is not bool:
+            raise UserError(f"--{name} needs a value: --{name}=...")
+        values[name] = convert(f"--{name}", text if has_value else "true", field.type, field.metadata["low"])
+    for name, field in fields.items():
+        if name not in values and field.default is dataclasses.MISSING:
+            raise UserError(f"--{name}=... is required: {field.metadata['help']}")
+    return settings(**values)
+
+
+def help_text(settings: type, doc: str) -> str:
+    """The script's docstring and a line for each setting: name, type, default, meaning."""
+    lines = [doc.strip(), "", "Settings (--name=value):"]
+    for f in dataclasses.fields(settings):
+        kind = "|".join(typing.get_args(f.type)) or f.type.__name__
+        default = "required" if f.default is dataclasses.MISSING else f"default {f.default!r}"
+        lines.append(f"  --{f.name}={kind}".ljust(34) + f"  {f.metadata['help']} ({default})")
+    return "\n".join(lines)
+
+
+def run(main, settings: type) -> None:
+    """Read sys.argv and call main(settings). Bad input and Ctrl-C end in one line on stderr and a non-zero exit code."""
+    name = os.path.basename(sys.argv[0])
+    if os.environ.pop("EM_CHILD", None):
+        threading.Thread(target=_die_with_parent, daemon=True).start()
+    try:
+        if {"--help", "-h"} & set(sys.argv[1:]):
+            print(help_text(settings, sys.modules["__main__"].__doc__))
+            return
+        main(read_settings(settings, sys.argv[1:]))
+        sys.stdout.flush()
+    except UserError as e:
+        sys.exit(f"{name}: error: {e}")
+    except BrokenPipeError:  # `python em.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as e:  # disk full, no permission, ...
+        sys.exit(f"{name}: error: {e.filename or 'a file'}: {e.strerror or e}")
+
+
+def _die_with_parent() -> None:
+    """em.py holds the other end of our stdin: when it ends, however it ends, so do we (no orphan goes on writing)."""
+    while os.read(0, 4096):
+        pass
+    os._exit(1)
+
+
+def _one_line_interrupt(kind, value, trace) -> None:
+    """Ctrl-C at any moment, also while torch is still being imported, ends in one line."""
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, value, trace)
+    print(f"\n{os.path.basename(sys.argv[0])}: interrupted; the same command goes on from here", file=sys.stderr)
+
+
+sys.excepthook = _one_line_interrupt
+
+
+# ------------------------------------------------------------------------------------------------- progress
+
+
+def duration(seconds: float) -> str:
+    minutes, sec = divmod(int(seconds + 0.5), 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{sec:02d}s"
+
+
+class Progress:
+    """One line that is rewritten in place on a terminal, and printed every 15 seconds elsewhere.
+
+    train    120/400 steps (30%) | loss 1.234 | 45,012 tok/s | eta 0m12s
+    """
+
+    def __init__(self, label: str, total: int, unit: str, done: int = 0):
+        self.label, self.total, self.unit, self.first = label, total, unit, done
+        self.start, self.shown = time.time(), time.time()
+        self.live = sys.stdout.isatty()
+
+    def line(self, done: int, figures: dict, last: bool) -> str:
+        spent = time.time() - self.start
+        rate = (done - self.first) / max(spent, 1e-9)
+        eta = f"in {duration(spent)}" if last else f"eta {duration((self.total - done) / rate) if rate else '?'}"
+        parts = [f"{self.label:<10} {done}/{self.total} {self.unit} ({done / max(self.total, 1):.0%})"]
+        return " | ".join(parts + [f"{k} {v}".strip() for k, v in figures.items()] + [f"{rate:,.1f} {self.unit}/s", eta])
+
+    def update(self, done: int, **figures) -> None:
+        """Say where we are; `figures` are shown as `name value`."""
+        last = done >= self.total
+        if not last and time.time() - self.shown < (0.2 if self.live else 15):
+            return
+        self.shown = time.time()
+        text = self.line(done, figures, last)
+        if self.live:
+            width = shutil.get_terminal_size().columns - 1
+            text = "\r" + text[:width].ljust(width) + ("\n" if last else "")
+        print(text, end="" if self.live else "\n", flush=True)
+
+
+# ---------------------------------------------------------------------------------- files, whole or absent
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary path beside `path`; renamed onto it when the block ends well, removed otherwise."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """A temporary folder that takes the name `path` when the block ends well. What stood there before is replaced then."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if path.exists():
+        shutil.rmtree(path)
+    os.rename(temporary, path)
+
+
+def write_json(path, value) -> None:
+    """Write JSON under a temporary name, then rename. NaN and infinity are refused (ValueError): they are not JSON."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path) -> dict:
+    """The JSON object in a file; UserError when it is missing or damaged."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; the folder is missing or was not finished") from None
+    except ValueError as e:  # also UnicodeDecodeError
+        raise UserError(f"{path}: not valid JSON ({e}); make the folder again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value
+
+
+def append_jsonl(path, record: dict) -> None:
+    """Append one line to a metrics file. A line cut short by a kill is closed first, so it cannot swallow the next."""
+    with open(path, "ab+") as f:
+        if f.tell() and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n":
+            f.write(b"\n")
+        f.write(json.dumps(record).encode() + b"\n")
+
+
+def claim(out_dir, settings) -> Path:
+    """Make out_dir and note the settings in settings.json; UserError when it was made with other ones.
+
+    So a folder never mixes two runs: the same command resumes or finds it complete, another one is refused.
+    """
+    out_dir = Path(out_dir)
+    now = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out_dir", "device")}
+    if (out_dir / "settings.json").exists():
+        before = read_json(out_dir / "settings.json")
+        changed = [f"--{k}={before.get(k)} became {now.get(k)}" for k in sorted(now | before) if now.get(k) != before.get(k)]
+        if changed:
+            raise UserError(f"{out_dir}: made with other settings ({'; '.join(changed)}); remove it or give another --out_dir")
+    else:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        write_json(out_dir / "settings.json", now)
+    return out_dir

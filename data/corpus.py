@@ -1,0 +1,293 @@
+"""Corpora and thoughts on disk, and the one function that turns them into token sequences.
+
+corpus folder                                      thoughts folder (for one corpus; one span a chunk)
+    tokens.bin     ids of all chunks, end to end       tokens.bin     ids of all thoughts, end to end
+    chunks.npy     int64 [n_chunks + 1] into tokens    chunks.npy     int64 [n_chunks + 1]; empty span: no thought
+    docs.npy       int64 [n_docs + 1] into chunks      samples.npz    log_q, log_p, log_w ... of an E-step (if one made it)
+    questions.npy  bool [n_chunks] (optional)          meta.json      which corpus, which model, how chosen
+    tokenizer.json, tokenizer_config.json
+    meta.json      counts, hash, source
+
+tokens.bin is uint16 when the vocabulary fits, else uint32, and is memory-mapped. A question (questions.npy) is a chunk that
+is only ever given: it carries no thought, the E-step passes over it, and eval_math.py prompts with it. Without the file
+every chunk may carry a thought, as in the paper. A folder appears under its name when it is complete, never before.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.cli import UserError, new_folder, read_json, write_json
+from data.tokenizer import Tokenizer, load_tokenizer
+
+RAW, PRIOR, POSTERIOR = 0, 1, 2  # the three ways to write a chunk
+
+# ----------------------------------------------------------------------------------------------- sequences
+
+
+class Part(NamedTuple):
+    """Where one chunk went, as half-open ranges of positions. `thought` includes the EOL that ends it."""
+
+    thought: tuple[int, int]
+    chunk: tuple[int, int]
+
+
+def layout(tok: Tokenizer, chunks, thoughts, forms, end: bool = True) -> tuple[np.ndarray, list[Part]]:
+    """A document as token ids (int64) and the place of each chunk and thought in it.
+
+    A document is BOS, its chunks, EOS (left out with end=False). Each chunk x takes one of three forms:
+
+        RAW                                      x x x x
+        PRIOR          SOL PRI  z z z  EOL       x x x x                               teaches p(z, x | before)
+                                [- thought -]   [ chunk ]
+
+        POSTERIOR      SOL EOL  x x x x          SOL POS  z z z  EOL                   teaches q(z | before, x)
+                               [ chunk ]                 [- thought -]
+
+    The markers SOL PRI, SOL EOL and SOL POS are given, never scored; the EOL after a thought belongs to the thought. The
+    posterior form opens with SOL EOL for the first chunk, too. The last thought may be None: the sequence then stops
+    behind SOL PRI or SOL POS and is the prompt to sample it. A chunk with an empty thought is written in the form asked for.
+    """
+    ids, parts = [tok.bos], []
+
+    def put(*pieces) -> tuple[int, int]:
+        start = len(ids)
+        for piece in pieces:
+            ids.extend(piece)
+        return start, len(ids)
+
+    nothing = (0, 0)
+    for x, z, form in zip(chunks, thoughts, forms, strict=True):
+        if form == RAW:
+            parts.append(Part(nothing, put(x)))
+        elif form == PRIOR:
+            put([tok.sol, tok.pri])
+            if z is None:
+                return np.array(ids, dtype=np.int64), parts
+            parts.append(Part(thought=put(z, [tok.eol]), chunk=put(x)))
+        else:
+            put([tok.sol, tok.eol])
+            where = put(x)
+            put([tok.sol, tok.pos])
+            if z is None:
+                return np.array(ids, dtype=np.int64), parts
+            parts.append(Part(thought=put(z, [tok.eol]), chunk=where))
+    if end:
+        ids.append(tok.eos)
+    return np.array(ids, dtype=np.int64), parts
+
+
+def hash_uniform(*keys) -> np.ndarray:
+    """Numbers in [0, 1), one for each tuple of integer keys (arrays broadcast): the same keys, the same number, anywhere.
+
+    splitmix64 (Steele et al. 2014) folded over the keys. Coin flips, sampling noise and picks come from here, so they
+    depend on (seed, document, chunk, sample, position) and on nothing else: not on batches, order or restarts.
+    """
+    with np.errstate(over="ignore"):
+        h = np.zeros(1, dtype=np.uint64)
+        for key in keys:
+            h = (h ^ np.asarray(key, dtype=np.int64).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+            h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            h = h ^ (h >> np.uint64(31))
+    return (h >> np.uint64(12)).astype(np.float64) * 2.0**-52
+
+
+# The first key of hash_uniform says what the number is for, so that no two uses share one.
+FORM_COIN, DRAW, PICK, TEST_DRAW = 1, 2, 3, 4
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+@dataclasses.dataclass
+class Corpus:
+    folder: Path
+    meta: dict
+    tokens: np.ndarray  # [n_tokens], memory-mapped
+    chunks: np.ndarray  # [n_chunks + 1]
+    docs: np.ndarray  # [n_docs + 1]
+    questions: np.ndarray  # [n_chunks] bool
+
+    n_docs = property(lambda self: len(self.docs) - 1)
+    n_chunks = property(lambda self: len(self.chunks) - 1)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.folder)
+
+    def chunk(self, i: int) -> np.ndarray:
+        return self.tokens[self.chunks[i] : self.chunks[i + 1]]
+
+    def doc_of(self, i):
+        """The document that chunk i (or each of an array of chunks) belongs to."""
+        return np.searchsorted(self.docs, i, side="right") - 1
+
+    def before(self, i: int, n: int) -> range:
+        """The up to n chunks before chunk i in its document: its context."""
+        return range(max(i - n, int(self.docs[self.doc_of(i)])), i)
+
+
+@dataclasses.dataclass
+class Thoughts:
+    folder: Path
+    meta: dict
+    tokens: np.ndarray
+    chunks: np.ndarray
+
+    def span(self, i: int) -> np.ndarray:
+        """The thought of chunk i as ids; empty: it has none."""
+        return self.tokens[self.chunks[i] : self.chunks[i + 1]]
+
+
+def open_corpus(folder, tokenizer: Tokenizer | None = None) -> Corpus:
+    """Open a corpus folder; UserError when it is missing, incomplete, truncated or made with another tokenizer."""
+    folder = Path(folder)
+    meta = read_meta(folder, "corpus")
+    tokens, chunks = read_spans(folder, meta)
+    docs = read_offsets(folder / "docs.npy", len(chunks) - 1)
+    questions = np.zeros(len(chunks) - 1, dtype=bool)
+    if meta["questions"]:
+        questions = read_array(folder / "questions.npy")
+        if questions.shape != (len(chunks) - 1,) or questions.dtype != bool:
+            raise UserError(f"{folder / 'questions.npy'}: expected {len(chunks) - 1} booleans; make the folder again")
+    if tokenizer and tokenizer.sha256 != meta["tokenizer"]:
+        raise UserError(f"{folder}: made with another tokenizer than the model's; make the corpus or the model again with one tokenizer")
+    return Corpus(folder, meta, tokens, chunks, docs, questions)
+
+
+def open_thoughts(folder, corpus: Corpus) -> Thoughts:
+    """Open a thoughts folder for a corpus; UserError when it belongs to another corpus, is incomplete or truncated."""
+    folder = Path(folder)
+    meta = read_meta(folder, "thoughts")
+    if meta["corpus"] != corpus.meta["sha256"]:
+        raise UserError(f"{folder}: these thoughts were made for another corpus than {corpus.folder}")
+    tokens, chunks = read_spans(folder, meta)
+    if len(chunks) != len(corpus.chunks):
+        raise UserError(f"{folder / 'chunks.npy'}: {len(chunks) - 1} spans, but the corpus has {corpus.n_chunks} chunks")
+    return Thoughts(folder, meta, tokens, chunks)
+
+
+def read_meta(folder: Path, kind: str) -> dict:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such {kind} folder")
+    meta = read_json(folder / "meta.json")
+    expected = {"kind", "n_vocab"} | ({"tokenizer", "sha256", "questions"} if kind == "corpus" else {"corpus"})
+    if meta.get("kind") != kind or not expected <= set(meta):
+        raise UserError(f"{folder / 'meta.json'}: not the meta.json of a {kind} folder")
+    return meta
+
+
+def read_array(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; make the folder again") from None
+    except (ValueError, EOFError, OSError) as e:
+        raise UserError(f"{path}: damaged ({e}); make the folder again") from None
+
+
+def read_offsets(path: Path, total: int) -> np.ndarray:
+    """Offsets that start at 0, never fall, and end at `total`."""
+    offsets = read_array(path)
+    if offsets.dtype != np.int64 or offsets.ndim != 1 or not len(offsets) or offsets[0] != 0 or (np.diff(offsets) < 0).any():
+        raise UserError(f"{path}: not a list of rising int64 offsets; make the folder again")
+    if offsets[-1] != total:
+        raise UserError(f"{path}: ends at {offsets[-1]}, expected {total}: a file of the folder was cut off; make it again")
+    return offsets
+
+
+def read_spans(folder: Path, meta: dict) -> tuple[np.ndarray, np.ndarray]:
+    """tokens.bin (memory-mapped) and chunks.npy, checked against each other."""
+    dtype, path = token_dtype(meta["n_vocab"]), folder / "tokens.bin"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; make the folder again")
+    size = path.stat().st_size
+    if size % dtype.itemsize:
+        raise UserError(f"{path}: {size} bytes is no whole number of {dtype} tokens: cut off; make the folder again")
+    tokens = np.memmap(path, dtype=dtype, mode="r") if size else np.zeros(0, dtype)
+    return tokens, read_offsets(folder / "chunks.npy", len(tokens))
+
+
+def token_dtype(n_vocab: int) -> np.dtype:
+    return np.dtype(np.uint16 if n_vocab <= 65536 else np.uint32)
+
+
+# ------------------------------------------------------------------------------------------------- writing
+
+
+def write_spans(folder: Path, spans, n_vocab: int) -> tuple[list[int], str]:
+    """Stream lists of ids into tokens.bin and their offsets into chunks.npy; the offsets and a hash of the tokens."""
+    offsets, digest = [0], hashlib.sha256()
+    with open(folder / "tokens.bin", "wb") as f:
+        for span in spans:
+            raw = np.asarray(span, dtype=token_dtype(n_vocab)).tobytes()
+            digest.update(raw)
+            f.write(raw)
+            offsets.append(offsets[-1] + len(span))
+    np.save(folder / "chunks.npy", np.array(offsets, dtype=np.int64))
+    digest.update(np.array(offsets, dtype=np.int64).tobytes())
+    return offsets, digest.hexdigest()
+
+
+def write_corpus(folder, documents, tok: Tokenizer, source: dict) -> None:
+    """Write a corpus folder from documents, each a list of (text, is_question) chunks; UserError for an empty one."""
+    docs, questions, n_bytes = [0], [], 0
+
+    def spans():
+        nonlocal n_bytes
+        for number, document in enumerate(documents):
+            if not any(text for text, _ in document):
+                raise UserError(f"{folder}: document {number} is empty; leave it out of the source")
+            for text, is_question in document:
+                n_bytes += len(text.encode())
+                questions.append(is_question)
+                yield tok.encode(text)
+            docs.append(docs[-1] + len(document))
+
+    with new_folder(folder) as temporary:
+        offsets, sha256 = write_spans(temporary, spans(), tok.n_vocab)
+        np.save(temporary / "docs.npy", np.array(docs, dtype=np.int64))
+        if any(questions):
+            np.save(temporary / "questions.npy", np.array(questions, dtype=bool))
+        tok.save(temporary)
+        counts = {"n_docs": len(docs) - 1, "n_chunks": docs[-1], "n_tokens": offsets[-1], "n_bytes": n_bytes}
+        meta = {"kind": "corpus", "tokenizer": tok.sha256, "n_vocab": tok.n_vocab, "sha256": sha256, "questions": any(questions)}
+        write_json(temporary / "meta.json", meta | counts | {"source": source})
+
+
+def write_thoughts(folder, corpus: Corpus, spans, meta: dict, samples: dict | None = None) -> None:
+    """Write a thoughts folder: one list of ids for each chunk of the corpus (empty: no thought)."""
+    with new_folder(folder) as temporary:
+        offsets, _ = write_spans(temporary, spans, corpus.meta["n_vocab"])
+        if len(offsets) != len(corpus.chunks):
+            raise ValueError(f"{len(offsets) - 1} thoughts for {corpus.n_chunks} chunks")
+        if samples:
+            np.savez(temporary / "samples.npz", **samples)
+        own = {"kind": "thoughts", "corpus": corpus.meta["sha256"], "n_vocab": corpus.meta["n_vocab"]}
+        write_json(temporary / "meta.json", own | {"n_thoughts": int((np.diff(offsets) > 0).sum()), "n_tokens": offsets[-1]} | meta)
+
+
+def chunks_of(document) -> list[tuple[str, bool]]:
+    """[(text, is_question), ...] of a document's (question, thought, answer) triples, problems on lines of their own."""
+    chunks = []
+    for i, (question, _, answer) in enumerate(document):
+        chunks += [("\n" * (i > 0) + question, True), (answer, False)]
+    return chunks
+
+
+def write_parts(documents: dict, tok: Tokenizer, out_dir: Path, source: dict, thoughts: dict[str, str]) -> None:
+    """Write {part: documents}, each document a list of (question, thought, answer), as a corpus each.
+
+    `thoughts` names, for some parts, the folder that gets their thoughts.
+    """
+    for part, docs in documents.items():
+        write_corpus(out_dir / part, (chunks_of(d) for d in docs), tok, source | {"part": part})
+        if part in thoughts:
+            spans = (span for d in docs for _, thought, _ in d for span in ([], tok.encode(thought)))
+            write_thoughts(out_dir / thoughts[part], open_corpus(out_dir / part), spans, {"source": source | {"part": part}})
+        print(f"{out_dir / part}: {len(docs)} documents")

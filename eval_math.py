@@ -1,0 +1,195 @@
+"""Evaluate a model folder on held-out problems: accuracy of its answers, and the likelihood it gives to the text.
+
+Accuracy: for each question of the corpus (questions.npy), generate and grade the answer chunk that follows.
+    --mode=latent    BOS c c c  SOL PRI -> z z z EOL x x x      the model thinks, then answers; only x is graded
+    --mode=raw       BOS c c c -> x x x                         the model answers at once
+greedy, and sampled at temperature 1 (one sample a problem). A thought that does not end within --max_new tokens counts as wrong.
+
+Likelihood, in nats a byte of the documents' text (all chunks, questions included; BOS, EOS and markers are not scored):
+    raw       nll         -log p(text)
+    latent    nll_bound   -log p(questions) minus a bound of log p(x | c) for every other chunk, from thoughts that the model
+                          infers as in the E-step: minus the ELBO (K = 1) and IWAE-4, IWAE-16. Upper bounds: lower is better.
+The chunks before a chunk are given as text without thoughts, up to --context of them, as in infer_thoughts.py.
+
+    python eval_math.py --corpus=out/digits/heldout --model=out/M1 --out_dir=out/M1/eval
+    python eval_math.py --corpus=out/digits/heldout --model=out/raw --mode=raw --out_dir=out/raw/eval
+
+Writes results.json and responses.jsonl (one line a problem) into --out_dir.
+"""
+
+import json
+import math
+import re
+import time
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+from data.cli import Progress, UserError, claim, opt, replacing, run, write_json
+
+import numpy as np
+
+from data.corpus import PICK, PRIOR, RAW, TEST_DRAW, Corpus, hash_uniform, open_corpus, open_thoughts
+from infer_thoughts import Limits, bound, context_of, ess, generate, infer, log_prob, pick, write_chunk
+from train import load_model, pick_device
+
+BOUNDS = (1, 4, 16)
+
+
+@dataclass(kw_only=True)
+class Settings:
+    corpus: str = opt(help="corpus folder, held out")
+    model: str = opt(help="model folder")
+    out_dir: str = opt(help="where the results go")
+    thoughts: str = opt("", "the true thoughts of the corpus, if known: to report how often the picked thought is right")
+    mode: Literal["latent", "raw"] = opt("latent", "think first, or answer at once")
+    samples: int = opt(4, "thoughts a chunk (K) for the effective sample size and the share of right picks", low=1)
+    max_new: int = opt(128, "longest thought in tokens, its EOL included", low=1)
+    max_answer: int = opt(32, "longest answer in tokens", low=1)
+    context: int = opt(3, "chunks before a chunk that are given", low=0)
+    bound_docs: int = opt(250, "documents for the likelihood, the first ones; 0: all", low=0)
+    rows: int = opt(512, "sequences generated side by side", low=1)
+    seed: int = opt(0, "sampling noise")
+    device: str = opt("", "cpu, cuda, cuda:1, mps; none: the best there is")
+
+
+# -------------------------------------------------------------------------------------------------- grading
+
+
+def extract_answer(response: str) -> str | None:
+    """The last number in the first line of a response, as it stands there; None if there is none."""
+    lines = response.strip().splitlines()
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?", lines[0]) if lines else []
+    return numbers[-1] if numbers else None
+
+
+def grade(response: str, gold: str) -> bool:
+    """Whether the answer in the response has the value of the answer in the gold text."""
+
+    def value(text: str) -> Fraction | None:
+        number = extract_answer(text[:1000])
+        try:
+            return None if number is None else Fraction(number.replace(",", ""))
+        except (ValueError, ZeroDivisionError):
+            return None
+
+    return value(gold) is not None and value(response) == value(gold)
+
+
+# ------------------------------------------------------------------------------------------------- accuracy
+
+
+def problems_of(corpus: Corpus) -> np.ndarray:
+    """The chunks to be answered: those that follow a question in the same document."""
+    after_question = np.flatnonzero(corpus.questions[:-1]) + 1
+    same_doc = corpus.doc_of(after_question) == corpus.doc_of(after_question - 1)
+    return after_question[same_doc & ~corpus.questions[after_question]]
+
+
+def answer(model, tok, corpus: Corpus, numbers, s: Settings, greedy: bool) -> list[dict]:
+    """Generate and grade the chunks `numbers`: dicts of prompt's chunk, thought, response, extracted, gold, correct, tokens."""
+    limits = Limits(s.context, s.max_new + s.max_answer, model.config.seq_len)
+    contexts = [context_of(corpus, i, limits) for i in numbers]
+    form, stop = (PRIOR, {tok.eos, tok.sol}) if s.mode == "latent" else (RAW, {tok.eos, tok.sol, tok.eol})
+    # The prompt is the context and, in latent mode, SOL PRI: the layout of a chunk whose thought is still unknown.
+    prompts = [write_chunk(tok, corpus, i, c, None, PRIOR)[0] for i, c in zip(numbers, contexts)]
+    prompts = [p if form == PRIOR else p[:-2] for p in prompts]
+    longest = s.max_answer + (s.max_new if form == PRIOR else 0)
+    drawn = generate(model, prompts, numbers, 1, longest, stop, s.seed, purpose=TEST_DRAW, greedy=greedy, n_rows=s.rows)
+    records = []
+    for i, [(ids, finished, _)] in zip(numbers, drawn):
+        ids = list(ids[:-1] if finished else ids)
+        ended = tok.eol in ids
+        thought, response = (ids[: ids.index(tok.eol)], ids[ids.index(tok.eol) + 1 :]) if ended else (ids, [])
+        if form == RAW:
+            thought, response = [], ids
+        response, gold = tok.decode(response), tok.decode(corpus.chunk(i))
+        record = {"chunk": int(i), "thought": tok.decode(thought), "response": response, "gold": gold}
+        record |= {"extracted": extract_answer(response), "correct": grade(response, gold)}
+        records.append(record | {"tokens": len(ids), "cut_off": form == PRIOR and not ended})
+    return records
+
+
+def accuracy(records: list[dict]) -> dict:
+    """Mean, its standard error, and counts."""
+    n, mean = len(records), sum(r["correct"] for r in records) / len(records)
+    counts = {"n": n, "cut_off": sum(r["cut_off"] for r in records), "no_answer": sum(r["extracted"] is None for r in records)}
+    return {"accuracy": mean, "accuracy_se": math.sqrt(mean * (1 - mean) / n)} | counts
+
+
+# ----------------------------------------------------------------------------------------------- likelihood
+
+
+def text_nll(model, tok, corpus: Corpus, numbers, s: Settings) -> np.ndarray:
+    """-log p(chunk | up to s.context chunks before it) as plain text, in nats, for each chunk in `numbers`."""
+    limits = Limits(s.context, 0, model.config.seq_len)
+    written = [write_chunk(tok, corpus, i, context_of(corpus, i, limits), None, RAW) for i in numbers]
+    scores = log_prob(model, [ids[: part.chunk[0]] for ids, part in written], [[ids[part.chunk[0] :]] for ids, part in written])
+    return -np.array(scores)[:, 0]
+
+
+def likelihood(model, tok, corpus: Corpus, s: Settings, truth, on_tokens) -> dict:
+    """nll, or nll_bound with what the inferred thoughts tell: ess, cut_off, pick_right (null without `truth`)."""
+    n_docs = min(s.bound_docs or corpus.n_docs, corpus.n_docs)
+    numbers = np.arange(corpus.docs[n_docs])
+    n_bytes = sum(tok.n_bytes(corpus.chunk(i)) for i in numbers)
+    counts = {"bound_docs": n_docs, "bytes": n_bytes}
+    if s.mode == "raw":
+        return {"nll": float(text_nll(model, tok, corpus, numbers, s).sum() / n_bytes)} | counts
+    latent = numbers[~corpus.questions[numbers]]
+    given = text_nll(model, tok, corpus, numbers[corpus.questions[numbers]], s).sum()
+    limits = Limits(s.context, s.max_new, model.config.seq_len)
+    K = max(s.samples, *BOUNDS)
+    got = infer(model, tok, corpus, latent, K, limits, s.seed, purpose=TEST_DRAW, n_rows=s.rows, on_tokens=on_tokens)
+    bounds = {k: bound(got.log_w, k) for k in BOUNDS}
+    counts["unbounded"] = int((~np.isfinite(bounds[1])).sum())  # chunks with all thoughts cut off: left out of the bounds
+    nll_bound = {str(k): float((given - v[np.isfinite(v)].sum()) / n_bytes) for k, v in bounds.items()}
+    groups = got.log_w[:, : K // s.samples * s.samples].reshape(-1, s.samples)  # each group of K samples is one E-step
+    picks = pick(groups, hash_uniform(PICK, s.seed, np.arange(len(groups))))
+    right = None
+    if truth:
+        group_chunk, group_first = np.divmod(np.arange(len(groups)), len(groups) // len(latent))
+        picked = [got.thoughts[c][f * s.samples + j] if j >= 0 else None for c, f, j in zip(group_chunk, group_first, picks)]
+        gold = [truth.span(latent[c]) for c in group_chunk]
+        right = float(np.mean([z is not None and np.array_equal(z, g) for z, g in zip(picked, gold)]))
+    share = float((~got.finished).mean())
+    return {"nll_bound": nll_bound, "ess": float(ess(groups).mean()), "pick_right": right, "cut_off_share": share} | counts
+
+
+def main(s: Settings) -> None:
+    model, tok = load_model(s.model, pick_device(s.device))
+    corpus = open_corpus(s.corpus, tok)
+    truth = open_thoughts(s.thoughts, corpus) if s.thoughts else None
+    numbers = problems_of(corpus)
+    if not len(numbers):
+        raise UserError(f"{s.corpus}: has no questions to answer (questions.npy)")
+    out_dir = claim(s.out_dir, s)
+    if (out_dir / "results.json").exists():
+        print(f"{out_dir}: complete")
+        return
+    begin, sampled, progress = time.time(), 0, Progress("eval", 3, "parts")
+
+    def on_tokens(n):
+        nonlocal sampled
+        sampled += n
+        progress.update(2, sampled=f"{sampled / (time.time() - bound_begin):,.0f} tok/s")
+
+    greedy = answer(model, tok, corpus, numbers, s, greedy=True)
+    progress.update(1)
+    random = answer(model, tok, corpus, numbers, s, greedy=False)
+    progress.update(2)
+    bound_begin = time.time()
+    figures = likelihood(model, tok, corpus, s, truth, on_tokens)
+    results = accuracy(greedy) | {"sampled": accuracy(random)} | figures
+    progress.update(3)
+    with replacing(out_dir / "responses.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as f:
+        for a, b in zip(greedy, random):
+            f.write(json.dumps(a | {"sampled": {k: b[k] for k in ("thought", "response", "correct")}}, ensure_ascii=False) + "\n")
+    tokens, seconds = sum(r["tokens"] for r in greedy + random), bound_begin - begin
+    write_json(out_dir / "results.json", results | {"seconds": time.time() - begin, "tokens_per_s": tokens / seconds})
+    print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in results.items()))
+
+
+if __name__ == "__main__":
+    run(main, Settings)

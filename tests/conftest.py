@@ -1,0 +1,68 @@
+"""Shared pieces of the tests: a tiny trained model with a tiny vocabulary, and a tiny corpus on disk."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+sys.path.insert(0, str(ROOT))
+
+import train
+from data.corpus import Corpus
+
+# Two letters and six special tokens: every thought of a few tokens can be written down.
+TOY = SimpleNamespace(n_vocab=8, bos=2, eos=3, sol=4, eol=5, pri=6, pos=7)
+
+
+def script(name: str, *flags: str, env: dict | None = None, code: int = 0) -> subprocess.CompletedProcess:
+    """Run one of the scripts as a user would; the exit code must be `code`."""
+    import os
+
+    done = subprocess.run([sys.executable, str(ROOT / name), *flags], capture_output=True, text=True, env=os.environ | (env or {}), timeout=300)
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def corpus_of(documents: list[list[list[int]]], questions=None) -> Corpus:
+    """A corpus in memory from lists of chunks of ids."""
+    chunks = [chunk for document in documents for chunk in document]
+    offsets = np.cumsum([0] + [len(c) for c in chunks])
+    docs = np.cumsum([0] + [len(d) for d in documents])
+    asked = np.zeros(len(chunks), dtype=bool) if questions is None else np.array(questions)
+    return Corpus(Path("memory"), {}, np.array([t for c in chunks for t in c], dtype=np.int64), offsets, docs, asked)
+
+
+@pytest.fixture(scope="session")
+def toy_model() -> train.Llama:
+    """A tiny model, trained for a second on thoughts of up to two letters, so that cut-off thoughts are rare but not absent."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    documents, thoughts = [], []
+    for _ in range(300):
+        a, b, c = rng.integers(0, 2, 3).tolist()
+        documents.append([[a, b], [b, a, c]])
+        thoughts += [[], [[c], [a, c], [a, b, c]][rng.integers(3)]]
+    spans = np.cumsum([0] + [len(z) for z in thoughts])
+    carried = SimpleNamespace(tokens=np.concatenate(thoughts), chunks=spans, span=lambda i: thoughts[i])
+    s = train.Settings(corpus="", out_dir="", n_layer=2, n_embd=16, n_head=2, n_kv_head=1, steps=40, batch_size=32)
+    model = train.Llama(train.make_config(s, TOY.n_vocab))
+    model.init_weights(1)
+    data = train.Documents(corpus_of(documents), carried, TOY, 64, 0)
+    optimizers = train.make_optimizers(model, s)
+    for step in range(s.steps):
+        train.train_step(model, optimizers, data.batch(step, s.batch_size), s, "cpu")
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    """A small digits corpus on disk."""
+    folder = tmp_path_factory.mktemp("digits") / "data"
+    script("data/digits.py", f"--out_dir={folder}", "--warm=40", "--raw=60", "--heldout=30", "--min_ops=1", "--max_ops=3")
+    return folder

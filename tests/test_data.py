@@ -1,0 +1,293 @@
+"""Tokenizers, folders on disk, sequences, and the two makers."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import ROOT, SHARED, TOY, script
+
+from data.cli import UserError, read_json
+from data.corpus import POSTERIOR, PRIOR, RAW, hash_uniform, layout, open_corpus, open_thoughts, write_corpus, write_thoughts
+from data.digits import Settings as DigitsSettings
+from data.digits import make_documents, solve
+from data.gsm8k import read_problem
+from data.tokenizer import MARKERS, load_tokenizer, make_tokenizer
+
+TEXTS = ["Start at 3. Add 8.", "The café's naïve 数学 🎉 costs 1,234.50!", "a\n\n\tb  \r\n  c ", "<|END_OF_LATENT|> is text here", "", "x" * 300]
+SCRAPS = "".join(TEXTS) + "éß\u0301\u200b\ud7ff\U0001f600"
+
+
+def random_texts(n: int) -> list[str]:
+    rng = np.random.default_rng(0)
+    return ["".join(rng.choice(list(SCRAPS), rng.integers(1, 40))) for _ in range(n)]
+
+
+# ---------------------------------------------------------------------------------------------- tokenizers
+
+
+@pytest.mark.parametrize("n_vocab", [256, 400])
+def test_tokenizer_gives_text_back(n_vocab):
+    tok = make_tokenizer(TEXTS * 3, n_vocab)
+    for text in TEXTS + random_texts(300):
+        ids = tok.encode(text)
+        assert tok.decode(ids) == text and tok.n_bytes(ids) == len(text.encode())
+        assert not set(ids) & {tok.bos, tok.eos, tok.sol, tok.eol, tok.pri, tok.pos}, "text never turns into special tokens"
+
+
+def test_plain_bytes():
+    tok = make_tokenizer()
+    assert tok.encode("hé") == list("hé".encode()) and tok.n_vocab == 262
+
+
+@pytest.mark.parametrize("n_vocab", [256, 400])
+def test_ids_equal_the_tokenizers_library(n_vocab, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    tok = make_tokenizer(TEXTS * 3, n_vocab)
+    tok.save(tmp_path)
+    reference = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in TEXTS[:3] + TEXTS[4:] + random_texts(500):
+        assert tok.encode(text) == reference.encode(text, add_special_tokens=False).ids
+    for name in (*MARKERS, "<|BOS|>", "<|EOS|>"):
+        assert tok.special[name] == reference.token_to_id(name)
+
+
+def test_reads_what_the_tokenizers_library_trains(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.ByteLevelBPETokenizer()
+    theirs.train_from_iterator([TEXTS * 5], vocab_size=320, min_frequency=2, special_tokens=["<|endoftext|>"], show_progress=False)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    ours = load_tokenizer(tmp_path)
+    for text in TEXTS[:3] + random_texts(300):
+        assert ours.encode(text) == theirs.encode(text).ids
+    assert len({ours.eos, ours.sol, ours.eol, ours.pri, ours.pos}) == 5 and ours.n_vocab == theirs.get_vocab_size() + 4
+
+
+def test_save_and_load_is_the_same_tokenizer(tmp_path):
+    tok = make_tokenizer(TEXTS, 300)
+    tok.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.sha256 == tok.sha256 and again.encode(TEXTS[1]) == tok.encode(TEXTS[1]) and again.n_vocab == tok.n_vocab
+
+
+def test_tokenizers_that_cannot_be_represented_are_refused(tmp_path):
+    make_tokenizer(TEXTS, 300).save(tmp_path)
+    spec = read_json(tmp_path / "tokenizer.json")
+    for change in ({"normalizer": {"type": "NFC"}}, {"model": spec["model"] | {"type": "Unigram"}}, {"pre_tokenizer": {"type": "Metaspace"}}, {"model": 3}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec | change))
+        with pytest.raises(UserError, match="tokenizer.json"):
+            load_tokenizer(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------- sequences
+
+
+def test_layout_in_full():
+    t, x, y, z = TOY, [0, 1], [1], [0, 0, 1]
+    ids, parts = layout(t, [x, y, x], [[], z, z], [RAW, PRIOR, POSTERIOR])
+    expected = [t.bos, *x, t.sol, t.pri, *z, t.eol, *y, t.sol, t.eol, *x, t.sol, t.pos, *z, t.eol, t.eos]
+    assert ids.tolist() == expected
+    for part, chunk, thought in zip(parts, [x, y, x], [[], [*z, t.eol], [*z, t.eol]]):
+        assert ids[slice(*part.chunk)].tolist() == chunk and ids[slice(*part.thought)].tolist() == thought
+
+
+def test_layout_of_prompts_is_a_prefix_of_the_whole():
+    for form in (PRIOR, POSTERIOR):
+        prompt, _ = layout(TOY, [[0], [1, 1]], [[], None], [RAW, form])
+        whole, parts = layout(TOY, [[0], [1, 1]], [[], [0]], [RAW, form])
+        assert prompt.tolist() == whole[: len(prompt)].tolist() and parts[1].thought[0] == len(prompt)
+    empty, parts = layout(TOY, [[1]], [[]], [PRIOR], end=False)  # an empty thought is a thought: EOL at once
+    assert empty.tolist() == [TOY.bos, TOY.sol, TOY.pri, TOY.eol, 1] and parts[0].thought == (3, 4)
+
+
+def test_hash_uniform_is_uniform_and_keyed():
+    u = hash_uniform(1, 0, np.arange(100000), 2)
+    assert 0 <= u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 0.005 and abs(u.var() - 1 / 12) < 0.002
+    assert (np.histogram(u, 20, (0, 1))[0] > 4700).all()
+    assert abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 0.01
+    assert hash_uniform(1, 0, 5, 2)[0] == u[5] and hash_uniform(1, 0, 2, 5)[0] != u[5] and hash_uniform(2, 0, 5, 2)[0] != u[5]
+    assert hash_uniform(1, -1, 5)[0] != hash_uniform(1, 1, 5)[0]
+
+
+# ------------------------------------------------------------------------------------------------- folders
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tok = make_tokenizer(TEXTS, 300)
+    documents = [[("What is it?", True), (" A café.", False)], [("Plain 数学.", False)]]
+    write_corpus(tmp_path / "corpus", documents, tok, {})
+    corpus = open_corpus(tmp_path / "corpus")
+    write_thoughts(tmp_path / "thoughts", corpus, [[], tok.encode("Think."), []], {})
+    return tmp_path
+
+
+def test_corpus_round_trip(folder):
+    corpus = open_corpus(folder / "corpus")
+    tok, thoughts = corpus.tokenizer, open_thoughts(folder / "thoughts", corpus)
+    assert [tok.decode(corpus.chunk(i)) for i in range(3)] == ["What is it?", " A café.", "Plain 数学."]
+    assert corpus.questions.tolist() == [True, False, False] and (corpus.n_docs, corpus.n_chunks) == (2, 3)
+    assert [list(corpus.before(i, 3)) for i in range(3)] == [[], [0], []] and corpus.doc_of(np.arange(3)).tolist() == [0, 0, 1]
+    assert [tok.decode(thoughts.span(i)) for i in range(3)] == ["", "Think.", ""]
+    assert not list(folder.glob("**/*.tmp")) and corpus.tokens.dtype == np.uint16
+
+
+def truncate(path, n=3):
+    path.write_bytes(path.read_bytes()[:-n])
+
+
+DAMAGES = {
+    "tokens cut off by a byte": lambda f: truncate(f / "corpus/tokens.bin"),
+    "tokens cut off by a token": lambda f: truncate(f / "corpus/tokens.bin", 2),
+    "offsets cut off": lambda f: truncate(f / "corpus/chunks.npy"),
+    "offsets empty": lambda f: (f / "corpus/docs.npy").write_bytes(b""),
+    "no tokens": lambda f: (f / "corpus/tokens.bin").unlink(),
+    "no meta": lambda f: (f / "corpus/meta.json").unlink(),
+    "meta is not JSON": lambda f: (f / "corpus/meta.json").write_text("{"),
+    "meta of something else": lambda f: (f / "corpus/meta.json").write_text("{}"),
+    "questions of another size": lambda f: np.save(f / "corpus/questions.npy", np.zeros(7, bool)),
+    "falling offsets": lambda f: np.save(f / "corpus/chunks.npy", np.array([0, 9, 5, 13])),
+    "thoughts cut off": lambda f: truncate(f / "thoughts/tokens.bin", 2),
+    "no folder": lambda f: shutil.rmtree(f / "corpus"),
+    "no thoughts": lambda f: shutil.rmtree(f / "thoughts"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_folders_are_refused_by_name(folder, damage):
+    DAMAGES[damage](folder)
+    with pytest.raises(UserError) as e:
+        corpus = open_corpus(folder / "corpus")
+        open_thoughts(folder / "thoughts", corpus)
+    assert str(folder) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_other_tokenizers_and_other_corpora_are_refused(folder):
+    with pytest.raises(UserError, match="another tokenizer"):
+        open_corpus(folder / "corpus", make_tokenizer(["abc abc"], 257))
+    write_corpus(folder / "other", [[("Other.", False)]], make_tokenizer(TEXTS, 300), {})
+    with pytest.raises(UserError, match="another corpus"):
+        open_thoughts(folder / "thoughts", open_corpus(folder / "other"))
+
+
+def test_empty_documents_are_refused_and_nothing_is_left(tmp_path):
+    with pytest.raises(UserError, match="document 1 is empty"):
+        write_corpus(tmp_path / "c", [[("a", False)], []], make_tokenizer(), {})
+    assert list(tmp_path.iterdir()) == []
+
+
+# -------------------------------------------------------------------------------------------------- makers
+
+
+def test_no_held_out_digits_problem_is_trained_on():
+    for seed in range(3):
+        documents = make_documents(DigitsSettings(out_dir="", seed=seed))
+        questions = {part: {q for d in docs for q, _, _ in d} for part, docs in documents.items()}
+        assert not questions["heldout"] & (questions["warm"] | questions["raw"]) and not questions["warm"] & questions["raw"]
+        assert [len(questions[p]) for p in ("warm", "raw", "heldout")] == [190, 3000, 1000]
+    assert documents != make_documents(DigitsSettings(out_dir="", seed=0))
+
+
+def test_digits_arithmetic():
+    assert solve((3, (("+", 8), ("*", 9))), 10) == (" 3 + 8 = 1. 1 * 9 = 9.", 9)
+    assert solve((2, (("-", 8), ("*", 12))), 13) == (" 2 - 8 = 7. 7 * 12 = 6.", 6)
+    s = DigitsSettings(out_dir="", warm=5, raw=5, heldout=5, problems=3, modulus=13, min_ops=1, max_ops=2, operations="-")
+    for document in sum(make_documents(s).values(), []):
+        assert len(document) == 3
+        for question, thought, answer in document:
+            assert thought.split()[-1] == answer.split()[-1] and question.count("Subtract") == thought.count("-") and "by 13" in answer
+
+
+def test_digits_folders(digits, tmp_path):
+    script("data/digits.py", f"--out_dir={tmp_path}", "--warm=40", "--raw=60", "--heldout=30", "--min_ops=1", "--max_ops=3")
+    for path in digits.glob("*/*"):
+        assert path.read_bytes() == (tmp_path / path.relative_to(digits)).read_bytes(), "the same seed gives the same bytes"
+    raw = open_corpus(digits / "raw")
+    text = raw.tokenizer.decode(raw.tokens)
+    assert "=" not in text and text.count("The last digit") == 60
+    warm = open_corpus(digits / "warm")
+    thoughts = open_thoughts(digits / "warm_thoughts", warm)
+    assert all((len(thoughts.span(i)) == 0) == warm.questions[i] for i in range(warm.n_chunks))
+
+
+def test_multi_chunk_documents(tmp_path):
+    script("data/digits.py", f"--out_dir={tmp_path}", "--warm=5", "--raw=5", "--heldout=5", "--problems=3")
+    corpus = open_corpus(tmp_path / "raw")
+    assert np.diff(corpus.docs).tolist() == [6] * 5 and list(corpus.before(5, 3)) == [2, 3, 4]
+    assert corpus.tokenizer.decode(corpus.chunk(2)).startswith("\nStart at")
+
+
+def test_gsm8k_line():
+    line = json.dumps({"question": "How many?", "answer": "She has <<2+3=5>>5 eggs.\nShe sells <<5*1,000=5000>>5,000.\n#### 5,000"})
+    assert read_problem(line) == ("How many?", "She has 5 eggs.\nShe sells 5,000.", "5,000")
+    for bad, reason in (("{", "Expecting"), ("[]", "object"), ('{"question": "a"}', '"answer"'), ('{"question": " ", "answer": "#### 1"}', '"question"'),
+                        ('{"question": "a", "answer": "no mark"}', "####")):  # fmt: skip
+        with pytest.raises(ValueError, match=reason):
+            read_problem(bad)
+
+
+def test_gsm8k_folders(tmp_path):
+    problems = [{"question": f"What is {i} + {i}?", "answer": f"It is <<{i}+{i}={2 * i}>>secret{i}.\n#### {2 * i}"} for i in range(30)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, problems)))
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, problems[25:])))
+    flags = [f"--train={tmp_path}/train.jsonl", f"--test={tmp_path}/test.jsonl"]
+    out = script("data/gsm8k.py", *flags, f"--out_dir={tmp_path}/g", "--warm=10").stdout
+    assert "5 training problems are also test problems" in out
+    warm, raw, held = (open_corpus(tmp_path / "g" / part) for part in ("warm", "raw", "heldout"))
+    assert (warm.n_docs, raw.n_docs, held.n_docs) == (10, 15, 5)
+    tok, thoughts = warm.tokenizer, open_thoughts(tmp_path / "g/warm_thoughts", warm)
+    assert "secret" in tok.decode(thoughts.tokens) and "<<" not in tok.decode(thoughts.tokens)
+    assert "secret" not in tok.decode(raw.tokens) + tok.decode(warm.tokens) and "answer is" in tok.decode(raw.tokens)
+    assert not (tmp_path / "g/raw_truth").exists()
+    script("data/gsm8k.py", *flags, f"--out_dir={tmp_path}/plain", "--questions_and_solutions")
+    plain = open_corpus(tmp_path / "plain/raw")
+    assert plain.n_docs == 25 and plain.tokenizer.decode(plain.tokens).count("secret") == 25
+    (tmp_path / "train.jsonl").write_text('{"question": "a", "answer": "#### 1"}\nnonsense\n{"question": "b", "answer": "#### 1"}')
+    assert "train.jsonl:2: " in script("data/gsm8k.py", *flags, f"--out_dir={tmp_path}/bad", "--warm=1", code=1).stderr
+    assert "1 lines left out" in script("data/gsm8k.py", *flags, f"--out_dir={tmp_path}/bad", "--warm=1", "--skip_bad").stdout
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="../shared is absent: no real GSM8K to read")
+def test_real_gsm8k(tmp_path):
+    files = [f"--{part}={SHARED}/data/gsm8k/{part}.jsonl" for part in ("train", "test")]
+    script("data/gsm8k.py", *files, f"--out_dir={tmp_path}", "--n_vocab=256")
+    counts = [open_corpus(tmp_path / part).n_docs for part in ("warm", "raw", "heldout")]
+    assert counts == [500, 6973, 1319]
+
+
+# --------------------------------------------------------------------------------------------- command line
+
+WRONG = [
+    (["train.py", "--corpsu=x"], "did you mean --corpus?"),
+    (["train.py", "--steps=many"], "whole number"),
+    (["train.py", "--steps=0"], "at least 1"),
+    (["train.py", "--lr=nan"], "finite"),
+    (["train.py", "--optimizer=sgd"], "muon, adamw"),
+    (["train.py", "steps=3"], "--name=value"),
+    (["train.py", "--steps"], "needs a value"),
+    (["train.py", "--out_dir=x"], "--corpus=... is required"),
+    (["train.py", "--corpus=no/where", "--out_dir=x"], "no/where: no such corpus folder"),
+    (["infer_thoughts.py", "--corpus=c", "--model=no/model", "--out_dir=x"], "no/model: no such model folder"),
+    (["eval_math.py", "--corpus=c", "--model=m", "--out_dir=x", "--mode=fast"], "latent, raw"),
+    (["data/digits.py", "--out_dir=x", "--min_ops=1", "--max_ops=1"], "exist"),
+    (["data/digits.py", "--out_dir=x", "--operations=/"], "--operations"),
+    (["data/gsm8k.py", "--train=no.jsonl", "--test=no.jsonl", "--out_dir=x"], "no.jsonl: no such file"),
+    (["em.py", "--corpus=no/where", "--out_dir={tmp}/em"], "no/where/warm: missing"),
+    (["em.py", "--iteration=3"], "did you mean --iterations?"),
+]
+
+
+@pytest.mark.parametrize("command,message", WRONG, ids=[" ".join(c) for c, _ in WRONG])
+def test_wrong_input_ends_in_one_line(command, message, tmp_path):
+    name, *flags = command
+    done = script(name, *(f.format(tmp=tmp_path) for f in flags), code=1)
+    assert message in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["train.py", "infer_thoughts.py", "eval_math.py", "em.py", "data/digits.py", "data/gsm8k.py"])
+def test_help_names_every_setting(name):
+    text = script(name, "--help").stdout
+    source = (ROOT / name).read_text()
+    settings = [line.split(":")[0].strip() for line in source.splitlines() if ": " in line and "= opt(" in line]
+    assert settings and all(f"--{s}=" in text for s in settings) and f"python {name}" in text

@@ -1,0 +1,178 @@
+"""The estimator is exact: with two letters and thoughts of a few tokens, every thought is enumerated and the numbers are known."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import TOY, corpus_of
+
+from data.corpus import POSTERIOR, PRIOR, hash_uniform
+from infer_thoughts import Limits, bound, generate, infer, normalise, pick, write_chunk
+
+MAX_NEW = 4  # thoughts of up to three tokens and EOL
+CORPUS = corpus_of([[[0, 1], [1, 0, 1]]])
+CHUNK, CONTEXT = 1, [0]
+LIMITS = Limits(context=3, max_new=MAX_NEW, seq_len=64)
+
+
+@torch.inference_mode()
+def slow_log_prob(model, ids, start: int, end: int) -> float:
+    """Sum of log p(ids[t] | ids[:t]), one forward pass a token: no batching, no span arithmetic, nothing shared with the code under test."""
+    total = 0.0
+    for t in range(start, end):
+        logits = model.logits(model(torch.tensor([ids[:t]])))[0, -1].double()
+        total += float(logits[ids[t]] - logits.logsumexp(0))
+    return total
+
+
+@pytest.fixture(scope="module")
+def exact(toy_model):
+    """All thoughts that end within MAX_NEW tokens: (thoughts, log q, log p(z, x | c)), by the slow reference."""
+    letters = [t for t in range(TOY.n_vocab) if t != TOY.eol]
+    thoughts = [list(z) for n in range(MAX_NEW) for z in itertools.product(letters, repeat=n)]
+    c, x, t = [0, 1], [1, 0, 1], TOY
+    head = [t.bos, *c]
+    log_q, log_p = [], []
+    with torch.inference_mode():
+        for z in thoughts:
+            q = [*head, t.sol, t.eol, *x, t.sol, t.pos, *z, t.eol]
+            p = [*head, t.sol, t.pri, *z, t.eol, *x]
+            log_q.append(slow_log_prob(toy_model, q, len(q) - len(z) - 1, len(q)))
+            log_p.append(slow_log_prob(toy_model, p, len(head) + 2, len(p)))
+    return thoughts, np.array(log_q), np.array(log_p)
+
+
+@pytest.fixture(scope="module")
+def sampled(toy_model):
+    """20,000 thoughts of the chunk, sampled and weighed by the code under test."""
+    return infer(toy_model, TOY, CORPUS, np.array([CHUNK]), 20000, LIMITS, seed=0)
+
+
+def index_of(samples, thoughts) -> np.ndarray:
+    """Number of each finished sample in the enumeration; -1 for one that was cut off."""
+    number = {tuple(z): i for i, z in enumerate(thoughts)}
+    return np.array([number[tuple(z)] if ok else -1 for z, ok in zip(samples.thoughts[0], samples.finished[0])])
+
+
+def test_the_enumeration_is_worth_something(exact):
+    _, log_q, log_p = exact
+    assert 0.9 < np.exp(log_q).sum() < 0.9999, "most thoughts end in time, some are cut off"
+    assert np.ptp(log_p - log_q) > 3, "weights differ"
+
+
+def test_sampled_frequencies_match_q(exact, sampled):
+    thoughts, log_q, _ = exact
+    n = sampled.finished.shape[1]
+    expected = np.append(np.exp(log_q), 1 - np.exp(log_q).sum()) * n  # the last bin: cut off
+    counts = np.bincount(index_of(sampled, thoughts) % len(expected), minlength=len(expected))
+    rare = expected < 10
+    expected = np.append(expected[~rare], expected[rare].sum())
+    counts = np.append(counts[~rare], counts[rare].sum())
+    chi2, df = ((counts - expected) ** 2 / expected).sum(), len(expected) - 1
+    # Wilson-Hilferty: the cube root of chi2/df is nearly normal
+    z = ((chi2 / df) ** (1 / 3) - (1 - 2 / (9 * df))) / np.sqrt(2 / (9 * df))
+    assert df > 10 and z < 3.1, f"chi2 {chi2:.1f} with {df} degrees of freedom (p < 0.001)"
+
+
+def test_weights_equal_the_slow_reference(exact, sampled):
+    thoughts, log_q, log_p = exact
+    index, done = index_of(sampled, thoughts), sampled.finished[0]
+    np.testing.assert_allclose(sampled.log_q[0][done], log_q[index[done]], atol=1e-4)
+    np.testing.assert_allclose(sampled.log_p[0][done], log_p[index[done]], atol=1e-4)
+    assert (sampled.log_w[0][~done] == -np.inf).all() and (~done).any()
+
+
+def test_mean_weight_is_the_likelihood(exact, sampled):
+    thoughts, log_q, log_p = exact
+    p_x = np.exp(log_p).sum()
+    # exact expectation of w under q, with the weights of the code under test: every thought that was ever sampled, the rest by reference
+    index, done = index_of(sampled, thoughts), sampled.finished[0]
+    log_w = log_p - log_q
+    log_w[index[done]] = sampled.log_w[0][done]
+    assert abs((np.exp(log_q) * np.exp(log_w)).sum() - p_x) < 1e-5
+    w = np.exp(sampled.log_w[0])  # cut off: exp(-inf) = 0
+    assert abs(w.mean() - p_x) < 4 * w.std() / np.sqrt(len(w))
+
+
+def test_resampling_approaches_the_posterior(exact, sampled):
+    thoughts, _, log_p = exact
+    posterior = np.exp(log_p) / np.exp(log_p).sum()
+    index = index_of(sampled, thoughts)
+    rng, distance = np.random.default_rng(0), {}
+    for k in (1, 4, 16, 64):  # 40,000 E-steps with K = k each, from the pool of samples
+        rows = rng.integers(0, len(index), (40000, k))
+        picks = pick(sampled.log_w[0][rows], rng.random(40000))
+        chosen = index[rows[np.arange(40000), picks]][picks >= 0]
+        distance[k] = np.abs(np.bincount(chosen, minlength=len(posterior)) / len(chosen) - posterior).sum() / 2
+    assert distance[1] > distance[4] > distance[16] > distance[64], distance
+    assert distance[64] < 0.03 < 0.1 < distance[1], distance
+
+
+def test_bound_tightens_with_k(exact, sampled):
+    log_p_x = np.log(np.exp(exact[2]).sum())
+    values = [bound(sampled.log_w, k)[0] for k in (1, 4, 16, 256)]
+    assert values == sorted(values) and values[-1] - values[0] > 0.05
+    assert values[2] < log_p_x + 0.01 and abs(values[-1] - log_p_x) < 0.02
+
+
+def test_bound_by_hand():
+    log_w = np.log(np.array([[1.0, 3.0, 2.0, 2.0]]))
+    assert bound(log_w, 1)[0] == pytest.approx(np.log([1, 3, 2, 2]).mean())
+    assert bound(log_w, 2)[0] == pytest.approx(np.log(2.0))
+    cut = np.array([[0.0, -np.inf]])
+    assert bound(cut, 1)[0] == pytest.approx(np.log(0.5))  # one of two remains: log 1 + log(1/2)
+    assert bound(cut, 2)[0] == pytest.approx(np.log(0.5))
+    assert bound(np.array([[-np.inf, -np.inf]]), 1)[0] == -np.inf
+
+
+def test_cut_off_thoughts_weigh_nothing(toy_model):
+    got = infer(toy_model, TOY, CORPUS, np.array([CHUNK]), 200, Limits(3, 2, 64), seed=0)  # one letter and EOL, or nothing
+    assert 0 < got.finished.sum() < 200
+    weights = normalise(got.log_w)
+    assert (weights[~got.finished] == 0).all() and weights.sum() == pytest.approx(1)
+    assert got.finished[0, pick(got.log_w, np.array([0.999]))[0]]
+    none = np.full((1, 4), -np.inf)
+    assert pick(none, np.array([0.5]))[0] == -1 and normalise(none).sum() == 0
+
+
+def test_pick_follows_the_weights():
+    log_w = np.tile(np.log([1.0, 0.0001, 5.0, 2.0]), (100000, 1))
+    counts = np.bincount(pick(log_w, hash_uniform(3, 0, np.arange(100000))), minlength=4) / 100000
+    np.testing.assert_allclose(counts, np.array([1, 0.0001, 5, 2]) / 8.0001, atol=0.006)
+
+
+@pytest.mark.parametrize("samples,n_rows", [(1, 4), (3, 2), (4, 7), (16, 512)])
+def test_cached_decoding_equals_teacher_forcing(toy_model, samples, n_rows):
+    """Whatever the number of rows, refills and prompts of different lengths: the sampler's own log_q is the teacher-forced one."""
+    rng = np.random.default_rng(1)
+    corpus = corpus_of([[rng.integers(0, 2, rng.integers(1, 9)).tolist() for _ in range(3)] for _ in range(9)])
+    numbers = np.arange(corpus.n_chunks)
+    prompts = [write_chunk(TOY, corpus, i, list(corpus.before(i, 3)), None, POSTERIOR)[0] for i in numbers]
+    drawn = generate(toy_model, prompts, numbers, samples, 6, {TOY.eol}, 0, n_rows=n_rows)
+    got = infer(toy_model, TOY, corpus, numbers, samples, Limits(3, 6, 64), 0, n_rows=n_rows)
+    for i in numbers:
+        for k, (ids, finished, log_q) in enumerate(drawn[i]):
+            assert len(ids) <= 6 and finished == (ids[-1] == TOY.eol) == got.finished[i, k]
+            assert TOY.eol not in ids[:-1]
+            full = [*prompts[i], *ids]
+            assert slow_log_prob(toy_model, full, len(prompts[i]), len(full)) == pytest.approx(log_q, abs=1e-4)
+            if finished:
+                assert got.log_q[i, k] == pytest.approx(log_q, abs=1e-4)
+
+
+def test_samples_do_not_depend_on_the_batch(toy_model):
+    corpus = corpus_of([[[i % 2, 1, i // 2 % 2]] for i in range(40)])
+    every = infer(toy_model, TOY, corpus, np.arange(40), 4, Limits(3, 6, 64), seed=7, n_rows=512)
+    few = infer(toy_model, TOY, corpus, np.arange(13, 20), 4, Limits(3, 6, 64), seed=7, n_rows=3)
+    for row, i in enumerate(range(13, 20)):
+        assert [z.tolist() for z in few.thoughts[row]] == [z.tolist() for z in every.thoughts[i]]
+    other = infer(toy_model, TOY, corpus, np.arange(40), 4, Limits(3, 6, 64), seed=8)
+    assert any(a.tolist() != b.tolist() for x, y in zip(every.thoughts, other.thoughts) for a, b in zip(x, y))
+
+
+def test_prior_is_scored_with_its_text_and_posterior_without(toy_model):
+    for form, expected in ((PRIOR, ([4, 6], (5, 7), (7, 10))), (POSTERIOR, ([4, 5], (10, 12), (5, 8)))):
+        ids, part = write_chunk(TOY, CORPUS, CHUNK, CONTEXT, [1], form)
+        assert ids[3:5].tolist() == expected[0] and part.thought == expected[1] and part.chunk == expected[2]
+        assert ids[part.chunk[0] : part.chunk[1]].tolist() == [1, 0, 1] and ids[part.thought[1] - 1] == TOY.eol
