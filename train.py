@@ -45,7 +45,7 @@ class Settings:
     val_thoughts: str = opt("", "its thoughts folder")
     val_every: int = opt(100, "steps between validations (and one at the end)", low=1)
     # model: the toy's size; Llama-family throughout
-    n_layer: int = opt(3, "transformer blocks", low=1)
+    n_layer: int = opt(4, "transformer blocks", low=1)
     n_head: int = opt(2, "query heads", low=1)
     n_kv_head: int = opt(1, "key and value heads; fewer than --n_head: grouped-query attention", low=1)
     n_embd: int = opt(64, "width", low=2)
@@ -54,7 +54,7 @@ class Settings:
     rope_theta: float = opt(20.0, "base of the rotary frequencies; 10000 for sequences beyond a few hundred tokens", low=1)
     tie_embeddings: bool = opt(True, "one matrix for input and output embeddings")
     # optimisation
-    steps: int = opt(350, "optimiser steps", low=1)
+    steps: int = opt(600, "optimiser steps", low=1)
     max_tokens: int = opt(0, "if above 0: as many steps as come nearest to this many training tokens", low=0)
     batch_size: int = opt(32, "documents a step", low=1)
     accumulate: int = opt(1, "micro-batches a step is cut into, to save memory", low=1)

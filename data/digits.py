@@ -37,11 +37,11 @@ OPERATIONS = {"+": "Add", "-": "Subtract", "*": "Multiply by"}
 @dataclass(kw_only=True)
 class Settings:
     out_dir: str = opt(help="where the folders go")
-    warm: int = opt(190, "documents with thoughts", low=1)
+    warm: int = opt(140, "documents with thoughts", low=1)
     raw: int = opt(3000, "documents without", low=1)
     heldout: int = opt(1000, "documents for evaluation", low=1)
     min_ops: int = opt(3, "fewest operations a problem", low=1)
-    max_ops: int = opt(6, "most operations a problem", low=1)
+    max_ops: int = opt(5, "most operations a problem", low=1)
     operations: str = opt("+*", "which there are: any of + - *")
     modulus: int = opt(10, "arithmetic modulo this", low=2)
     problems: int = opt(1, "problems a document", low=1)

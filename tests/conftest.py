@@ -50,7 +50,7 @@ def toy_model() -> train.Llama:
         thoughts += [[], [[c], [a, c], [a, b, c]][rng.integers(3)]]
     spans = np.cumsum([0] + [len(z) for z in thoughts])
     carried = SimpleNamespace(tokens=np.concatenate(thoughts), chunks=spans, span=lambda i: thoughts[i])
-    s = train.Settings(corpus="", out_dir="", n_layer=2, n_embd=16, n_head=2, n_kv_head=1, steps=40, batch_size=32)
+    s = train.Settings(corpus="", out_dir="", n_layer=2, n_embd=16, n_head=2, n_kv_head=1, steps=100, batch_size=32, optimizer="adamw", lr=5e-3)
     model = train.Llama(train.make_config(s, TOY.n_vocab))
     model.init_weights(1)
     data = train.Documents(corpus_of(documents), carried, TOY, 64, 0)
