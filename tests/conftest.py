@@ -20,11 +20,11 @@ from data.corpus import Corpus
 TOY = SimpleNamespace(n_vocab=8, bos=2, eos=3, sol=4, eol=5, pri=6, pos=7)
 
 
-def script(name: str, *flags: str, env: dict | None = None, code: int = 0) -> subprocess.CompletedProcess:
+def script(name: str, *flags: str, env: dict | None = None, code: int = 0, timeout: int = 300) -> subprocess.CompletedProcess:
     """Run one of the scripts as a user would; the exit code must be `code`."""
     import os
 
-    done = subprocess.run([sys.executable, str(ROOT / name), *flags], capture_output=True, text=True, env=os.environ | (env or {}), timeout=300)
+    done = subprocess.run([sys.executable, str(ROOT / name), *flags], capture_output=True, text=True, env=os.environ | (env or {}), timeout=timeout)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

@@ -90,23 +90,38 @@ def test_rerun_skips_everything_and_changes_nothing(run, digits):
     assert "--samples=2 became 3" in other.stderr
 
 
-def test_killed_anywhere_it_ends_in_the_same_results(run, digits, tmp_path):
-    """Kill -9 em.py alone, its stage left to find out: the same command goes on, and never two at once."""
-    command = [sys.executable, str(ROOT / "em.py"), f"--corpus={digits}", f"--out_dir={tmp_path}/run", *TINY]
-    rng, kills = random.Random(0), 0
-    for _ in range(5):
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+def killed_run(flags: list[str], waits: list[float]) -> int:
+    """Start em.py once for each wait and kill -9 it alone after that many seconds, its stage left to find out; then let it finish."""
+    kills = 0
+    for wait in waits:
+        child = subprocess.Popen([sys.executable, str(ROOT / "em.py"), *flags], stdout=subprocess.DEVNULL)
         try:
-            child.wait(timeout=rng.uniform(1, 9))
+            child.wait(timeout=wait)
             break
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
             kills += 1
-    assert kills >= 3
-    script("em.py", f"--corpus={digits}", f"--out_dir={tmp_path}/run", *TINY)
-    ours, undisturbed = results(tmp_path / "run"), results(run[0] / "run")
-    assert ours["rows"] == undisturbed["rows"]
+    subprocess.run([sys.executable, str(ROOT / "em.py"), *flags], check=True, stdout=subprocess.DEVNULL)
+    return kills
+
+
+def test_killed_anywhere_it_ends_in_the_same_results(run, digits, tmp_path):
+    """The same command goes on, and never two at once."""
+    rng = random.Random(0)
+    kills = killed_run([f"--corpus={digits}", f"--out_dir={tmp_path}/run", *TINY], [rng.uniform(1, 9) for _ in range(5)])
+    assert kills >= 3 and results(tmp_path / "run")["rows"] == results(run[0] / "run")["rows"]
+
+
+@pytest.mark.slow
+def test_default_run_killed_ten_times(tmp_path):
+    """The default run, undisturbed and with ten kills at random moments: about 9 minutes on two cores."""
+    begin = time.time()
+    script("em.py", f"--out_dir={tmp_path}/calm", timeout=3600)
+    rng, seconds = random.Random(0), time.time() - begin
+    moments = sorted(rng.uniform(0, seconds) for _ in range(10))
+    kills = killed_run([f"--out_dir={tmp_path}/killed"], [b - a for a, b in zip([0.0, *moments], moments)])
+    assert kills == 10 and results(tmp_path / "killed") == results(tmp_path / "calm")
 
 
 def test_ctrl_c_is_one_line_and_leaves_no_stage_behind(digits, tmp_path):
