@@ -177,7 +177,22 @@ def table(rows: list[dict]) -> str:
     def number(x, digits=3):
         return "-" if x is None else f"{x:.{digits}f}"
 
-    header = ["", "accuracy", "sampled", "NLL", "-ELBO", "IWAE-4", "IWAE-16", "ESS", "picks right", "cut off", "trained on", "tokens/s", "sampling", "seconds"]
+    header = [
+        "",
+        "accuracy",
+        "sampled",
+        "NLL",
+        "-ELBO",
+        "IWAE-4",
+        "IWAE-16",
+        "ESS",
+        "picks right",
+        "cut off",
+        "trained on",
+        "tokens/s",
+        "sampling",
+        "seconds",
+    ]
     lines = [header]
     for r in rows:
         bounds, e_step = r.get("nll_bound", {}), r.get("e_step", {})
@@ -212,7 +227,11 @@ def plot(rows: list[dict], path: Path, samples: int) -> bool:
     right.plot(x, [r["ess"] / samples for r in models], marker="o", color="C2", label=f"effective samples / {samples}")
     if all(r["pick_right"] is not None for r in models):
         right.plot(x, [r["pick_right"] for r in models], marker="o", color="C1", label="picks that are right")
-    for axis, title in ((left, "held-out accuracy"), (middle, "held-out text, nats a byte (lower is better)"), (right, "inferred thoughts, held out")):
+    for axis, title in (
+        (left, "held-out accuracy"),
+        (middle, "held-out text, nats a byte (lower is better)"),
+        (right, "inferred thoughts, held out"),
+    ):
         axis.set(title=title, xlabel="EM iteration", xticks=x)
         axis.set_xticks(x, [r["name"] for r in models])
         axis.grid(alpha=0.3)

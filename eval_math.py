@@ -23,13 +23,11 @@ import re
 import time
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Literal
-
-from data.cli import Progress, UserError, claim, opt, replacing, run, write_json
 
 import numpy as np
 
+from data.cli import Progress, UserError, claim, opt, replacing, run, write_json
 from data.corpus import PICK, PRIOR, RAW, TEST_DRAW, Corpus, hash_uniform, open_corpus, open_thoughts
 from infer_thoughts import Limits, bound, context_of, ess, generate, infer, log_prob, pick, write_chunk
 from train import load_model, pick_device

@@ -27,12 +27,11 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.cli import Progress, UserError, claim, opt, replacing, run, write_json
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data.cli import Progress, UserError, claim, opt, replacing, run, write_json
 from data.corpus import DRAW, PICK, POSTERIOR, PRIOR, RAW, Corpus, hash_uniform, layout, open_corpus, write_thoughts
 from data.tokenizer import Tokenizer
 from train import Config, Llama, load_model, pad, pick_device

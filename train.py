@@ -24,13 +24,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable, Literal
 
-from data.cli import Progress, UserError, append_jsonl, claim, opt, read_json, replacing, run, write_json
-
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data.cli import Progress, UserError, append_jsonl, claim, opt, read_json, replacing, run, write_json
 from data.corpus import FORM_COIN, POSTERIOR, PRIOR, RAW, Corpus, Thoughts, hash_uniform, layout, open_corpus, open_thoughts
 from data.tokenizer import Tokenizer, load_tokenizer
 

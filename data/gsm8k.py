@@ -23,7 +23,6 @@ import random
 import re
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 if not __package__:  # run as `python data/gsm8k.py`: the package is the folder above
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -1,6 +1,6 @@
 """The bars of the default run, over seeds: accuracy by iteration, K = 1 and 8 against 4, bounds, time and memory. About 40 minutes.
 
-    python tests/bench_em.py --out_dir=out/bench
+python tests/bench_em.py --out_dir=out/bench
 """
 
 import json

@@ -65,7 +65,15 @@ def test_chunks_of_other_documents_are_never_context(toy_model):
     alone = corpus_of([[[1, 1]]])
     assert context_of(together, 1, Limits(3, 4, 64)) == []
     a = infer(toy_model, TOY, together, np.array([1]), 8, Limits(3, 4, 64), 0)
-    b = infer(toy_model, TOY, Corpus(alone.folder, {}, together.tokens, together.chunks, together.docs, together.questions), np.array([1]), 8, Limits(3, 4, 64), 0)
+    b = infer(
+        toy_model,
+        TOY,
+        Corpus(alone.folder, {}, together.tokens, together.chunks, together.docs, together.questions),
+        np.array([1]),
+        8,
+        Limits(3, 4, 64),
+        0,
+    )
     np.testing.assert_array_equal(a.log_w, b.log_w)
 
 

@@ -227,7 +227,12 @@ def test_learns_and_reports(digits, tmp_path):
     corpus = open_corpus(digits / "warm")
     assert report["steps"] == 60 and report["train_tokens"] > 60 * 8 * len(corpus.tokens) / corpus.n_docs
     assert not list(out.glob("*.tmp")) and not (out / "checkpoint.pt").exists()
-    assert "complete" in script("train.py", *run_train(digits, out, f"--val_corpus={digits}/heldout", f"--val_thoughts={digits}/heldout_truth", "--val_every=30")).stdout
+    assert (
+        "complete"
+        in script(
+            "train.py", *run_train(digits, out, f"--val_corpus={digits}/heldout", f"--val_thoughts={digits}/heldout_truth", "--val_every=30")
+        ).stdout
+    )
     assert "--lr=0.004 became 0.5" in script("train.py", *run_train(digits, out, "--lr=0.5"), code=1).stderr
 
 
