@@ -69,17 +69,19 @@ def only_run(out_dir: Path):
         yield (f.fileno(),)
 
 
-def stage(name: str, script: str, done: Path, flags: dict, more: str, lock: tuple) -> None:
-    """Run `python script --flag=value ...` unless the file `done` exists. UserError if it fails or was made by other flags."""
+def stage(name: str, script: str, folder: Path, last: str, flags: dict, more: str, lock: tuple) -> None:
+    """Run `python script --flag=value ...`, which fills `folder`, unless the file it writes last is there. UserError if it fails or was
+    made by other flags."""
+    done = folder / last
     flags = {k: str(v) for k, v in flags.items() if v != ""}
     for word in shlex.split(more):
         key, _, value = word.removeprefix("--").partition("=")
         flags[key] = value
     if done.exists():
-        made_by = read_json(done.parent / "settings.json")
+        made_by = read_json(folder / "settings.json")
         changed = [f"--{k}={made_by.get(k)} became {v}" for k, v in flags.items() if k in made_by and str(made_by[k]) != v]
         if changed:
-            raise UserError(f"{done.parent}: made with other settings ({'; '.join(changed)}); give another --out_dir")
+            raise UserError(f"{folder}: made with other settings ({'; '.join(changed)}); give another --out_dir")
         newer = (HERE / script).stat().st_mtime > done.stat().st_mtime
         print(f"{name}: complete" + (f"; but {script} has changed since: give another --out_dir to run it anew" if newer else ""))
         return
@@ -104,7 +106,7 @@ def run_all(s: Settings, out_dir: Path, lock: tuple) -> list[dict]:
     """All stages in order; the rows of the report."""
     data = Path(s.corpus) if s.corpus else out_dir / "data"
     if not s.corpus:
-        stage("data", "data/digits.py", data / "heldout_truth" / "meta.json", {"out_dir": data, "seed": s.seed}, "", lock)
+        stage("data", "data/digits.py", data, "heldout_truth/meta.json", {"out_dir": data, "seed": s.seed}, "", lock)
     for part in ("warm", "warm_thoughts", "raw", "heldout"):
         if not (data / part / "meta.json").exists():
             raise UserError(f"{data / part}: missing; make the corpus with data/digits.py or data/gsm8k.py --out_dir={data}")
@@ -115,7 +117,7 @@ def run_all(s: Settings, out_dir: Path, lock: tuple) -> list[dict]:
     def train(name: str, corpus: Path, thoughts="", more: str = "") -> Path:
         folder = out_dir / name
         flags = {"corpus": corpus, "thoughts": thoughts, "out_dir": folder} | common
-        stage(name, "train.py", folder / "config.json", flags, f"{s.train} {more}", lock)
+        stage(name, "train.py", folder, "config.json", flags, f"{s.train} {more}", lock)
         return folder
 
     def evaluate(name: str, mode: str, e_step: Path | None = None) -> None:
@@ -123,7 +125,7 @@ def run_all(s: Settings, out_dir: Path, lock: tuple) -> list[dict]:
         flags = {"corpus": data / "heldout", "model": model, "mode": mode, "out_dir": folder} | common
         if mode == "latent":
             flags |= {"thoughts": truth, "samples": s.samples, "max_new": s.max_new}
-        stage(f"{name} eval", "eval_math.py", folder / "results.json", flags, s.eval, lock)
+        stage(f"{name} eval", "eval_math.py", folder, "results.json", flags, s.eval, lock)
         rows.append(make_row(name, model, e_step, data))
 
     train("raw_tokens", data / "raw")
@@ -133,7 +135,7 @@ def run_all(s: Settings, out_dir: Path, lock: tuple) -> list[dict]:
     for t in range(1, s.iterations + 1):
         thoughts = out_dir / f"E{t}"
         flags = {"corpus": data / "raw", "model": model, "out_dir": thoughts, "samples": s.samples, "max_new": s.max_new} | common
-        stage(f"E{t}", "infer_thoughts.py", thoughts / "timing.json", flags, s.infer, lock)
+        stage(f"E{t}", "infer_thoughts.py", thoughts, "timing.json", flags, s.infer, lock)
         model = train(f"M{t}", data / "raw", thoughts)
         evaluate(f"M{t}", "latent", thoughts)
     budget = read_json(out_dir / "M1" / "training.json")["train_tokens"]

@@ -424,7 +424,7 @@ def load_part(path: Path) -> tuple[dict, list[list[np.ndarray]]]:
 
 
 def merge(paths: list[Path], corpus: Corpus, tok: Tokenizer, s: Settings, counts: dict) -> dict:
-    """Join the parts into the thoughts folder; its meta.json."""
+    """Join the parts into the thoughts folder, with the settings and timing that lie beside them; its meta.json."""
     K, n = s.samples, corpus.n_chunks
     samples = {k: np.full((n, K), np.nan) for k in ("log_q", "log_p", "log_w")}
     samples |= {"length": np.zeros((n, K), np.int64), "finished": np.zeros((n, K), bool), "pick": np.full(n, -1)}
@@ -455,7 +455,7 @@ def merge(paths: list[Path], corpus: Corpus, tok: Tokenizer, s: Settings, counts
         "nll_bound": {k: float(-v[np.isfinite(v)].sum() / max(n_bytes, 1)) for k, v in bounds.items()},
     }
     meta = {"model": str(s.model), "samples": K, "temperature": 1.0, "seed": s.seed, "selection": "resample"} | counts | figures
-    write_thoughts(s.out_dir, corpus, spans, meta, samples)
+    write_thoughts(s.out_dir, corpus, spans, meta, samples, [paths[0].with_name(name) for name in ("settings.json", "timing.json")])
     return meta
 
 
@@ -510,9 +510,8 @@ def main(s: Settings) -> None:
     if s.show:
         show(parts[0][0], corpus, tok, s.show)
     seconds = time.time() - begin
+    write_json(work / "timing.json", {"seconds": seconds, "tokens_per_s": tokens / seconds})
     meta = merge([path for path, _ in parts], corpus, tok, s, counts)
-    write_json(Path(s.out_dir) / "timing.json", {"seconds": seconds, "tokens_per_s": tokens / seconds})
-    claim(s.out_dir, s)
     shutil.rmtree(work)
     print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in meta.items() if k not in ("model", "nll_bound", "selection")))
     print("bound, nats a byte of these chunks: " + ", ".join(f"K={k} {v:.4f}" for k, v in meta["nll_bound"].items()))

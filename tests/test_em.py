@@ -11,6 +11,9 @@ import time
 import pytest
 from conftest import ROOT, SHARED, script
 
+import em
+from data.cli import UserError
+
 TINY = ["--iterations=2", "--samples=2", "--max_new=24", "--train=--steps=40 --batch_size=16 --save_every=10", "--infer=--part_size=20"]
 TIMES = {"seconds", "tokens_per_s"}
 
@@ -88,6 +91,16 @@ def test_rerun_skips_everything_and_changes_nothing(run, digits):
     assert "$ python" not in done.stdout and done.stdout.count("complete") == 12 and results(folder / "run") == before
     other = script("em.py", f"--corpus={digits}", f"--out_dir={folder}/run", *TINY, "--samples=3", code=1)
     assert "--samples=2 became 3" in other.stderr
+
+
+def test_the_default_corpus_is_made_once(tmp_path, capsys):
+    flags = {"out_dir": tmp_path / "data", "seed": 0}
+    for _ in range(2):
+        em.stage("data", "data/digits.py", tmp_path / "data", "heldout_truth/meta.json", flags, "", ())
+    out = capsys.readouterr().out
+    assert out.count("$ python") == 1 and out.count("data: complete") == 1
+    with pytest.raises(UserError, match="--seed=0 became 1"):
+        em.stage("data", "data/digits.py", tmp_path / "data", "heldout_truth/meta.json", flags | {"seed": 1}, "", ())
 
 
 def killed_run(flags: list[str], waits: list[float]) -> int:
