@@ -16,6 +16,7 @@ every chunk may carry a thought, as in the paper. A folder appears under its nam
 import dataclasses
 import functools
 import hashlib
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
