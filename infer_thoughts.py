@@ -33,8 +33,9 @@ import torch.nn.functional as F
 
 from data.cli import Progress, UserError, claim, opt, replacing, run, write_json
 from data.corpus import DRAW, PICK, POSTERIOR, PRIOR, RAW, Corpus, hash_uniform, layout, open_corpus, write_thoughts
+from data.stream import pad
 from data.tokenizer import Tokenizer
-from train import Config, Llama, load_model, pad, pick_device
+from train import Config, Llama, load_model, pick_device
 
 
 @dataclass(kw_only=True)

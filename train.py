@@ -1,74 +1,120 @@
 """Train a Llama-family model on text with latent thoughts (the M-step), or on plain text (the baselines).
 
 Maximise, over documents, the log-likelihood of their token sequences. A chunk x with a thought z is written in one of two
-forms, by a coin flip drawn anew in each epoch (data/corpus.py draws both):
+forms, by a coin flip drawn anew in each epoch (data/corpus.py lays both out):
 
     prior      before SOL PRI z EOL x              teaches  p(z, x | before): think, then write
     posterior  before SOL EOL x SOL POS z EOL      teaches  q(z | before, x): read, then recover the thought
 
 A chunk without a thought is written as x alone. The loss is the mean cross-entropy of all tokens.
 
-    python train.py --corpus=out/digits/warm --thoughts=out/digits/warm_thoughts --out_dir=out/M0      # with thoughts
-    python train.py --corpus=out/digits/raw --out_dir=out/raw                                          # plain text
-    python train.py ... --n_layer=6 --n_embd=256 --n_head=4 --n_kv_head=2 --optimizer=adamw --device=cuda
+    python train.py --corpus=out/digits/warm --thoughts=out/digits/warm_thoughts --out_dir=out/M0            # the toy, on a CPU
+    python train.py --preset=tinyllama-1.1b --init_from=TinyLlama_v1.1 --corpus=C --thoughts=T --out_dir=M   # one GPU
+    torchrun --nproc_per_node=8 train.py --preset=tinyllama-1.1b ...                                         # eight: FSDP2
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ... --replicas=2   # two nodes: HSDP
+    python train.py --preset=tinyllama-1.1b --plan --plan_device=8xH100                                      # what would it take?
+    python train.py --init_from=FOLDER --max_steps=0 --out_dir=OUT                                           # only add the markers
 
---out_dir becomes a model folder in Hugging Face's Llama layout (config.json, model.safetensors, tokenizer files; opens in
-transformers), with metrics.jsonl beside it. A run that was cut off goes on from checkpoint.pt under the same command, and
-ends in the same weights. Source: Ruan, Band, Maddison, Hashimoto 2025, arXiv 2503.18866, sections 3 and 4.
+--init_from and --out_dir are model folders in Hugging Face's layout (config.json, model.safetensors, tokenizer files): what the hub
+has opens here, what is written here opens in transformers. The same command goes on where a run was cut off, also on another number of
+devices, and on the same number it ends in the same weights: whatever is random is a function of --seed and the position in the stream,
+so a checkpoint holds weights, optimiser state and the step, nothing else. Checkpoints (torch.distributed.checkpoint) contain a pickle:
+resume only your own. Source: Ruan, Band, Maddison, Hashimoto 2025, arXiv 2503.18866, sections 3 and 4.
 """
 
 import json
 import math
+import os
+import shutil
+import signal
+import sys
 import time
-from dataclasses import asdict, dataclass
+import warnings
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Callable, Literal
 
-import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from data.cli import Progress, UserError, append_jsonl, claim, opt, read_json, replacing, run, write_json
-from data.corpus import FORM_COIN, POSTERIOR, PRIOR, RAW, Corpus, Thoughts, hash_uniform, layout, open_corpus, open_thoughts
+from data.corpus import open_corpus, open_thoughts
+from data.stream import Batch, Stream
 from data.tokenizer import Tokenizer, load_tokenizer
+
+# What a preset changes; flags given beside it win. The paper's 1B recipe is in its section 4 and appendix.
+BIG = dict(attention="packed", optimizer="adamw", lr=1e-4, final_lr=1e-6, warmup=1000, dtype="bfloat16", log_every=1, save_every=500, val_every=500)
+TINYLLAMA = dict(n_layer=22, n_head=32, n_kv_head=4, n_embd=2048, n_hidden=5632, seq_len=2048, rope_theta=1e4, tie_embeddings=False, n_vocab=32004)
+SMOLLM2 = dict(n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_hidden=1536, seq_len=1024, rope_theta=1e5, tie_embeddings=True, n_vocab=49156)
+PRESETS = {
+    "toy": {},
+    "smollm2-135m": BIG | SMOLLM2 | dict(batch_size=8, micro_batch=2, lr=3e-4, warmup=20, save_every=50, val_every=50),
+    "tinyllama-1.1b": BIG | TINYLLAMA | dict(batch_size=192, micro_batch=8, compile=True, max_steps=33060),
+    "tinyllama-1.1b-warm": BIG | TINYLLAMA | dict(batch_size=96, micro_batch=8, compile=True, max_steps=4069),
+}
 
 
 @dataclass(kw_only=True)
 class Settings:
-    # what goes in and out
-    corpus: str = opt(help="corpus folder")
-    thoughts: str = opt("", "thoughts folder for that corpus; none: train on the plain text")
-    out_dir: str = opt(help="model folder to write")
+    preset: Literal[tuple(PRESETS)] = opt("toy", "defaults for a model and its recipe")
+    # what goes in and out; corpora and thoughts can be lists: --corpus=A,B --thoughts=TA,
+    corpus: str = opt("", "corpus folders, with commas between")
+    thoughts: str = opt("", "a thoughts folder for each corpus, in their order; none, or nothing between commas: plain text")
+    weights: str = opt("", "share of the training tokens from each corpus, as in 0.7,0.3; none: by size")
+    init_from: str = opt("", "model folder to start from; none: new weights")
+    marker_rows: Literal["random", "words"] = opt("random", "embeddings of added markers: the paper's normal draw, or those of four words")
+    out_dir: str = opt("", "model folder to write")
     val_corpus: str = opt("", "corpus folder for the validation loss")
     val_thoughts: str = opt("", "its thoughts folder")
     val_every: int = opt(100, "steps between validations (and one at the end)", low=1)
-    # model: the toy's size; Llama-family throughout
+    val_rows: int = opt(512, "documents (padded) or packed rows it is measured on, the same each time", low=1)
+    # model: the toy's size; Llama-family throughout. With --init_from that folder decides
     n_layer: int = opt(4, "transformer blocks", low=1)
     n_head: int = opt(2, "query heads", low=1)
     n_kv_head: int = opt(1, "key and value heads; fewer than --n_head: grouped-query attention", low=1)
     n_embd: int = opt(64, "width", low=2)
     n_hidden: int = opt(0, "width inside the SwiGLU; 0: 8/3 of --n_embd, rounded up to 16", low=0)
-    seq_len: int = opt(512, "longest sequence; what a document has beyond it is cut off and counted", low=8)
+    n_vocab: int = opt(0, "rows of the embedding; 0: as many as the tokenizer has ids", low=0)
     rope_theta: float = opt(20.0, "base of the rotary frequencies; 10000 for sequences beyond a few hundred tokens", low=1)
     tie_embeddings: bool = opt(True, "one matrix for input and output embeddings")
+    # sequences
+    seq_len: int = opt(512, "tokens a row", low=8)
+    attention: Literal["padded", "packed", "document"] = opt("padded", "a document a row, its end cut off beyond --seq_len; rows packed full, "
+        "attention across documents (the paper's); packed, attention within documents")  # fmt: skip
+    batch_size: int = opt(32, "rows an optimiser step, over all devices", low=1)
+    micro_batch: int = opt(0, "rows that a device computes at once: fewer rows, less memory; 0: --batch_size / devices", low=0)
     # optimisation
-    steps: int = opt(600, "optimiser steps", low=1)
+    max_steps: int = opt(600, "optimiser steps; 0: only write the model", low=0)
     max_tokens: int = opt(0, "if above 0: as many steps as come nearest to this many training tokens", low=0)
-    batch_size: int = opt(32, "documents a step", low=1)
-    accumulate: int = opt(1, "micro-batches a step is cut into, to save memory", low=1)
     optimizer: Literal["muon", "adamw"] = opt("muon", "for the matrices of the blocks; AdamW always has the rest")
     lr: float = opt(4e-3, "peak learning rate of AdamW", low=0)
     muon_lr: float = opt(0.02, "peak learning rate of Muon", low=0)
     weight_decay: float = opt(0.01, "decoupled weight decay", low=0)
+    schedule: Literal["cosine", "wsd"] = opt("cosine", "or warm-up, stable, decay: constant, and linear over the last fifth")
     warmup: int = opt(10, "steps of linear warm-up", low=0)
-    final_lr: float = opt(0.0, "end of the cosine, as a share of the peak", low=0)
+    final_lr: float = opt(0.0, "end of the schedule, as a share of the peak", low=0)
     clip: float = opt(1.0, "largest gradient norm; 0: no clipping", low=0)
     # system
+    dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "of the arithmetic and of the saved weights, trained as float32 in any case; "
+        "auto: as in --init_from, float32 for a new model")  # fmt: skip
+    compile: bool = opt(False, "torch.compile each block; a minute at the start")
+    recompute: bool = opt(False, "recompute each block in the backward pass: a third slower, far less memory")
+    replicas: int = opt(1, "HSDP: copies of the model, each sharded over devices / replicas", low=1)
     log_every: int = opt(10, "steps between lines of metrics.jsonl", low=1)
     save_every: int = opt(50, "steps between checkpoints", low=1)
-    seed: int = opt(0, "initial weights, order of documents, coin flips")
+    keep: int = opt(2, "newest checkpoints that are kept", low=1)
+    seed: int = opt(0, "initial weights, order of documents, coin flips", low=0)
     device: str = opt("", "cpu, cuda, cuda:1, mps; none: the best there is")
+    plan: bool = opt(False, "print sizes, memory and time, and train nothing")
+    plan_device: str = opt("", "what to plan for, as in 8xH100; none: what this command would run on")
+    plan_mfu: float = opt(0.4, "share of the peak arithmetic that the plan expects", low=0.01)
+
+
+# May differ between two runs that fill one folder: they decide how the work is done, not what comes out.
+HOW = ("device", "micro_batch", "compile", "recompute", "replicas", "log_every", "save_every", "keep", "plan", "plan_device", "plan_mfu")
 
 
 # --------------------------------------------------------------------------------------------------- model
@@ -85,8 +131,16 @@ class Config:
     head_dim: int
     seq_len: int
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # Llama 3's, the only kind there is here
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
+    model_type: str = "llama"  # a key of FAMILIES
+    attention_bias: bool = False
+    dtype: str = "float32"  # of the arithmetic, and of the saved weights
+
+    qkv_bias = property(lambda c: c.attention_bias or c.model_type == "qwen2")
+    out_bias = property(lambda c: c.attention_bias and c.model_type != "qwen2")
+    qk_norm = property(lambda c: c.model_type == "qwen3")
 
 
 # attend(layer, q, k, v) -> y, in place of causal self-attention. q, y: [B, n_head, T, head_dim]; k, v: [B, n_kv_head, T, head_dim].
@@ -94,32 +148,45 @@ class Config:
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, c: Config):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(c.n_embd)), c.norm_eps
+class Linear(nn.Linear):
+    """Computes in the dtype of its input: on one device fp32 master weights are cast here, under FSDP they arrive as bf16."""
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, c.head_dim
-        self.q_proj = nn.Linear(c.n_embd, c.n_head * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=False)
-        self.o_proj = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=False)
+        self.q_proj = Linear(c.n_embd, c.n_head * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = Linear(c.n_head * c.head_dim, c.n_embd, bias=c.out_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x, rope, attend: Attend | None):
+    def forward(self, x, rope, mask, attend: Attend | None):
         B, T, _ = x.shape
-        q, k, v = (p(x).view(B, T, -1, self.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, rope), rotate(k, rope)  # q: [B, n_head, T, head_dim]; k, v: [B, n_kv_head, T, head_dim]
+        q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = rotate(q.transpose(1, 2), rope), rotate(k.transpose(1, 2), rope), v.transpose(1, 2)
+        # q: [B, n_head, T, head_dim]; k, v: [B, n_kv_head, T, head_dim]
         if attend:
             y = attend(self.layer, q, k, v)
+        elif q.device.type == "cpu" and mask is None and torch.is_grad_enabled():
+            y = CausalAttention.apply(q, k, v)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # [B, T, n_embd]
 
 
@@ -128,9 +195,9 @@ class MLP(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.gate_proj = nn.Linear(c.n_embd, c.n_hidden, bias=False)
-        self.up_proj = nn.Linear(c.n_embd, c.n_hidden, bias=False)
-        self.down_proj = nn.Linear(c.n_hidden, c.n_embd, bias=False)
+        self.gate_proj = Linear(c.n_embd, c.n_hidden, bias=False)
+        self.up_proj = Linear(c.n_embd, c.n_hidden, bias=False)
+        self.down_proj = Linear(c.n_hidden, c.n_embd, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -139,20 +206,38 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.input_layernorm, self.self_attn = RMSNorm(c), Attention(c, layer)
-        self.post_attention_layernorm, self.mlp = RMSNorm(c), MLP(c)
+        self.input_layernorm, self.self_attn = RMSNorm(c.n_embd, c.norm_eps), Attention(c, layer)
+        self.post_attention_layernorm, self.mlp = RMSNorm(c.n_embd, c.norm_eps), MLP(c)
+        self.recompute = False
 
-    def forward(self, x, rope, attend):
-        x = x + self.self_attn(self.input_layernorm(x), rope, attend)
+    def layers(self, x, rope, mask, attend):
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward(self, x, rope, mask, attend):
+        if self.recompute and torch.is_grad_enabled():
+            return recompute_in_backward(self.layers, x, rope, mask, attend, use_reentrant=False)
+        return self.layers(x, rope, mask, attend)
+
+
+def rope_frequencies(c: Config) -> torch.Tensor:
+    """Angle a position for each pair of coordinates, [head_dim / 2]; Llama 3 stretches the slow ones for longer contexts.
+    The operations are transformers' one by one, so that the angles are equal to the last bit."""
+    frequency = 1.0 / c.rope_theta ** (torch.arange(0, c.head_dim, 2).float() / c.head_dim)
+    if not c.rope_scaling:
+        return frequency
+    factor, low, high, before = (c.rope_scaling[k] for k in LLAMA3_ROPE)
+    turns = before / (2 * math.pi / frequency)  # within the context that it was first trained on
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # many turns: as it is; less than `low`: slowed down by `factor`
+    return (1 - keep) * frequency / factor + keep * frequency
 
 
 def rope_table(positions: torch.Tensor, c: Config) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin for positions [B or 1, T]: each [B or 1, 1, T, head_dim], the halves alike (Hugging Face's order)."""
-    frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=positions.device) / c.head_dim)
-    angle = positions[:, None, :, None].float() * frequency  # [B, 1, T, head_dim / 2]
+    angle = positions[:, None, :, None].float() * rope_frequencies(c).to(positions.device)  # [B, 1, T, head_dim / 2]
     angle = torch.cat((angle, angle), dim=-1)
-    return angle.cos(), angle.sin()
+    dtype = getattr(torch, c.dtype)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x, rope):
@@ -163,41 +248,174 @@ def rotate(x, rope):
 
 
 class Llama(nn.Module):
-    """Decoder-only transformer with Hugging Face's parameter names. model(ids) gives hidden states, .logits() the rest."""
+    """Decoder-only transformer with Hugging Face's parameter names. model(ids) gives hidden states, .logits() the rest.
+
+    With targets it gives the loss instead: under FSDP the head's weight is whole only inside of forward.
+    """
 
     def __init__(self, c: Config):
         super().__init__()
         self.config = c
         self.embed_tokens = nn.Embedding(c.n_vocab, c.n_embd)
         self.layers = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
-        self.norm = RMSNorm(c)
-        self.lm_head = nn.Linear(c.n_embd, c.n_vocab, bias=False)
-        if c.tie_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+        self.norm = RMSNorm(c.n_embd, c.norm_eps)
+        self.lm_head = None if c.tie_embeddings else Linear(c.n_embd, c.n_vocab, bias=False)
 
-    def forward(self, ids, positions=None, attend: Attend | None = None):
-        """ids [B, T] -> hidden [B, T, n_embd]. positions [B, T] default to 0..T-1; `attend` replaces causal attention."""
+    def forward(self, ids, positions=None, attend: Attend | None = None, targets=None, documents=None):
+        """ids [B, T] -> hidden [B, T, n_embd], or, with targets [B, T], their summed cross-entropy in nats (-1: not counted).
+
+        positions [B, T] default to 0..T-1; `attend` replaces causal attention; documents [B, T] keeps it within equal numbers.
+        """
+        T, mask = ids.shape[1], None
         if positions is None:
-            positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        x, rope = self.embed_tokens(ids), rope_table(positions, self.config)
+            positions = torch.arange(T, device=ids.device)[None]
+        if documents is not None:
+            causal = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
+            mask = (documents[:, None, :, None] == documents[:, None, None, :]) & causal  # [B, 1, T, T]
+        x, rope = self.embed_tokens(ids).to(getattr(torch, self.config.dtype)), rope_table(positions, self.config)
         for layer in self.layers:
-            x = layer(x, rope, attend)
-        return self.norm(x)
+            x = layer(x, rope, mask, attend)
+        x = self.norm(x)
+        return x if targets is None else head_loss(x, self.head(), targets)
+
+    def head(self) -> torch.Tensor:
+        """The output embedding [n_vocab, n_embd]."""
+        return (self.embed_tokens if self.lm_head is None else self.lm_head).weight
 
     def logits(self, hidden):
         """hidden [..., n_embd] -> fp32 logits [..., n_vocab]."""
-        return self.lm_head(hidden).float()
+        return F.linear(hidden, self.head().to(hidden.dtype)).float()
 
-    @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Normal(0, 1/sqrt(fan-in)), embeddings 0.1; projections back into the residual stream scaled down by depth (GPT-2)."""
-        generator = torch.Generator().manual_seed(seed)
-        for name, p in self.named_parameters():
-            if p.ndim == 2:
-                std = 0.1 if "embed" in name else p.shape[1] ** -0.5
-                if name.endswith(("o_proj.weight", "down_proj.weight")):
-                    std /= math.sqrt(2 * self.config.n_layer)
-                p.copy_(torch.randn(p.shape, generator=generator) * std)
+
+def head_loss(hidden, weight, targets) -> torch.Tensor:
+    """Summed cross-entropy in nats of hidden [B, T, n_embd] @ weight.T against targets [B, T]; -1: padding, which costs nothing."""
+    hidden, targets = hidden.flatten(0, 1), targets.flatten()
+    real = targets >= 0
+    if hidden.device.type == "cpu":  # elsewhere asking whether there is padding would wait for the device
+        hidden, targets = (hidden, targets) if real.all() else (hidden[real], targets[real])
+    return HeadLoss.apply(hidden, weight.to(hidden.dtype), targets)
+
+
+class HeadLoss(torch.autograd.Function):
+    """Cross-entropy of a linear layer in pieces, so that no more than KEEP bytes of logits are ever there.
+
+    forward   by rows of tokens: logits of a piece -> log-sum-exp and loss.
+    backward  by rows of the weight: softmax of a piece from the logits, computed again unless all of them were small enough to keep.
+              Each row of the weight's gradient is one product over all tokens, so no bf16 sum is ever rounded twice.
+    """
+
+    KEEP = 256 << 20
+    PIECE = {"cpu": 16 << 20, "cuda": 64 << 20}  # bytes of a piece in fp32: a CPU's should fit its cache
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        N, V = len(hidden), len(weight)
+        size = HeadLoss.PIECE.get(hidden.device.type, 64 << 20) // (4 * V) or 1
+        keep = hidden.itemsize * N * V <= HeadLoss.KEEP and any(ctx.needs_input_grad)
+        logits = hidden.new_empty(N if keep else min(N, size), V)
+        lse, picked = torch.empty(2, N, device=hidden.device)
+        for i in range(0, N, size):
+            n = min(size, N - i)
+            piece = torch.mm(hidden[i : i + n], weight.T, out=logits[i : i + n] if keep else logits[:n])  # [n, V]
+            lse[i : i + n] = piece.float().logsumexp(dim=1)
+            picked[i : i + n] = piece.gather(1, targets[i : i + n, None].clamp(min=0))[:, 0]
+        ctx.save_for_backward(hidden, weight, targets, lse, logits if keep else None)
+        return torch.where(targets >= 0, lse - picked, 0).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets, lse, logits = ctx.saved_tensors
+        N, V = len(hidden), len(weight)
+        scale = torch.where(targets >= 0, grad, 0)[:, None]  # [N, 1]
+        scaled = (hidden * scale).to(hidden.dtype)
+        grad_hidden, grad_weight = torch.zeros(hidden.shape, device=hidden.device), torch.empty_like(weight)
+        size = HeadLoss.PIECE.get(hidden.device.type, 64 << 20) // (4 * max(1, N)) or 1
+        for i in range(0, V, size):
+            rows = weight[i : i + size]
+            piece = hidden @ rows.T if logits is None else logits[:, i : i + size]  # [N, size]
+            piece = torch.sub(piece, lse[:, None]).exp_()  # fp32
+            here = ((targets >= i) & (targets < i + size)).float()[:, None]
+            piece.scatter_add_(1, (targets - i).clamp(0, len(rows) - 1)[:, None], -here)
+            piece = piece.to(weight.dtype)
+            torch.mm(piece.T, scaled, out=grad_weight[i : i + size])
+            if piece.dtype == torch.float32:
+                grad_hidden.addmm_(piece, rows)
+            else:
+                grad_hidden += piece @ rows
+        return (grad_hidden * scale).to(hidden.dtype), grad_weight, None
+
+
+class CausalAttention(torch.autograd.Function):
+    """Causal attention for training on a CPU, where torch's own (2.13) takes half as long again: blocks of ROWS queries, each against the keys
+    up to its end. Scores and softmax are fp32. q [B, n_head, T, d], k and v [B, n_kv, T, d] -> y as q.
+
+    Inside, the queries that share a key head lie side by side: [B * n_kv, T * group, d], by position first.
+    """
+
+    ROWS = 64
+
+    @staticmethod
+    def inside(x, n_kv: int):  # [B, n, T, d] -> [B * n_kv, T * n / n_kv, d]
+        B, n, T, d = x.shape
+        return x.view(B, n_kv, n // n_kv, T, d).transpose(2, 3).reshape(B * n_kv, -1, d)
+
+    @staticmethod
+    def outside(x, B: int, T: int):  # and back
+        return x.view(B, -1, T, x.shape[1] // T, x.shape[2]).transpose(2, 3).reshape(B, -1, T, x.shape[2])
+
+    @staticmethod
+    def blocks(q, k, scores, weights):
+        """(rows of q, end, softmax of their scores [B * n_kv, rows, end]), the last block first; scores and weights are room for them."""
+        T, group = k.shape[1], q.shape[1] // k.shape[1]
+        for first in reversed(range(0, T, CausalAttention.ROWS)):
+            end = min(first + CausalAttention.ROWS, T)
+            rows, n = slice(first * group, end * group), len(q) * (end - first) * group * end
+            s = torch.bmm(q[:, rows], k[:, :end].mT, out=scores[:n].view(len(q), -1, end))
+            later = torch.ones(end - first, end - first, dtype=torch.bool).triu(1)
+            s[:, :, first:].unflatten(1, (end - first, group)).masked_fill_(later[:, None], -torch.inf)
+            yield rows, end, torch.softmax(s, dim=-1, out=weights[:n].view_as(s))
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        (B, _, T, d), n_kv = q.shape, k.shape[1]
+        q, k, v = (CausalAttention.inside(x, n_kv) for x in (q * d**-0.5, k, v))
+        y, room = torch.empty_like(q), torch.empty(2, q[..., 0].numel() * min(T, CausalAttention.ROWS))
+        for rows, end, p in CausalAttention.blocks(q.float(), k.float(), *room):
+            torch.bmm(p.to(v.dtype), v[:, :end], out=y[:, rows])
+        ctx.save_for_backward(q, k, v, y)
+        return CausalAttention.outside(y, B, T)
+
+    @staticmethod
+    def backward(ctx, dy):
+        q, k, v, y = ctx.saved_tensors
+        B, _, T, d = dy.shape
+        dy = CausalAttention.inside(dy, len(q) // B)
+        delta = (dy * y).sum(-1, keepdim=True, dtype=torch.float32)
+        dq, dk, dv = torch.empty_like(q), torch.zeros(k.shape), torch.zeros(v.shape)
+        room = torch.empty(2, q[..., 0].numel() * min(T, CausalAttention.ROWS))
+        for rows, end, p in CausalAttention.blocks(q.float(), k.float(), *room):
+            ds = (dy[:, rows] @ v[:, :end].mT).float().sub_(delta[:, rows]).mul_(p)
+            for total, weight, x in ((dv, p, dy), (dk, ds, q)):
+                if x.dtype == torch.float32:
+                    total[:, :end].baddbmm_(weight.mT, x[:, rows])
+                else:
+                    total[:, :end] += weight.mT.to(x.dtype) @ x[:, rows]
+            torch.bmm(ds.to(k.dtype), k[:, :end], out=dq[:, rows])
+        return tuple(CausalAttention.outside(x, B, T).to(q.dtype) for x in (dq.mul_(d**-0.5), dk, dv))
+
+
+@torch.no_grad()
+def init_weights(model: Llama, seed: int) -> None:
+    """Normal(0, 1/sqrt(fan-in)), embeddings 0.1; projections back into the residual stream scaled down by depth (GPT-2)."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            std = 0.1 if "embed" in name else p.shape[1] ** -0.5
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std /= math.sqrt(2 * model.config.n_layer)
+            put(p, torch.randn(p.shape, generator=generator) * std)
+        else:
+            put(p, torch.ones(p.shape) if "norm" in name else torch.zeros(p.shape))  # norms, biases
 
 
 # ------------------------------------------------------------------------------------ model folders on disk
@@ -205,92 +423,302 @@ class Llama(nn.Module):
 HF_NAMES = {  # our name -> config.json's
     "n_vocab": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
     "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "n_hidden": "intermediate_size", "head_dim": "head_dim",
-    "seq_len": "max_position_embeddings", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
-    "tie_embeddings": "tie_word_embeddings",
+    "seq_len": "max_position_embeddings", "rope_theta": "rope_theta", "rope_scaling": "rope_scaling", "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings", "model_type": "model_type", "attention_bias": "attention_bias", "dtype": "dtype",
 }  # fmt: skip
-HF_FIXED = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
+SHARD_BYTES = 5_000_000_000
+HEADER_BYTES = 100_000_000  # the safetensors library reads no longer header either
 
 
-def write_safetensors(path, tensors: dict[str, torch.Tensor]) -> None:
-    """8 bytes of header length, a JSON header, then the raw fp32 values end to end (the safetensors format)."""
+def read_object(path: Path) -> dict:
+    """read_json for files that others made."""
+    try:
+        return read_json(path)
+    except RecursionError:
+        raise UserError(f"{path}: not valid JSON (nested too deeply); fetch or make the model again") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder, expected a file") from None
+
+
+def fits(value, kind: type) -> bool:
+    """Whether a value of config.json can be a size (int), a factor (float), a switch or a name."""
+    if kind is int:
+        return type(value) is int and 0 < value < 2**31
+    return type(value) in (int, float) and 0 < value < 1e30 if kind is float else type(value) is kind
+
+
+EXPECTED = {int: "a positive whole number", float: "a positive number", bool: "true or false", str: "a string"}
+
+
+def read_config(folder: Path) -> Config:
+    """config.json of a supported architecture. UserError names what is missing, wrong, or not supported: nothing is loaded approximately."""
+    path, raw = folder / "config.json", read_object(folder / "config.json")
+    family = raw.get("model_type")
+    if family not in (*FAMILIES,) or (raw.get("architectures") or [FAMILIES[family]]) != [FAMILIES[family]]:
+        named = f"model_type {family!r:.80}, architectures {raw.get('architectures')!r:.80}"
+        raise UserError(f"{path}: {named}: supported are {', '.join(FAMILIES.values())}")
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # the names of transformers 4 and 5
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_scaling or rope_parameters is {rope!r:.80}, expected an object")
+    kind, window, types = rope.get("rope_type", rope.get("type", "default")), raw.get("use_sliding_window"), raw.get("layer_types") or []
+    only = {  # settings that change what the model computes, and the one value that is supported
+        "hidden_act": (raw.get("hidden_act", "silu"), "silu"),
+        "rope_type": (kind if kind != "llama3" else "default", "default"),
+        "rope_parameters": ({*rope} - {"rope_type", "type", "rope_theta", "partial_rotary_factor", *LLAMA3_ROPE}, set()),
+        "mlp_bias": (bool(raw.get("mlp_bias")), False),
+        "use_sliding_window": (bool(window), False),
+        "sliding_window": (bool(raw.get("sliding_window")) and window is None, False),
+        "layer_types": (isinstance(types, list) and all(t == "full_attention" for t in types), True),
+        "partial_rotary_factor": (raw.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1, 1),
+        "quantization_config": (raw.get("quantization_config"), None),
+    }
+    for key, (value, supported) in only.items():
+        if value != supported:
+            raise UserError(f"{path}: {key} is {raw.get(key, value)!r:.200}, which is not supported")
+    found = {"rope_theta": 1e4, "tie_word_embeddings": False, "attention_bias": False, "num_key_value_heads": raw.get("num_attention_heads")}
+    found |= {"dtype": raw.get("torch_dtype") or "float32"} | {k: v for k, v in raw.items() if v is not None}
+    found["rope_theta"] = rope.get("rope_theta", found["rope_theta"])
+    found["rope_scaling"] = {k: rope.get(k) for k in LLAMA3_ROPE} if kind == "llama3" else None
+    width, heads = found.get("hidden_size"), found.get("num_attention_heads")
+    if "head_dim" not in found and fits(width, int) and fits(heads, int):
+        if width % heads:
+            raise UserError(f"{path}: num_attention_heads {heads} does not divide hidden_size {width}, and there is no head_dim")
+        found["head_dim"] = width // heads
+    for name, theirs in HF_NAMES.items():
+        kind = Config.__dataclass_fields__[name].type
+        if found.get(theirs) is None and name != "rope_scaling":
+            raise UserError(f"{path}: {theirs} is missing")
+        if kind in EXPECTED and not fits(found[theirs], kind):
+            raise UserError(f"{path}: {theirs} is {found[theirs]!r:.80}, expected {EXPECTED[kind]}")
+    for theirs, value in (found["rope_scaling"] or {}).items():
+        if not fits(value, float) or theirs == "high_freq_factor" and value <= rope["low_freq_factor"]:
+            wanted = "a positive number, and low_freq_factor below high_freq_factor"
+            raise UserError(f"{path}: {theirs} of rope_scaling is {value!r:.80}, expected {wanted}")
+    config = Config(**{ours: found[theirs] for ours, theirs in HF_NAMES.items()})
+    if config.dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"{path}: dtype is {config.dtype!r:.80}, expected float32, bfloat16 or float16")
+    if config.n_head % config.n_kv_head or config.head_dim % 2:
+        raise UserError(f"{path}: {config.n_head} query heads, {config.n_kv_head} key heads of {config.head_dim} coordinates do not fit together")
+    return replace(config, dtype="float32" if config.dtype == "float16" else config.dtype)  # fp16 is read, and kept as what holds it exactly
+
+
+def write_config(folder: Path, c: Config, tok: Tokenizer) -> None:
+    raw = {"architectures": [FAMILIES[c.model_type]], "hidden_act": "silu", "mlp_bias": False}
+    raw |= {HF_NAMES[k]: v for k, v in asdict(c).items()} | {"torch_dtype": c.dtype, "bos_token_id": tok.bos, "eos_token_id": tok.eos}
+    if c.rope_scaling:
+        raw["rope_scaling"] = {"rope_type": "llama3"} | c.rope_scaling
+    write_json(folder / "config.json", raw)
+
+
+def write_safetensors(path, shapes: dict[str, list[int]], values, dtype: torch.dtype) -> None:
+    """8 bytes of header length, a JSON header, then the raw values end to end (the safetensors format). `values` gives a tensor a name."""
+    name_of = {v: k for k, v in DTYPES.items()}[dtype]
     header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name, t in tensors.items():
-        header[name] = {"dtype": "F32", "shape": list(t.shape), "data_offsets": [offset, offset + 4 * t.numel()]}
-        offset += 4 * t.numel()
+    for name, shape in shapes.items():
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": name_of, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
     with replacing(path) as temporary, open(temporary, "wb") as f:
         f.write(len(raw).to_bytes(8, "little") + raw)
-        for t in tensors.values():
-            f.write(t.detach().float().cpu().contiguous().numpy().tobytes())
+        for t in values:
+            f.write(t.to(dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def read_safetensors(path) -> dict[str, torch.Tensor]:
-    """All tensors of a file written as above; UserError when it is missing, cut off or not of that format."""
+    """All tensors of a file, memory-mapped: nothing is read before it is used. UserError when it is missing, cut off or not of that format."""
     path = Path(path)
-    if not path.exists():
+    if not path.is_file():
         raise UserError(f"{path}: no such file; the model folder is missing or was not finished")
-    raw = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
+    size = path.stat().st_size
     try:
-        start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
-        if len(raw) < 8 or start > len(raw):
-            raise ValueError("the header is longer than the file")
-        header = json.loads(raw[8:start].tobytes())
+        with open(path, "rb") as f:
+            start = 8 + int.from_bytes(f.read(8), "little")
+            if size < 8 or start > min(size, HEADER_BYTES):
+                raise ValueError("the header is longer than the file, or than any real one")
+            header = json.loads(f.read(start - 8))
+        if not isinstance(header, dict):
+            raise ValueError("the header is not an object")
         header.pop("__metadata__", None)
-        tensors, end = {}, 0
+        for name, t in header.items():
+            check_entry(name, t)
+        raw, tensors, end = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8), {}, 0
         for name, t in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            first, last = t["data_offsets"]
-            if t["dtype"] != "F32" or first != end or last - first != 4 * math.prod(t["shape"]):
-                raise ValueError(f"{name}: expected F32 values that tile the file")
-            tensors[name] = torch.from_numpy(raw[start + first : start + last].view(np.float32).reshape(t["shape"]).copy())
+            dtype, shape, (first, last) = DTYPES[t["dtype"]], t["shape"], t["data_offsets"]
+            if first != end or last - first != dtype.itemsize * math.prod(shape) or start + last > size:
+                raise ValueError(f"{name}: bytes {first} to {last} do not hold {shape} of {t['dtype']} right behind the tensor before")
+            data = raw[start + first : start + last]
+            tensors[name] = (data if (start + first) % 4 == 0 else data.clone()).view(dtype).view(shape)
             end = last
-        if start + end != len(raw):
-            raise ValueError(f"{len(raw)} bytes, the header says {start + end}")
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{path}: damaged ({e}); make the model again") from None
+        if start + end != size:
+            raise ValueError(f"{size} bytes, the header says {start + end}")
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path}: damaged ({e}); fetch or make the model again") from None
     return tensors
 
 
+def check_entry(name: str, t) -> None:
+    """ValueError for a header entry that is not {"dtype": name, "shape": [...], "data_offsets": [first, last]}."""
+    if not name.isprintable() or not isinstance(t, dict):
+        raise ValueError(f"{name!r:.80} is {t!r:.80}, expected the description of a tensor")
+    if t.get("dtype") not in (*DTYPES,):
+        raise ValueError(f"{name:.80} has dtype {t.get('dtype')!r:.80}; {', '.join(DTYPES)} are supported")
+    for key, most in (("shape", 8), ("data_offsets", 2)):
+        numbers = t.get(key)
+        whole_numbers = isinstance(numbers, list) and len(numbers) <= most and all(type(n) is int and 0 <= n < 2**60 for n in numbers)
+        if not whole_numbers or key == "data_offsets" and len(numbers) != 2:
+            raise ValueError(f"{name:.80}: {key} is {numbers!r:.80}, expected {'two' if most == 2 else 'a few'} whole numbers")
+
+
+def read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], Path]:
+    """The tensors of model.safetensors, or of the shards that model.safetensors.index.json names, by our names; and that file."""
+    path, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if index.exists() and not path.exists():
+        path, where, tensors = index, read_object(index).get("weight_map"), {}
+        if not isinstance(where, dict) or not all(isinstance(f, str) and Path(f).name == f and f.endswith(".safetensors") for f in where.values()):
+            raise UserError(f"{index}: weight_map should give a file of this folder for each tensor")
+        for file in sorted({*where.values()}):
+            held = read_safetensors(folder / file)
+            for name in sorted({*held} ^ {name for name in where if where[name] == file}):
+                raise UserError(f"{index}: {name!r:.80} is in {file} or there by the index, but not both")
+            tensors |= held
+    else:
+        tensors = read_safetensors(path)
+    tensors = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}  # old files hold that constant
+    for name in tensors:
+        if "model." + name in tensors:
+            raise UserError(f"{path}: {name:.80} is there twice, with and without the prefix model.")
+    return {k.removeprefix("model."): v for k, v in tensors.items()}, path
+
+
+def check_weights(folder: Path, c: Config) -> dict[str, torch.Tensor]:
+    """A folder's tensors, which are exactly those that its configuration describes; from their headers, before anything is allocated."""
+    tensors, path = read_weights(folder)
+    if f"layers.{c.n_layer - 1}.mlp.up_proj.weight" not in tensors:
+        raise UserError(f"{path}: model.layers.{c.n_layer - 1}.mlp.up_proj.weight is missing, but config.json has num_hidden_layers {c.n_layer}")
+    if c.tie_embeddings and "lm_head.weight" in tensors:
+        if not torch.equal(tensors.pop("lm_head.weight"), tensors.get("embed_tokens.weight", torch.zeros(0))):
+            raise UserError(f"{path}: lm_head.weight differs from model.embed_tokens.weight, but config.json says tie_word_embeddings")
+    try:
+        shapes = {name: list(p.shape) for name, p in build(c, "meta").named_parameters()}
+    except UserError as e:
+        raise UserError(f"{folder / 'config.json'}: {e}") from None
+    for name in sorted({*shapes} ^ {*tensors}):
+        raise UserError(f"{path}: {name:.80} is " + ("missing" if name in shapes else "not a weight of the model that config.json describes"))
+    for name, t in tensors.items():
+        if list(t.shape) != shapes[name]:
+            raise UserError(f"{path}: {name} has shape {list(t.shape)}, config.json says {shapes[name]}")
+        if not t.isfinite().all():
+            raise UserError(f"{path}: {name} holds NaN or infinite values")
+    return tensors
+
+
+def load_weights(model: Llama, tensors: dict[str, torch.Tensor]) -> None:
+    """Copy tensors into a model, each rank its own part. Rows of an embedding that has more of them are left as they are."""
+    for name, p in model.named_parameters():
+        put(p, tensors[name])
+
+
+VOCAB_WEIGHTS = ("embed_tokens.weight", "lm_head.weight")
+
+
+@torch.no_grad()
+def put(p: torch.Tensor, value: torch.Tensor, first: int = 0) -> None:
+    """Copy rows into parameter p from row `first` on: into the rank's own rows of it, if p is sharded."""
+    offset, local = (0, p) if not hasattr(p, "device_mesh") else (shard_offset(p), p.to_local())
+    low, high = max(first, offset), min(first + len(value), offset + len(local))
+    if low < high:
+        local[low - offset : high - offset].copy_(value[low - first : high - first])
+
+
+def whole(p: torch.Tensor) -> torch.Tensor:
+    """A parameter on the CPU, gathered from all ranks if it is sharded (all must call this)."""
+    p = p.detach()
+    return (p.full_tensor() if hasattr(p, "device_mesh") else p).cpu()
+
+
+def shard_offset(p) -> int:
+    """First row of a sharded parameter that this rank holds (fully_shard cuts dimension 0 as torch.chunk does)."""
+    [axis] = [i for i, placement in enumerate(p.placements) if placement.is_shard()]
+    return min(len(p), p.device_mesh.get_local_rank(axis) * -(-len(p) // p.device_mesh.size(axis)))
+
+
+def add_markers(model: Llama, tok: Tokenizer, kind: str) -> None:
+    """Give the markers that a tokenizer did not have their rows: normal(0, 1/sqrt(n_embd)) clamped at 3 sigma as in the paper's code,
+    or those of four words, which a small model with little data keeps apart better."""
+    words = [tok.encode(word)[-1] for word in (" thought", " end", " before", " after")]
+    generator, std = torch.Generator().manual_seed(42), model.config.n_embd**-0.5
+    for name, p in model.named_parameters():
+        if name in VOCAB_WEIGHTS:
+            rows = (torch.randn(4, model.config.n_embd, generator=generator) * std).clamp(-3 * std, 3 * std)
+            rows = whole(p)[words] if kind == "words" else rows
+            for row, i in zip(rows, tok.new_markers):
+                put(p, row[None], i)
+
+
 def save_model(folder, model: Llama, tok: Tokenizer) -> None:
-    """Write a model folder in Hugging Face's Llama layout; config.json comes last and marks it complete."""
-    folder, c = Path(folder), model.config
-    tensors = {(k if k == "lm_head.weight" else "model." + k): v for k, v in model.state_dict().items()}
-    if c.tie_embeddings:
-        del tensors["lm_head.weight"]
-    write_safetensors(folder / "model.safetensors", tensors)
-    tok.save(folder)
-    sizes = {HF_NAMES[k]: v for k, v in asdict(c).items()}
-    write_json(folder / "config.json", HF_FIXED | sizes | {"dtype": "float32", "bos_token_id": tok.bos, "eos_token_id": tok.eos})
+    """Write a model folder in Hugging Face's layout; config.json comes last and marks it complete. Under FSDP all ranks call this."""
+    folder, dtype = Path(folder), getattr(torch, model.config.dtype)
+    params = {(k if k == "lm_head.weight" else "model." + k): p for k, p in model.named_parameters()}
+    files, room = [{}], SHARD_BYTES
+    for name, p in params.items():
+        room -= p.numel() * dtype.itemsize
+        if room < 0 and files[-1]:
+            files.append({})
+            room = SHARD_BYTES - p.numel() * dtype.itemsize
+        files[-1][name] = p
+    names = ["model.safetensors"] if len(files) == 1 else [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    for file, group in zip(names, files):
+        values = (whole(p) for p in group.values())
+        if rank() == 0:
+            write_safetensors(folder / file, {k: p.shape for k, p in group.items()}, values, dtype)
+        else:
+            for _ in values:
+                pass
+    if rank() == 0:
+        if len(files) > 1:
+            size = dtype.itemsize * sum(p.numel() for p in params.values())
+            where = {name: file for file, group in zip(names, files) for name in group}
+            write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})
+        tok.save(folder)
+        write_config(folder, model.config, tok)
 
 
-def load_model(folder, device: str = "cpu") -> tuple[Llama, Tokenizer]:
-    """Read a model folder that save_model wrote; UserError for anything missing, damaged or of another architecture."""
-    folder = Path(folder)
+def build(c: Config, device: str, shard: Callable = lambda model: None) -> Llama:
+    """A model without values on a device; sharded, if at all, while it is still on the meta device, so that no rank ever holds all."""
+    try:
+        with torch.device("meta"):
+            model = Llama(c)
+    except (RuntimeError, TypeError) as e:  # sizes that no tensor can have
+        raise UserError(f"these sizes make no model ({str(e).splitlines()[0]})") from None
+    shard(model)
+    return model.to_empty(device=device)
+
+
+def open_folder(folder: Path) -> tuple[Config, Tokenizer]:
+    """Configuration and tokenizer of a model folder, which fit each other."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such model folder")
-    raw = read_json(folder / "config.json")
-    try:
-        for key, value in HF_FIXED.items():
-            if raw[key] != value:
-                raise UserError(f"{folder / 'config.json'}: {key} is {raw[key]!r}; only {value!r} is supported")
-        config = Config(**{ours: raw[theirs] for ours, theirs in HF_NAMES.items()})
-        with torch.device("meta"):
-            model = Llama(config)
-    except (KeyError, TypeError, RuntimeError) as e:
-        raise UserError(f"{folder / 'config.json'}: damaged ({type(e).__name__}: {e})") from None
-    tensors = {k.removeprefix("model."): v for k, v in read_safetensors(folder / "model.safetensors").items()}
-    if config.tie_embeddings and "embed_tokens.weight" in tensors:
-        tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
-    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    if expected != {k: tuple(v.shape) for k, v in tensors.items()}:
-        wrong = [k for k in sorted(expected | tensors) if k not in tensors or expected.get(k) != tuple(tensors[k].shape)]
-        raise UserError(f"{folder / 'model.safetensors'}: {wrong[0]} does not fit config.json")
-    model.load_state_dict(tensors, assign=True)
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise UserError(f"{folder / 'model.safetensors'}: holds NaN or infinite weights")
-    if config.tie_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
-    return model.to(device).eval(), load_tokenizer(folder)
+    c, tok = read_config(folder), load_tokenizer(folder)
+    if not tok.n_base <= c.n_vocab <= tok.n_base + 1024:  # some makers pad the embedding
+        raise UserError(f"{folder}: tokenizer.json has {tok.n_base} ids, but vocab_size in config.json is {c.n_vocab}: they do not belong together")
+    return c, tok
+
+
+def load_model(folder, device: str = "cpu", dtype: str = "float32") -> tuple[Llama, Tokenizer]:
+    """Read a model folder for inference; UserError for anything missing, damaged or of another architecture."""
+    folder = Path(folder)
+    c, tok = open_folder(folder)
+    if tok.new_markers:
+        raise UserError(f"{folder}: has no marker tokens; add them by train.py --init_from={folder} --max_steps=0 --out_dir=...")
+    tensors = check_weights(folder, c)
+    model = build(replace(c, dtype=dtype), device, lambda model: model.to(getattr(torch, dtype)))
+    load_weights(model, tensors)
+    return model.eval(), tok
 
 
 def pick_device(name: str) -> str:
@@ -301,6 +729,61 @@ def pick_device(name: str) -> str:
             raise UserError(f"--device={name}: {str(e).splitlines()[0]}") from None
         return name
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+# ------------------------------------------------------------------------------------------ several devices
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_ranks(device: str) -> str:
+    """Under torchrun: join the other ranks, and keep all but the first quiet. The device of this rank."""
+    if "WORLD_SIZE" not in os.environ:
+        return pick_device(device)
+    device = pick_device(device)
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def add_up(*values: float) -> list[float]:
+    """Sums over all ranks, in float64."""
+    total = torch.tensor(values, dtype=torch.float64)
+    if dist.is_initialized():
+        total = total.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def shard_model(model: Llama, s: Settings, dtype: str, device: str) -> None:
+    """FSDP2: each block, then the rest, is sharded over the devices; gathered in `dtype`, gradients reduced in fp32 (paper: the same).
+
+    --replicas=R (HSDP) shards over devices / R instead, and keeps R copies: for several nodes with slow links between them.
+    """
+    if world() == 1:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    kind, shards = torch.device(device).type, world() // s.replicas
+    if s.replicas > 1:
+        mesh = init_device_mesh(kind, (s.replicas, shards), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(kind, (shards,), mesh_dim_names=("shard",))
+    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 # ---------------------------------------------------------------------------------------------- optimisers
@@ -323,7 +806,8 @@ def newton_schulz(g: torch.Tensor, rounds: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024). For 2-D weights; those of one shape are updated together."""
+    """Momentum, orthogonalised (Jordan et al. 2024). For 2-D weights; those of one shape are updated together. A sharded matrix is
+    gathered and orthogonalised on every rank: right, but the work is not shared."""
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -333,209 +817,457 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             by_shape = {}
             for p in group["params"]:
-                by_shape.setdefault(p.shape, []).append(p)
-            for (rows, cols), params in by_shape.items():
+                by_shape.setdefault((p.shape, p if hasattr(p, "device_mesh") else None), []).append(p)
+            for ((rows, cols), sharded), params in by_shape.items():
                 momentum = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
                 grads = [p.grad for p in params]
                 torch._foreach_lerp_(momentum, grads, 1 - group["momentum"])
                 nesterov = torch._foreach_lerp(grads, momentum, group["momentum"])
-                updates = newton_schulz(torch.stack(nesterov)) * max(1, rows / cols) ** 0.5
+                if sharded is not None:
+                    nesterov = [g.full_tensor() for g in nesterov]
+                updates = (newton_schulz(torch.stack(nesterov)) * max(1, rows / cols) ** 0.5).unbind()
+                if sharded is not None:
+                    first, params = shard_offset(sharded), [sharded.to_local()]
+                    updates = [update[first : first + len(params[0])] for update in updates]
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(updates.unbind()), alpha=-group["lr"])
+                torch._foreach_add_(params, list(updates), alpha=-group["lr"])
 
 
 def make_optimizers(model: Llama, s: Settings) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices if asked for, AdamW for all else; each group remembers its peak rate."""
+    """Muon for the blocks' matrices if asked for, AdamW for all else; each group remembers its peak rate.
+
+    Their state is made here, not in the first step, so that a checkpoint can be read into it.
+    """
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     if s.optimizer == "adamw":
         matrices = []
     chosen = set(map(id, matrices))
     rest = [p for p in model.parameters() if id(p) not in chosen]
-    optimizers = [torch.optim.AdamW(rest, lr=s.lr, betas=(0.9, 0.95), weight_decay=s.weight_decay, fused=True)]
+    optimizers = [torch.optim.AdamW(rest, lr=s.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=s.weight_decay, fused=True)]
+    for p in rest:
+        step = torch.zeros((), device=p.device)
+        optimizers[0].state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     if matrices:
         optimizers.append(Muon(matrices, lr=s.muon_lr, weight_decay=s.weight_decay))
+        for p in matrices:
+            optimizers[1].state[p] = {"momentum": torch.zeros_like(p)}
     for group in (g for o in optimizers for g in o.param_groups):
         group["peak"] = group["lr"]
     return optimizers
 
 
-def schedule(step: int, steps: int, warmup: int, final: float) -> float:
-    """Share of the peak learning rate at a step: linear warm-up, then a cosine down to `final`."""
+def schedule(step: int, steps: int, warmup: int, final: float, kind: str = "cosine") -> float:
+    """Share of the peak learning rate at a step: linear warm-up, then a cosine down to `final`; or (wsd) constant, and linear at the end."""
     if step < warmup:
         return (step + 1) / warmup
+    if kind == "wsd":
+        return final + (1 - final) * min(1.0, (steps - step) / max(1, steps // 5))
     progress = (step - warmup) / max(1, steps - warmup)
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# ---------------------------------------------------------------------------------------------------- data
+# -------------------------------------------------------------------------------------------- checkpoints
 
 
-class Documents:
-    """The training stream: position n of it is document n % n_docs of the shuffle of epoch n // n_docs.
-
-    Order and coin flips are functions of (seed, epoch, document), so a position is all that resuming needs.
-    """
-
-    def __init__(self, corpus: Corpus, thoughts: Thoughts | None, tok: Tokenizer, seq_len: int, seed: int):
-        self.corpus, self.thoughts, self.tok, self.seq_len, self.seed = corpus, thoughts, tok, seq_len, seed
-        self.order, self.order_epoch, self.cut_tokens = None, None, 0
-
-    def sequence(self, doc: int, epoch: int) -> np.ndarray:
-        """A document as ids; each chunk that has a thought takes the prior or the posterior form by a coin flip."""
-        numbers = range(self.corpus.docs[doc], self.corpus.docs[doc + 1])
-        chunks = [self.corpus.chunk(i) for i in numbers]
-        thoughts = [self.thoughts.span(i) if self.thoughts else () for i in numbers]
-        coins = hash_uniform(FORM_COIN, self.seed, epoch, np.array(numbers))
-        forms = [RAW if not len(z) else PRIOR if coin < 0.5 else POSTERIOR for z, coin in zip(thoughts, coins)]
-        ids, _ = layout(self.tok, chunks, thoughts, forms)
-        self.cut_tokens += max(0, len(ids) - self.seq_len)
-        return ids[: self.seq_len]
-
-    def at(self, position: int) -> np.ndarray:
-        epoch, index = divmod(position, self.corpus.n_docs)
-        if epoch != self.order_epoch:
-            self.order_epoch = epoch
-            self.order = np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(self.corpus.n_docs)
-        return self.sequence(int(self.order[index]), epoch)
-
-    def batch(self, step: int, size: int) -> list[np.ndarray]:
-        """The documents of a step, sorted by length so that micro-batches are padded little."""
-        return sorted((self.at(step * size + i) for i in range(size)), key=len)
-
-    def mean_length(self) -> float:
-        """Expected tokens a document: BOS and EOS, text, thoughts, and 3 or 5 markers with each thought."""
-        n_thoughts = (np.diff(self.thoughts.chunks) > 0).sum() if self.thoughts else 0
-        thought_tokens = len(self.thoughts.tokens) if self.thoughts else 0
-        return 2 + (len(self.corpus.tokens) + thought_tokens + 4 * n_thoughts) / self.corpus.n_docs
+def training_state(model: Llama, optimizers) -> dict:
+    """Everything that a step changes, as named tensors (sharded under FSDP)."""
+    names = {p: name for name, p in model.named_parameters()}
+    state = {f"model.{name}": p.detach() for p, name in names.items()}
+    for optimizer in optimizers:
+        state |= {f"optimizer.{names[p]}.{key}": value for p, values in optimizer.state.items() for key, value in values.items()}
+    return state
 
 
-def pad(sequences: list[np.ndarray], device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences as inputs [B, T] and targets [B, T], shifted by one; -1 marks targets that are padding."""
-    ids = np.full((len(sequences), max(map(len, sequences))), -1, dtype=np.int64)
-    for row, sequence in zip(ids, sequences):
-        row[: len(sequence)] = sequence
-    ids = torch.from_numpy(ids).to(device)
-    return ids[:, :-1].clamp(min=0), ids[:, 1:]
+def checkpoint_library():
+    """torch.distributed.checkpoint, imported when it is first needed, and quiet about there being one device only."""
+    import torch.distributed.checkpoint as dcp
+
+    warnings.filterwarnings("ignore", message="torch.distributed is")
+    return dcp
 
 
-def loss_sum(model: Llama, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Summed cross-entropy in nats of targets [B, T] given ids [B, T]; padding takes no part and costs no logits."""
-    real = targets >= 0
-    return F.cross_entropy(model.logits(model(ids)[real]), targets[real], reduction="sum")
+def checkpoints(out_dir: Path) -> list[Path]:
+    """The complete ones, oldest first."""
+    return sorted(path for path in (out_dir / "checkpoints").glob("*") if path.name.isdigit())
 
 
-@torch.no_grad()
-def validate(model: Llama, documents: Documents, batch_size: int, device: str) -> float:
-    """Mean loss in nats a token on the first 512 documents, always with the same coin flips."""
-    sequences = sorted((documents.sequence(doc, 0) for doc in range(min(512, documents.corpus.n_docs))), key=len)
-    batches = [sequences[i : i + batch_size] for i in range(0, len(sequences), batch_size)]
-    total = sum(loss_sum(model, *pad(batch, device)).item() for batch in batches)
-    return total / sum(len(sequence) - 1 for sequence in sequences)
+def save_checkpoint(out_dir: Path, model, optimizers, step: int, tokens: int, seconds: float, keep: int) -> None:
+    """Write checkpoints/STEP under a temporary name, rename it, and drop all but the newest `keep`. All ranks call this."""
+    dcp = checkpoint_library()
+    path = out_dir / "checkpoints" / f"{step:08d}"
+    temporary = path.with_name(path.name + ".tmp")
+    state = training_state(model, optimizers) | {"progress": torch.tensor([step, tokens, seconds], dtype=torch.float64)}
+    try:
+        if rank() == 0:
+            for left in path.parent.glob("*.tmp"):  # by a run that was killed
+                shutil.rmtree(left)
+            temporary.mkdir(parents=True)
+        dcp.save(state, checkpoint_id=temporary, no_dist=not dist.is_initialized())
+    except dcp.CheckpointException as e:
+        [error, _] = next(iter(e.failures.values()))
+        raise UserError(f"{temporary}: cannot be written ({str(error).splitlines()[0]}); the same command goes on from the checkpoint before") from None
+    if rank() == 0:
+        os.rename(temporary, path)
+        for old in checkpoints(out_dir)[:-keep]:
+            os.rename(old, old.with_name(old.name + ".tmp"))  # never half a checkpoint under a final name
+            shutil.rmtree(old.with_name(old.name + ".tmp"))
 
 
-def open_documents(corpus: str, thoughts: str, seq_len: int, seed: int, tok: Tokenizer | None = None) -> Documents:
-    opened = open_corpus(corpus, tok)
-    if opened.n_docs == 0:
-        raise UserError(f"{corpus}: has no documents")
-    return Documents(opened, open_thoughts(thoughts, opened) if thoughts else None, tok or opened.tokenizer, seq_len, seed)
+def load_checkpoint(out_dir: Path, model, optimizers) -> tuple[int, int, float]:
+    """(step, tokens, seconds) of the newest checkpoint, which is read into model and optimisers; zeros without one. Any number of ranks."""
+    if not checkpoints(out_dir):
+        return 0, 0, 0.0
+    dcp = checkpoint_library()
+    path = checkpoints(out_dir)[-1]
+    state = training_state(model, optimizers) | {"progress": torch.zeros(3, dtype=torch.float64)}
+    try:
+        dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+    except (Exception, dcp.CheckpointException) as e:  # the latter is no Exception; a damaged file can fail in a dozen ways
+        raise UserError(f"{path}: damaged ({type(e).__name__}); remove it to go on from the one before, or from the start") from None
+    step, tokens, seconds = state["progress"].tolist()
+    return int(step), int(tokens), seconds
+
+
+# ---------------------------------------------------------------------------------------------------- plan
+
+PEAKS = {  # dense bf16 FLOP/s and bytes, by a part of the device's name (makers' data sheets)
+    "H200": (989e12, 141e9), "H100": (989e12, 80e9), "B200": (2250e12, 180e9), "A100": (312e12, 80e9), "L40S": (362e12, 48e9),
+    "A6000": (155e12, 48e9), "4090": (165e12, 24e9), "3090": (71e12, 24e9), "T4": (65e12, 16e9),
+}  # fmt: skip
+
+
+def peak_of(name: str) -> tuple[float, float] | None:
+    return next((peak for key, peak in PEAKS.items() if key.lower() in name.lower()), None)
+
+
+def sizes(c: Config) -> dict[str, int]:
+    """Number of parameters: all, of a block, of a block's matrices, and those that multiply (all but an input embedding of its own)."""
+    with torch.device("meta"):
+        model = Llama(c)
+    n, block, matrices = (sum(p.numel() for p in m.parameters() if p.ndim >= low) for m, low in ((model, 1), (model.layers[0], 1), (model.layers[0], 2)))
+    return {"all": n, "block": block, "matrices": matrices, "multiplying": n - (0 if c.tie_embeddings else c.n_vocab * c.n_embd)}
+
+
+def flops_per_token(c: Config, T: int) -> float:
+    """Forward and backward: 6 a parameter that multiplies, and 12 T a coordinate of the queries in each layer, as if attention were not
+    causal (PaLM, appendix B; the count that MFU is usually quoted with)."""
+    return 6 * sizes(c)["multiplying"] + 12 * c.n_layer * c.n_head * c.head_dim * T
+
+
+def memory(c: Config, s: Settings, n_devices: int, micro_rows: int, micro_steps: int) -> dict[str, float]:
+    """Bytes a device needs, by part. Weights, gradients and optimiser states are exact; activations count what autograd keeps (eager)."""
+    n, n_block, n_matrices, _ = sizes(c).values()
+    shards, tokens, size = max(1, n_devices // s.replicas), micro_rows * s.seq_len, getattr(torch, c.dtype).itemsize
+    n_root = n - c.n_layer * n_block
+    # Kept of a block: the residual twice and its two norms; q and y; k and v; gate, silu(gate), up and their product.
+    block = tokens * size * (4 * c.n_embd + 2 * c.n_head * c.head_dim + 2 * c.n_kv_head * c.head_dim + 4 * c.n_hidden)
+    gathered = size * (2 * n_block + n_root) if shards > 1 else size * n * (size < 4)
+    logits = size * tokens * c.n_vocab
+    return {
+        "weights": 4 * n / shards,
+        "their copies for computing": gathered,
+        "gradients": 4 * n / shards + (4 * n if shards > 1 and micro_steps > 1 else 0),
+        "optimiser": (8 * n - 4 * c.n_layer * n_matrices * (s.optimizer == "muon")) / shards,
+        "activations": block + (c.n_layer - 1) * tokens * size * c.n_embd if s.recompute else c.n_layer * block,
+        "logits": (logits if logits <= HeadLoss.KEEP else 2 * HeadLoss.PIECE["cuda"]) + 4 * tokens * c.n_embd,
+    }
+
+
+def print_plan(c: Config, s: Settings, stream: Stream | None, steps: int, tokens_per_step: float, device: str) -> None:
+    """What a run takes; UserError if it does not fit."""
+    n_devices, _, name = s.plan_device.rpartition("x") if s.plan_device else (str(world()), "", "")
+    if not (n_devices or "1").isdigit() or (s.plan_device and not peak_of(name)):
+        raise UserError(f"--plan_device={s.plan_device}: expected a number and one of {', '.join(PEAKS)}, as in 8xH100")
+    n_devices = int(n_devices or 1)
+    if s.plan_device:
+        (peak, room), name = peak_of(name), f"{n_devices} x {name}"
+    else:
+        peak, room, name = this_device(device)
+        peak = peak or measured_peak(device, getattr(torch, c.dtype))
+    micro_steps, micro_rows = micro_plan(s, n_devices)
+    parts = memory(c, s, n_devices, micro_rows, micro_steps)
+    total, flops = sum(parts.values()), flops_per_token(c, s.seq_len) * tokens_per_step * steps
+    lines = [
+        f"parameters        {sizes(c)['all']:,}",
+        f"tokens a step     {tokens_per_step:,.0f}: {s.batch_size} rows, {micro_steps} micro-steps of {micro_rows} rows on each of {n_devices} devices",
+        f"steps             {steps:,}, {steps * tokens_per_step:,.0f} tokens",
+        *[f"data              {row['corpus']}: {row['epochs']:.2f} epochs, {row['text_tokens']:,} tokens of text, {row['thought_tokens']:,} of thoughts"
+          for row in (amounts(stream, steps * tokens_per_step) if stream else ())],
+        *[f"memory            {value / 1e9:8.2f} GB  {part}" for part, value in parts.items()],
+        f"memory            {total / 1e9:8.2f} GB of {room / 1e9:.0f} GB on a device ({name})",
+        f"arithmetic        {flops:.3g} FLOPs",
+    ]
+    hours = flops / (n_devices * peak * s.plan_mfu) / 3600
+    lines.append(f"time              {hours:,.2f} hours at {s.plan_mfu:.0%} of {peak / 1e12:,.3g} TFLOP/s a device")
+    print("\n".join(lines))
+    if total > room:
+        raise UserError(f"needs {total / 1e9:.1f} GB a device, there are {room / 1e9:.1f}: lower --micro_batch or --seq_len, use --recompute, or more devices")
+
+
+def this_device(device: str) -> tuple[float | None, float, str]:
+    """(peak FLOP/s or None where it isn't known, bytes of memory, name) of a device."""
+    if device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(device)
+        return (peak_of(properties.name) or [None])[0], properties.total_memory, properties.name
+    try:
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        room = math.inf
+    return None, room, device
+
+
+def measured_peak(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, for devices whose peak isn't known."""
+    a = torch.randn(1024, 1024, device=device, dtype=dtype)
+    times = []
+    for _ in range(10):
+        begin = time.perf_counter()
+        (a @ a)[0, 0].item()
+        times.append(time.perf_counter() - begin)
+    return 2 * 1024**3 / min(times)
+
+
+def used_memory(device: str) -> int:
+    """Peak bytes so far: of the device, or resident ones of this process; 0 where the system does not tell."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ------------------------------------------------------------------------------------------------ training
 
+SIZES = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden")
+
 
 def make_config(s: Settings, n_vocab: int) -> Config:
+    """Configuration of a new model."""
     if s.n_embd % s.n_head or s.n_head % s.n_kv_head or (s.n_embd // s.n_head) % 2:
         raise UserError(f"--n_embd={s.n_embd} must be an even multiple of --n_head={s.n_head}, and that a multiple of --n_kv_head={s.n_kv_head}")
+    if s.n_vocab and s.n_vocab < n_vocab:
+        raise UserError(f"--n_vocab={s.n_vocab}: the tokenizer has {n_vocab} ids")
     return Config(
-        n_vocab=n_vocab, n_layer=s.n_layer, n_head=s.n_head, n_kv_head=s.n_kv_head, n_embd=s.n_embd,
+        n_vocab=s.n_vocab or n_vocab, n_layer=s.n_layer, n_head=s.n_head, n_kv_head=s.n_kv_head, n_embd=s.n_embd,
         n_hidden=s.n_hidden or math.ceil(s.n_embd * 8 / 3 / 16) * 16, head_dim=s.n_embd // s.n_head, seq_len=s.seq_len,
-        rope_theta=s.rope_theta, tie_embeddings=s.tie_embeddings,
+        rope_theta=s.rope_theta, tie_embeddings=s.tie_embeddings, dtype="float32" if s.dtype == "auto" else s.dtype,
     )  # fmt: skip
 
 
-def train_step(model: Llama, optimizers, sequences: list[np.ndarray], s: Settings, device: str) -> tuple[float, float]:
-    """One optimiser step on a list of sequences; (mean loss in nats a token, gradient norm)."""
-    n_targets = sum(len(sequence) - 1 for sequence in sequences)
-    size, total = math.ceil(len(sequences) / s.accumulate), 0.0
-    for i in range(0, len(sequences), size):
-        loss = loss_sum(model, *pad(sequences[i : i + size], device)) / n_targets
-        loss.backward()
-        total += loss.detach()
+def extend_config(s: Settings, c: Config, tok: Tokenizer) -> Config:
+    """Configuration of a model that starts from a folder's: room for the markers, and the dtype asked for."""
+    for name in SIZES:
+        if getattr(s, name) not in (getattr(c, name), Settings.__dataclass_fields__[name].default):
+            raise UserError(f"--{name}={getattr(s, name)}, but {s.init_from} has {getattr(c, name)}; leave sizes to --init_from, or take its preset")
+    if s.max_steps and s.seq_len > c.seq_len:
+        raise UserError(f"--seq_len={s.seq_len}: {s.init_from} was made for {c.seq_len} tokens at most")
+    return replace(c, n_vocab=max(c.n_vocab, tok.n_vocab), dtype=c.dtype if s.dtype == "auto" else s.dtype)
+
+
+def open_stream(corpora: str, thoughts: str, s: Settings, tok: Tokenizer | None, seed: int, weights: str = "") -> Stream:
+    """The stream of the folders named in comma-separated lists; UserError for folders or lists that do not fit together."""
+    folders = corpora.split(",")
+    spans = thoughts.split(",") if thoughts else [""] * len(folders)
+    opened = [open_corpus(folders[0], tok)]
+    tok = tok or opened[0].tokenizer
+    opened += [open_corpus(folder, tok) for folder in folders[1:]]
+    try:
+        shares = [float(w) for w in weights.split(",")] if weights else []
+    except ValueError:
+        shares = [0.0]
+    if len(spans) != len(folders) or len(shares) not in (0, len(folders)) or not all(0 < w < math.inf for w in shares):
+        raise UserError(f"--thoughts={thoughts} --weights={weights}: expected nothing, or one a corpus ({len(folders)}), weights above 0")
+    for folder, corpus in zip(folders, opened):
+        if corpus.n_docs == 0:
+            raise UserError(f"{folder}: has no documents")
+    return Stream(opened, [open_thoughts(t, c) if t else None for t, c in zip(spans, opened)], tok, s.seq_len, seed, s.attention, shares)
+
+
+def open_all(s: Settings) -> tuple[Config, Config | None, Tokenizer | None, Stream | None]:
+    """(the model's configuration, that of --init_from, tokenizer, stream): what a run is made of, read before anything is written."""
+    source, tok = open_folder(Path(s.init_from)) if s.init_from else (None, None)
+    stream = open_stream(s.corpus, s.thoughts, s, tok, s.seed, s.weights) if s.corpus else None
+    if not stream and not s.plan and (s.max_steps or not source):
+        raise UserError("--corpus=... is required: the corpus folder to train on")
+    if not s.out_dir and not s.plan:
+        raise UserError("--out_dir=... is required: the model folder to write")
+    if not stream and not source and not s.n_vocab:
+        raise UserError("--plan without --corpus or --init_from needs --n_vocab, or a preset that has one")
+    tok = tok or (stream.tok if stream else None)
+    config = extend_config(s, source, tok) if source else make_config(s, tok.n_vocab if tok else s.n_vocab)
+    return config, source, tok, stream
+
+
+def micro_plan(s: Settings, n_devices: int) -> tuple[int, int]:
+    """(micro-steps of an optimiser step, rows of each on a device)."""
+    if s.replicas > n_devices or n_devices % s.replicas:
+        raise UserError(f"--replicas={s.replicas} does not divide the {n_devices} devices")
+    steps = math.ceil(s.batch_size / (n_devices * (s.micro_batch or s.batch_size)))
+    if s.batch_size < n_devices * steps:
+        raise UserError(f"--batch_size={s.batch_size}: fewer rows than {n_devices} devices in {steps} micro-steps need")
+    return steps, math.ceil(s.batch_size / (n_devices * steps))
+
+
+def steps_of(s: Settings, stream: Stream | None) -> tuple[int, float]:
+    """(optimiser steps, expected tokens of each)."""
+    tokens = s.batch_size * s.seq_len
+    if s.attention == "padded" and stream:
+        tokens = s.batch_size * sum(n * stream.mean_length(c) for c, n in enumerate(stream.takes)) / sum(stream.takes)
+    return max(1, round(s.max_tokens / tokens)) if s.max_tokens and s.max_steps else s.max_steps, tokens
+
+
+def amounts(stream: Stream, tokens: float) -> list[dict]:
+    """What so many training tokens hold of each corpus: epochs, and tokens of text and of thoughts."""
+    whole_mix = sum(n * stream.mean_length(c) for c, n in enumerate(stream.takes))
+    rows = []
+    for c, (corpus, take) in enumerate(zip(stream.corpora, stream.takes)):
+        epochs = tokens / whole_mix * take / corpus.n_docs
+        text, thoughts = (round(epochs * n) for n in (len(corpus.tokens), stream.thought_counts[c][1]))
+        rows.append({"corpus": str(corpus.folder), "epochs": epochs, "text_tokens": text, "thought_tokens": thoughts})
+    return rows
+
+
+def start_model(s: Settings, c: Config, source: Config | None, tok: Tokenizer, device: str) -> Llama:
+    """The model with its first weights, on this rank's device, sharded if there are several."""
+    tensors = check_weights(Path(s.init_from), source) if source else None
+    model = build(c, device, lambda model: shard_model(model, s, c.dtype, device))
+    init_weights(model, s.seed) if tensors is None else load_weights(model, tensors)
+    if source and tok.new_markers:
+        add_markers(model, tok, s.marker_rows)
+    for layer in model.layers:
+        layer.recompute = s.recompute
+        if s.compile:
+            layer.compile()  # in place and block by block: quick, and no parameter changes its name
+    return model
+
+
+def train_step(model: Llama, optimizers, batches: list[Batch], n_targets: int, s: Settings, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimiser step on this rank's micro-batches; (its part of the mean loss in nats a token, gradient norm), not waited for."""
+    total = torch.zeros((), device=device)
+    for i, (ids, targets, documents) in enumerate(batches):
+        if world() > 1:
+            model.set_requires_gradient_sync(i == len(batches) - 1)
+        documents = documents if documents is None else documents.to(device, non_blocking=True)
+        loss = model(ids.to(device, non_blocking=True), targets=targets.to(device, non_blocking=True), documents=documents)
+        (loss * (world() / n_targets)).backward()  # FSDP takes the mean over ranks; we want the sum
+        total += loss.detach() / n_targets
     norm = nn.utils.clip_grad_norm_(model.parameters(), s.clip or math.inf)  # once a step, after the last micro-batch
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return float(total), float(norm)
+    return total, norm.full_tensor() if hasattr(norm, "device_mesh") else norm
 
 
-def save_checkpoint(path: Path, model, optimizers, step: int, tokens: int, seconds: float) -> None:
-    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-    with replacing(path) as temporary:
-        torch.save(state | {"step": step, "tokens": tokens, "seconds": seconds}, temporary)
+@torch.no_grad()
+def validate(model: Llama, stream: Stream, n: int, micro_rows: int, device: str) -> float:
+    """Mean loss in nats a token on the first n rows of a stream, or on one epoch if that is less: always the same ones."""
+    epoch = stream.epoch(0)
+    n = min(n, len(epoch.doc) if stream.attention == "padded" else max(1, int(epoch.starts[-1]) // stream.seq_len))
+    groups, total = math.ceil(n / (micro_rows * world())) * world(), 0.0  # each rank has as many: FSDP gathers weights in each forward
+    for ids, targets, documents in stream.micro_batches(0, n, groups, slice(rank(), None, world())):
+        total += model(ids.to(device), targets=targets.to(device), documents=documents if documents is None else documents.to(device)).item()
+    if world() > 1:
+        model.reshard()
+    return add_up(total)[0] / stream.n_targets(0, n)
 
 
-def load_checkpoint(path: Path, model, optimizers) -> tuple[int, int, float]:
-    """(step, tokens, seconds) to go on from; (0, 0, 0.0) without a checkpoint."""
-    if not path.exists():
-        return 0, 0, 0.0
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-    except Exception as e:  # torch.load has a dozen kinds for a damaged file
-        raise UserError(f"{path}: damaged ({type(e).__name__}); remove it to start from the beginning") from None
-    return state["step"], state["tokens"], state["seconds"]
+class Interrupt:
+    """SIGTERM and SIGINT ask to save and leave after the step; a second one ends the run at once."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
 
 
-def main(s: Settings) -> None:
-    device = pick_device(s.device)
-    documents = open_documents(s.corpus, s.thoughts, s.seq_len, s.seed)
-    tok = documents.tok
-    validation = open_documents(s.val_corpus, s.val_thoughts, s.seq_len, s.seed, tok) if s.val_corpus else None
-    model = Llama(make_config(s, tok.n_vocab))
-    model.init_weights(s.seed)
-    model.to(device)
-    out_dir = claim(s.out_dir, s)
+def train(s: Settings, device: str) -> None:
+    config, source, tok, stream = open_all(s)
+    validation = open_stream(s.val_corpus, s.val_thoughts, s, tok, seed=0) if s.val_corpus else None
+    steps, tokens_per_step = steps_of(s, stream)
+    if s.plan:
+        return print_plan(config, s, stream, steps, tokens_per_step, device)
+    micro_steps, micro_rows = micro_plan(s, world())
+    out_dir = Path(s.out_dir)
+    if rank() == 0:
+        claim(out_dir, s, HOW)
     if (out_dir / "config.json").exists():
         print(f"{out_dir}: complete")
         return
+    add_up()  # no rank looks for checkpoints before the first has the folder
+    model = start_model(s, config, source, tok, device)
     optimizers = make_optimizers(model, s)
-    steps = s.steps if not s.max_tokens else max(1, round(s.max_tokens / (s.batch_size * documents.mean_length())))
-    start, tokens, seconds = load_checkpoint(out_dir / "checkpoint.pt", model, optimizers)
-    n_params = sum(p.numel() for p in model.parameters())
-    epochs = steps * s.batch_size / documents.corpus.n_docs
-    print(f"{n_params:,} parameters, {steps} steps of {s.batch_size} documents, {epochs:.1f} epochs, from step {start}, on {device}")
-    progress = Progress("train", steps, "steps", done=start)
-    begin, first_tokens = time.time() - seconds, tokens
+    start, tokens, seconds = load_checkpoint(out_dir, model, optimizers)
+    n_params, peak, flops = sum(p.numel() for p in model.parameters()), this_device(device)[0], flops_per_token(config, s.seq_len)
+    print(f"{n_params:,} parameters, {steps} steps of {s.batch_size} rows ({micro_steps} x {micro_rows} on each of {world()} x {device}), from step {start}")
+    for row in amounts(stream, steps * tokens_per_step) if stream else ():
+        print(f"{row['corpus']}: {row['epochs']:.2f} epochs, {row['text_tokens']:,} tokens of text, {row['thought_tokens']:,} of thoughts")
+
+    def batches_of(step: int) -> list[Batch]:
+        return stream.micro_batches(step * s.batch_size, s.batch_size, micro_steps * world(), slice(rank(), None, world()))
+
+    interrupt, progress = Interrupt(), Progress("train", steps, "steps", done=start)
+    begin, first_tokens, waited = time.time() - seconds, tokens, 0.0
+    batches = batches_of(start) if start < steps else []
     for step in range(start, steps):
-        share = schedule(step, steps, s.warmup, s.final_lr)
+        torch.manual_seed((s.seed << 32) + step * world() + rank())  # nothing draws from it; a dropout that you add will resume exactly
+        share, done = schedule(step, steps, s.warmup, s.final_lr, s.schedule), step + 1
         for group in (g for o in optimizers for g in o.param_groups):
             group["lr"] = group["peak"] * share
-        sequences = documents.batch(step, s.batch_size)
-        loss, norm = train_step(model, optimizers, sequences, s, device)
+        n_targets = stream.n_targets(step * s.batch_size, s.batch_size)
+        loss, norm = train_step(model, optimizers, batches, n_targets, s, device)
+        tokens += n_targets + (s.batch_size if s.attention == "padded" else 0)  # the first token of a document is given, but read
+        data_begin = time.time()
+        batches = batches_of(done) if done < steps else []  # while a GPU is still at work on this step
+        waited += time.time() - data_begin
+        loss, stop = add_up(loss.item(), interrupt.signal)
         if not math.isfinite(loss):
             raise UserError(f"{out_dir}: loss is {loss} at step {step}; lower --lr or --muon_lr, and give another --out_dir")
-        tokens += sum(map(len, sequences))
-        done = step + 1
-        rate = (tokens - first_tokens) / (time.time() - progress.start)
-        progress.update(done, loss=f"{loss:.3f}", lr=f"{s.lr * share:.1e}", tokens=f"{rate:,.0f}/s")
-        if done % s.log_every == 0 or done == steps:
-            record = {"step": done, "loss": loss, "grad_norm": norm, "lr_share": share, "tokens": tokens}
-            append_jsonl(out_dir / "metrics.jsonl", record | {"seconds": round(time.time() - begin, 2)})
+        spent = time.time() - progress.start
+        rate = (tokens - first_tokens) / spent
+        figures = {"tokens_per_s": round(rate), "mfu": rate * flops / (peak * world()) if peak else None, "memory": used_memory(device), "data_share": waited / spent}
+        mfu = {"mfu": f"{figures['mfu']:.1%}" if peak else "n/a", "mem": f"{figures['memory'] / 1e9:.1f}GB", "data": f"{waited / spent:.0%}"}
+        progress.update(done, loss=f"{loss:.3f}", lr=f"{s.lr * share:.1e}", tokens=f"{rate:,.0f}/s", **mfu)
+        if rank() == 0 and (done % s.log_every == 0 or done == steps):
+            record = {"step": done, "loss": loss, "grad_norm": float(norm), "lr_share": share, "tokens": tokens}
+            append_jsonl(out_dir / "metrics.jsonl", record | figures | {"seconds": round(time.time() - begin, 2)})
         if validation and (done % s.val_every == 0 or done == steps):
-            val_loss = validate(model, validation, s.batch_size, device)
-            append_jsonl(out_dir / "metrics.jsonl", {"step": done, "val_loss": val_loss})
-        if done % s.save_every == 0 and done < steps:
-            save_checkpoint(out_dir / "checkpoint.pt", model, optimizers, done, tokens, time.time() - begin)
-    if documents.cut_tokens:
-        print(f"{documents.cut_tokens} tokens beyond --seq_len={s.seq_len} were cut off")
+            val_loss = validate(model, validation, s.val_rows, micro_rows, device)
+            if rank() == 0:
+                append_jsonl(out_dir / "metrics.jsonl", {"step": done, "val_loss": val_loss})
+        if done < steps and (stop or done % s.save_every == 0):
+            save_checkpoint(out_dir, model, optimizers, done, tokens, time.time() - begin, s.keep)
+        if done < steps and stop:
+            print(f"\n{os.path.basename(sys.argv[0])}: interrupted; saved step {done}, the same command goes on from here", file=sys.stderr)
+            sys.exit(128 + (interrupt.signal or signal.SIGTERM))
     seconds = time.time() - begin
-    report = {"steps": steps, "train_tokens": tokens, "n_params": n_params, "cut_tokens": documents.cut_tokens}
-    write_json(out_dir / "training.json", report | {"seconds": seconds, "tokens_per_s": tokens / seconds})
+    if rank() == 0:
+        cut_tokens = stream.cut_tokens(steps * s.batch_size) if steps else 0
+        if cut_tokens:
+            print(f"{cut_tokens:,} tokens beyond --seq_len={s.seq_len} were cut off")
+        report = {"steps": steps, "train_tokens": tokens, "n_params": n_params, "cut_tokens": cut_tokens, "seconds": seconds}
+        report |= {"tokens_per_s": tokens / max(seconds, 1e-9), "data": amounts(stream, tokens) if stream else []}
+        write_json(out_dir / "training.json", report)
     save_model(out_dir, model, tok)
-    (out_dir / "checkpoint.pt").unlink(missing_ok=True)
+    if rank() == 0:
+        shutil.rmtree(out_dir / "checkpoints", ignore_errors=True)
+
+
+def main(s: Settings) -> None:
+    device = join_ranks(s.device)
+    try:
+        train(s, device)
+    except torch.OutOfMemoryError as e:
+        raise UserError(f"{device}: out of memory; lower --micro_batch or --seq_len, use --recompute, or more devices ({str(e).splitlines()[0]})") from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run(main, Settings)
+    run(main, Settings, PRESETS)

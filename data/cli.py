@@ -62,8 +62,11 @@ def convert(flag: str, text: str, kind: type, low: float | None):
     return value
 
 
-def read_settings(settings: type, argv: list[str]):
-    """`--name=value ...` as an instance of the dataclass `settings`; a bare `--name` sets a bool. UserError otherwise."""
+def read_settings(settings: type, argv: list[str], presets: dict[str, dict] | None = None):
+    """`--name=value ...` as an instance of the dataclass `settings`; a bare `--name` sets a bool. UserError otherwise.
+
+    With presets, --preset names one; what it holds takes the place of the defaults.
+    """
     fields = {f.name: f for f in dataclasses.fields(settings)}
     values = {}
     for word in argv:
@@ -80,7 +83,7 @@ def read_settings(settings: type, argv: list[str]):
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING:
             raise UserError(f"--{name}=... is required: {field.metadata['help']}")
-    return settings(**values)
+    return settings(**(presets[values["preset"]] if "preset" in values else {}) | values)
 
 
 def help_text(settings: type, doc: str) -> str:
@@ -93,7 +96,7 @@ def help_text(settings: type, doc: str) -> str:
     return "\n".join(lines)
 
 
-def run(main, settings: type) -> None:
+def run(main, settings: type, presets: dict[str, dict] | None = None) -> None:
     """Read sys.argv and call main(settings). Bad input and Ctrl-C end in one line on stderr and a non-zero exit code."""
     name = os.path.basename(sys.argv[0])
     if os.environ.pop("EM_CHILD", None):
@@ -102,7 +105,7 @@ def run(main, settings: type) -> None:
         if {"--help", "-h"} & set(sys.argv[1:]):
             print(help_text(settings, sys.modules["__main__"].__doc__))
             return
-        main(read_settings(settings, sys.argv[1:]))
+        main(read_settings(settings, sys.argv[1:], presets))
         sys.stdout.flush()
     except UserError as e:
         sys.exit(f"{name}: error: {e}")
@@ -229,13 +232,13 @@ def append_jsonl(path, record: dict) -> None:
         f.write(json.dumps(record).encode() + b"\n")
 
 
-def claim(out_dir, settings) -> Path:
-    """Make out_dir and note the settings in settings.json; UserError when it was made with other ones.
+def claim(out_dir, settings, free: tuple = ("device",)) -> Path:
+    """Make out_dir and note the settings in settings.json; UserError when it was made with other ones, but for those in `free`.
 
     So a folder never mixes two runs: the same command resumes or finds it complete, another one is refused.
     """
     out_dir = Path(out_dir)
-    now = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out_dir", "device")}
+    now = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out_dir", *free)}
     if (out_dir / "settings.json").exists():
         before = read_json(out_dir / "settings.json")
         changed = [f"--{k}={before.get(k)} became {now.get(k)}" for k in sorted(now | before) if now.get(k) != before.get(k)]

@@ -185,7 +185,7 @@ def read_meta(folder: Path, kind: str) -> dict:
 
 def read_array(path: Path) -> np.ndarray:
     try:
-        return np.load(path, allow_pickle=False)
+        return np.load(path, allow_pickle=False, mmap_mode="r")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; make the folder again") from None
     except (ValueError, EOFError, OSError) as e:

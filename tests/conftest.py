@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 import train
 from data.corpus import Corpus
+from data.stream import Stream
 
 # Two letters and six special tokens: every thought of a few tokens can be written down.
 TOY = SimpleNamespace(n_vocab=8, bos=2, eos=3, sol=4, eol=5, pri=6, pos=7)
@@ -50,13 +51,13 @@ def toy_model() -> train.Llama:
         thoughts += [[], [[c], [a, c], [a, b, c]][rng.integers(3)]]
     spans = np.cumsum([0] + [len(z) for z in thoughts])
     carried = SimpleNamespace(tokens=np.concatenate(thoughts), chunks=spans, span=lambda i: thoughts[i])
-    s = train.Settings(corpus="", out_dir="", n_layer=2, n_embd=16, n_head=2, n_kv_head=1, steps=100, batch_size=32, optimizer="adamw", lr=5e-3)
-    model = train.Llama(train.make_config(s, TOY.n_vocab))
-    model.init_weights(1)
-    data = train.Documents(corpus_of(documents), carried, TOY, 64, 0)
+    s = train.Settings(n_layer=2, n_embd=16, n_head=2, n_kv_head=1, max_steps=100, batch_size=32, optimizer="adamw", lr=5e-3, seed=1)
+    model = train.start_model(s, train.make_config(s, TOY.n_vocab), None, None, "cpu")
+    data = Stream([corpus_of(documents)], [carried], TOY, 64, seed=0)
     optimizers = train.make_optimizers(model, s)
-    for step in range(s.steps):
-        train.train_step(model, optimizers, data.batch(step, s.batch_size), s, "cpu")
+    for step in range(s.max_steps):
+        first, n = step * s.batch_size, s.batch_size
+        train.train_step(model, optimizers, data.micro_batches(first, n, 1, slice(None)), data.n_targets(first, n), s, "cpu")
     return model.eval()
 
 

@@ -75,7 +75,7 @@ def test_tokenizers_that_cannot_be_represented_are_refused(tmp_path):
     make_tokenizer(TEXTS, 300).save(tmp_path)
     spec = read_json(tmp_path / "tokenizer.json")
     for change in (
-        {"normalizer": {"type": "NFC"}},
+        {"normalizer": {"type": "NFD"}},
         {"model": spec["model"] | {"type": "Unigram"}},
         {"pre_tokenizer": {"type": "Metaspace"}},
         {"model": 3},
@@ -265,12 +265,12 @@ def test_real_gsm8k(tmp_path):
 
 WRONG = [
     (["train.py", "--corpsu=x"], "did you mean --corpus?"),
-    (["train.py", "--steps=many"], "whole number"),
-    (["train.py", "--steps=0"], "at least 1"),
+    (["train.py", "--max_steps=many"], "whole number"),
+    (["train.py", "--max_steps=-1"], "at least 0"),
     (["train.py", "--lr=nan"], "finite"),
     (["train.py", "--optimizer=sgd"], "muon, adamw"),
     (["train.py", "steps=3"], "--name=value"),
-    (["train.py", "--steps"], "needs a value"),
+    (["train.py", "--max_steps"], "needs a value"),
     (["train.py", "--out_dir=x"], "--corpus=... is required"),
     (["train.py", "--corpus=no/where", "--out_dir=x"], "no/where: no such corpus folder"),
     (["infer_thoughts.py", "--corpus=c", "--model=no/model", "--out_dir=x"], "no/model: no such model folder"),

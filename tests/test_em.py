@@ -14,7 +14,7 @@ from conftest import ROOT, SHARED, script
 import em
 from data.cli import UserError
 
-TINY = ["--iterations=2", "--samples=2", "--max_new=24", "--train=--steps=40 --batch_size=16 --save_every=10", "--infer=--part_size=20"]
+TINY = ["--iterations=2", "--samples=2", "--max_new=24", "--train=--max_steps=40 --batch_size=16 --save_every=10", "--infer=--part_size=20"]
 TIMES = {"seconds", "tokens_per_s"}
 
 # Loaded by every Python process of the run: notes each file that is opened, with the script that does it.
@@ -160,6 +160,6 @@ def test_without_matplotlib_everything_else_runs(run, digits, tmp_path):
 def test_gsm8k_end_to_end(tmp_path):
     files = [f"--{part}={SHARED}/data/gsm8k/{part}.jsonl" for part in ("train", "test")]
     script("data/gsm8k.py", *files, f"--out_dir={tmp_path}/g", "--raw=300", "--heldout=100")
-    flags = ["--train=--steps=30 --batch_size=8", "--eval=--bound_docs=30", "--max_new=96", "--iterations=1"]
+    flags = ["--train=--max_steps=30 --batch_size=8", "--eval=--bound_docs=30", "--max_new=96", "--iterations=1"]
     script("em.py", f"--corpus={tmp_path}/g", f"--out_dir={tmp_path}/run", *flags, env=dict(os.environ))
     assert [r["name"] for r in results(tmp_path / "run")["rows"]] == ["raw_tokens", "raw_flops", "M0", "M1"]

@@ -48,7 +48,7 @@ def test_accuracy_counts():
 def models(digits, tmp_path_factory):
     """A latent and a raw model that know the 40 warm documents by heart."""
     out = tmp_path_factory.mktemp("models")
-    quick = ["--steps=250", "--batch_size=16"]
+    quick = ["--max_steps=250", "--batch_size=16"]
     script("train.py", f"--corpus={digits}/warm", f"--thoughts={digits}/warm_thoughts", f"--out_dir={out}/latent", *quick)
     script("train.py", f"--corpus={digits}/warm", f"--out_dir={out}/raw", *quick)
     return out

@@ -20,9 +20,8 @@ from infer_thoughts import Limits, context_of, generate, infer, log_prob, rank_i
 def test_greedy_decoding_equals_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     tok = make_tokenizer()
-    s = train.Settings(corpus="", out_dir="", n_layer=2, n_embd=32, n_head=4, n_kv_head=2, tie_embeddings=False)
-    model = train.Llama(train.make_config(s, tok.n_vocab)).eval()
-    model.init_weights(3)
+    s = train.Settings(n_layer=2, n_embd=32, n_head=4, n_kv_head=2, tie_embeddings=False, seed=3)
+    model = train.start_model(s, train.make_config(s, tok.n_vocab), None, tok, "cpu").eval()
     train.save_model(tmp_path, model, tok)
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     rng = np.random.default_rng(0)
@@ -83,7 +82,7 @@ def test_chunks_of_other_documents_are_never_context(toy_model):
 @pytest.fixture(scope="module")
 def model(digits, tmp_path_factory):
     out = tmp_path_factory.mktemp("model") / "M0"
-    script("train.py", f"--corpus={digits}/warm", f"--thoughts={digits}/warm_thoughts", f"--out_dir={out}", "--steps=60", "--batch_size=16")
+    script("train.py", f"--corpus={digits}/warm", f"--thoughts={digits}/warm_thoughts", f"--out_dir={out}", "--max_steps=60", "--batch_size=16")
     return out
 
 
