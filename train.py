@@ -183,7 +183,7 @@ class Attention(nn.Module):
         # q: [B, n_head, T, head_dim]; k, v: [B, n_kv_head, T, head_dim]
         if attend:
             y = attend(self.layer, q, k, v)
-        elif q.device.type == "cpu" and mask is None and torch.is_grad_enabled():
+        elif q.device.type == "cpu" and mask is None and torch.is_grad_enabled() and (T > 128 or q.dtype == torch.bfloat16):
             y = CausalAttention.apply(q, k, v)
         else:
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
@@ -210,14 +210,14 @@ class Block(nn.Module):
         self.post_attention_layernorm, self.mlp = RMSNorm(c.n_embd, c.norm_eps), MLP(c)
         self.recompute = False
 
-    def layers(self, x, rope, mask, attend):
+    def compute(self, x, rope, mask, attend):
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def forward(self, x, rope, mask, attend):
         if self.recompute and torch.is_grad_enabled():
-            return recompute_in_backward(self.layers, x, rope, mask, attend, use_reentrant=False)
-        return self.layers(x, rope, mask, attend)
+            return recompute_in_backward(self.compute, x, rope, mask, attend, use_reentrant=False)
+        return self.compute(x, rope, mask, attend)
 
 
 def rope_frequencies(c: Config) -> torch.Tensor:
@@ -391,15 +391,16 @@ class CausalAttention(torch.autograd.Function):
         B, _, T, d = dy.shape
         dy = CausalAttention.inside(dy, len(q) // B)
         delta = (dy * y).sum(-1, keepdim=True, dtype=torch.float32)
-        dq, dk, dv = torch.empty_like(q), torch.zeros(k.shape), torch.zeros(v.shape)
+        dq, dk, dv = torch.empty_like(q), torch.empty(k.shape), torch.empty(v.shape)
         room = torch.empty(2, q[..., 0].numel() * min(T, CausalAttention.ROWS))
         for rows, end, p in CausalAttention.blocks(q.float(), k.float(), *room):
             ds = (dy[:, rows] @ v[:, :end].mT).float().sub_(delta[:, rows]).mul_(p)
             for total, weight, x in ((dv, p, dy), (dk, ds, q)):
-                if x.dtype == torch.float32:
-                    total[:, :end].baddbmm_(weight.mT, x[:, rows])
+                part = weight.mT.to(x.dtype) @ x[:, rows]
+                if end == T:  # the first to come, and the only one with all keys
+                    total.copy_(part)
                 else:
-                    total[:, :end] += weight.mT.to(x.dtype) @ x[:, rows]
+                    total[:, :end] += part
             torch.bmm(ds.to(k.dtype), k[:, :end], out=dq[:, rows])
         return tuple(CausalAttention.outside(x, B, T).to(q.dtype) for x in (dq.mul_(d**-0.5), dk, dv))
 
@@ -433,16 +434,6 @@ SHARD_BYTES = 5_000_000_000
 HEADER_BYTES = 100_000_000  # the safetensors library reads no longer header either
 
 
-def read_object(path: Path) -> dict:
-    """read_json for files that others made."""
-    try:
-        return read_json(path)
-    except RecursionError:
-        raise UserError(f"{path}: not valid JSON (nested too deeply); fetch or make the model again") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: a folder, expected a file") from None
-
-
 def fits(value, kind: type) -> bool:
     """Whether a value of config.json can be a size (int), a factor (float), a switch or a name."""
     if kind is int:
@@ -455,7 +446,7 @@ EXPECTED = {int: "a positive whole number", float: "a positive number", bool: "t
 
 def read_config(folder: Path) -> Config:
     """config.json of a supported architecture. UserError names what is missing, wrong, or not supported: nothing is loaded approximately."""
-    path, raw = folder / "config.json", read_object(folder / "config.json")
+    path, raw = folder / "config.json", read_json(folder / "config.json")
     family = raw.get("model_type")
     if family not in (*FAMILIES,) or (raw.get("architectures") or [FAMILIES[family]]) != [FAMILIES[family]]:
         named = f"model_type {family!r:.80}, architectures {raw.get('architectures')!r:.80}"
@@ -578,7 +569,7 @@ def read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], Path]:
     """The tensors of model.safetensors, or of the shards that model.safetensors.index.json names, by our names; and that file."""
     path, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index.exists() and not path.exists():
-        path, where, tensors = index, read_object(index).get("weight_map"), {}
+        path, where, tensors = index, read_json(index).get("weight_map"), {}
         if not isinstance(where, dict) or not all(isinstance(f, str) and Path(f).name == f and f.endswith(".safetensors") for f in where.values()):
             raise UserError(f"{index}: weight_map should give a file of this folder for each tensor")
         for file in sorted({*where.values()}):
@@ -1139,7 +1130,7 @@ def start_model(s: Settings, c: Config, source: Config | None, tok: Tokenizer, d
     for layer in model.layers:
         layer.recompute = s.recompute
         if s.compile:
-            layer.compile()  # in place and block by block: quick, and no parameter changes its name
+            layer.compute = torch.compile(layer.compute)  # block by block: quick, without FSDP's hooks, and no parameter changes its name
     return model
 
 
@@ -1215,7 +1206,7 @@ def train(s: Settings, device: str) -> None:
     begin, first_tokens, waited = time.time() - seconds, tokens, 0.0
     batches = batches_of(start) if start < steps else []
     for step in range(start, steps):
-        torch.manual_seed((s.seed << 32) + step * world() + rank())  # nothing draws from it; a dropout that you add will resume exactly
+        torch.manual_seed((s.seed << 32) + step * world() + rank() & 2**63 - 1)  # nothing draws from it; a dropout that you add will resume exactly
         share, done = schedule(step, steps, s.warmup, s.final_lr, s.schedule), step + 1
         for group in (g for o in optimizers for g in o.param_groups):
             group["lr"] = group["peak"] * share

@@ -217,7 +217,9 @@ def read_json(path) -> dict:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the folder is missing or was not finished") from None
-    except ValueError as e:  # also UnicodeDecodeError
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder, expected a file") from None
+    except (ValueError, RecursionError) as e:  # also UnicodeDecodeError
         raise UserError(f"{path}: not valid JSON ({e}); make the folder again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object")

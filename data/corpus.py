@@ -185,7 +185,7 @@ def read_meta(folder: Path, kind: str) -> dict:
 
 def read_array(path: Path) -> np.ndarray:
     try:
-        return np.load(path, allow_pickle=False, mmap_mode="r")
+        return np.load(path, allow_pickle=False, mmap_mode="r").view(np.ndarray)  # slices of a np.memmap are slow to make
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; make the folder again") from None
     except (ValueError, EOFError, OSError) as e:
@@ -210,7 +210,7 @@ def read_spans(folder: Path, meta: dict) -> tuple[np.ndarray, np.ndarray]:
     size = path.stat().st_size
     if size % dtype.itemsize:
         raise UserError(f"{path}: {size} bytes is no whole number of {dtype} tokens: cut off; make the folder again")
-    tokens = np.memmap(path, dtype=dtype, mode="r") if size else np.zeros(0, dtype)
+    tokens = np.memmap(path, dtype=dtype, mode="r").view(np.ndarray) if size else np.zeros(0, dtype)
     return tokens, read_offsets(folder / "chunks.npy", len(tokens))
 
 
@@ -247,7 +247,7 @@ def write_corpus(folder, documents, tok: Tokenizer, source: dict) -> None:
             for text, is_question in document:
                 n_bytes += len(text.encode())
                 questions.append(is_question)
-                yield tok.encode(text)
+                yield tok.encode_array(text)
             docs.append(docs[-1] + len(document))
 
     with new_folder(folder) as temporary:

@@ -105,8 +105,8 @@ class Stream:
         """A document as ids; each chunk that has a thought takes the prior or the posterior form by a coin flip."""
         corpus, thoughts = self.corpora[c], self.thoughts[c]
         first, last = int(corpus.docs[doc]), int(corpus.docs[doc + 1])
-        chunks = [corpus.chunk(i) for i in range(first, last)]
-        spans = [thoughts.span(i) if thoughts else () for i in range(first, last)]
+        chunks = [corpus.chunk(i).tolist() for i in range(first, last)]
+        spans = [thoughts.span(i).tolist() if thoughts else [] for i in range(first, last)]
         forms = [RAW if not len(z) else PRIOR if prior else POSTERIOR for z, prior in zip(spans, self.coins(c, turn, first, last))]
         return layout(self.tok, chunks, spans, forms)[0]
 

@@ -128,17 +128,20 @@ class Tokenizer:
         self.encoding = tiktoken_of(pattern, ids)
 
     def encode(self, text: str) -> list[int]:
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """The ids as uint32: what a corpus is written from, without a list of Python's integers between."""
         text = self.prepare(text)
-        if self.table is None:
-            ids = self.encoding.encode_ordinary(text)
-            return self._encode_without_odd(text) if self.odd and max(ids, default=0) >= self.n_vocab else ids
         usual = self.spaced and text.isascii()
         if usual and self.fast and "  " not in text:
-            return self.fast.encode_ordinary(text)
-        ids = self.table.take(self.encoding.encode_to_numpy(text, disallowed_special=()))
+            return self.fast.encode_to_numpy(text, disallowed_special=())
+        ids = self.encoding.encode_to_numpy(text, disallowed_special=())
+        if self.table is not None:
+            ids = self.table.take(ids)
         if self.odd and not usual and np.maximum.reduce(ids, initial=0) >= self.n_vocab:
-            return [j for i in ids.tolist() for j in self.odd.get(i, (i,))] if self.spaced else self._encode_without_odd(text)
-        return ids.tolist()
+            ids = [j for i in ids.tolist() for j in self.odd.get(i, (i,))] if self.spaced else self._encode_without_odd(text)
+        return np.asarray(ids, dtype=np.uint32)
 
     def _encode_without_odd(self, text: str) -> list[int]:
         """The ids of a text with bytes that the vocabulary lacks: as in `tokenizers`, they vanish from their word before it is merged.

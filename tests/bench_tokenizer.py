@@ -75,7 +75,7 @@ def main(s: Settings) -> None:
                 prepared, n_tokens = [prepare(text) for text in texts], sum(len(tok.encode(text)) for text in texts)
                 ratios, fastest = [], float("inf")
                 for _ in range(s.repeats):
-                    theirs, ours = seconds(plain.encode_ordinary, prepared), seconds(tok.encode, texts)
+                    theirs, ours = seconds(plain.encode_ordinary, prepared), seconds(tok.encode_array, texts)
                     ratios, fastest = ratios + [theirs / ours], min(fastest, ours)
                 low, median, high = np.quantile(ratios, [0.1, 0.5, 0.9])
                 spread = f"(10% to 90%: {low:.2f} to {high:.2f})"

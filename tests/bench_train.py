@@ -69,15 +69,13 @@ def ours(folder: Path, s: Settings, dtype: str):
     train.load_weights(model, train.check_weights(folder, config))
     if s.compile:
         for layer in model.layers:
-            layer.compile()
+            layer.compute = torch.compile(layer.compute)
     optimizers = train.make_optimizers(model, settings)
     return lambda batch: float(train.train_step(model, optimizers, [batch], batch.targets.numel(), settings, s.device)[0])
 
 
 def compare(folder: Path, s: Settings, dtype: str) -> None:
-    rng = np.random.default_rng(0)
-    n_vocab = train.read_config(folder).n_vocab
-    batches = []
+    rng, n_vocab, batches = np.random.default_rng(0), train.read_config(folder).n_vocab, []
     for _ in range(s.steps):
         ids = torch.from_numpy(rng.integers(0, n_vocab, (s.rows, s.seq_len + 1)))
         batches.append(Batch(ids[:, :-1], ids[:, 1:], None))
@@ -86,12 +84,13 @@ def compare(folder: Path, s: Settings, dtype: str) -> None:
     print(f"{dtype}: first losses {losses}")
     ratios = []
     for _ in range(s.repeats):
-        speed = {}
-        for name, step in steps.items():
-            begin = time.perf_counter()
-            for batch in batches:
+        seconds = {name: [] for name in steps}
+        for batch in batches:  # step by step in turn, and medians: another program's burst hits both, or counts little
+            for name, step in steps.items():
+                begin = time.perf_counter()
                 step(batch)
-            speed[name] = s.steps * s.rows * s.seq_len / (time.perf_counter() - begin)
+                seconds[name].append(time.perf_counter() - begin)
+        speed = {name: s.rows * s.seq_len / np.median(times) for name, times in seconds.items()}
         ratios.append(speed["ours"] / speed["transformers"])
         print(f"  ours {speed['ours']:,.0f} tokens/s | transformers {speed['transformers']:,.0f} tokens/s | ratio {ratios[-1]:.2f}", flush=True)
     print(f"{dtype}: median ratio {np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")

@@ -50,7 +50,7 @@ def toy_model() -> train.Llama:
         documents.append([[a, b], [b, a, c]])
         thoughts += [[], [[c], [a, c], [a, b, c]][rng.integers(3)]]
     spans = np.cumsum([0] + [len(z) for z in thoughts])
-    carried = SimpleNamespace(tokens=np.concatenate(thoughts), chunks=spans, span=lambda i: thoughts[i])
+    carried = SimpleNamespace(tokens=np.concatenate(thoughts), chunks=spans, span=lambda i: np.array(thoughts[i]))
     s = train.Settings(n_layer=2, n_embd=16, n_head=2, n_kv_head=1, max_steps=100, batch_size=32, optimizer="adamw", lr=5e-3, seed=1)
     model = train.start_model(s, train.make_config(s, TOY.n_vocab), None, None, "cpu")
     data = Stream([corpus_of(documents)], [carried], TOY, 64, seed=0)

@@ -44,8 +44,8 @@ def random_texts(n: int, seed: int = 0) -> list[str]:
     kind = {}
     for c in everything:
         kind.setdefault(unicodedata.category(c), []).append(c)
-    pools = [everything, everything[:128], everything[:0x800], everything[0x3000:0xD800], kind["Mn"], kind["Lo"], kind["Nd"], kind["No"] + kind["Nl"],
-             kind["Zs"] + list("\t\n\r\x0b\x0c\x1c\x85\u2028\u2029\u200b"), kind["Cc"] + kind["Cf"], everything[0x1F300 - 0x800 : 0x1FB00 - 0x800],
+    pools = [everything, everything[:128], everything[:0x800], everything[0x3000:0xD800], kind["Mn"], kind["Lo"], kind["Nd"],
+             kind["No"] + kind["Nl"], kind["Zs"] + list("\t\n\r\x0b\x0c\x1c\x85\u2028\u2029\u200b"), kind["Cc"] + kind["Cf"], everything[0x1F300 - 0x800 : 0x1FB00 - 0x800],
              kind["Ll"] + kind["Lu"] + kind["Lt"], list("'sStTmMdDlLrReEvV\u017f\u212a"), list(" \n▁aé5数"), ["\r\n", "  ", "'ll", "'RE", "the ", " 12"],
              list("\x04\x06\x13\x14\x16\x1d\U00045678\U00089abc!?ab "), list("\U00011de0\U00016ff4\u0660\u00b2 1a\n\t")]  # fmt: skip
     texts = []
@@ -263,7 +263,7 @@ def test_saved_real_tokenizers_open_in_transformers(real, name, tmp_path):
     tok = load_tokenizer(folder)
     tok.save(tmp_path)
     theirs, original = (transformers.AutoTokenizer.from_pretrained(where) for where in (tmp_path, folder))
-    plain = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)  # for AutoTokenizer, Llama 2 is a class with its own idea of first spaces
+    plain = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)  # AutoTokenizer's class for Llama 2 has its own first spaces
     assert theirs.convert_tokens_to_ids(list(MARKERS)) == tok.new_markers and theirs.eos_token_id == tok.eos and theirs.bos_token_id == tok.bos
     assert load_tokenizer(tmp_path).sha256 == tok.sha256
     for text in ["Hello world  5 apples", " two", "naïve 数学 🎉", *random_texts(200, seed=5)]:

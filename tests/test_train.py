@@ -84,7 +84,7 @@ def packed_stream(attention="packed", n_docs=40, seq_len=16, seed=0, **more):
 def carried(spans: list[list[int]]) -> SimpleNamespace:
     """Thoughts in memory."""
     offsets = np.cumsum([0] + [len(z) for z in spans])
-    return SimpleNamespace(tokens=np.concatenate([np.array(z, dtype=np.int64) for z in spans]), chunks=offsets, span=lambda i: spans[i])
+    return SimpleNamespace(tokens=np.concatenate([np.array(z, dtype=np.int64) for z in spans]), chunks=offsets, span=lambda i: np.array(spans[i], dtype=np.int64))
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -128,6 +128,21 @@ def test_document_attention_is_a_document_a_row():
     alone = sum(model(row[None, a : b - 1], targets=row[None, a + 1 : b]).item() for a, b in zip(cuts, cuts[1:]) if b - a > 1)
     assert whole == pytest.approx(alone, rel=1e-5)
     assert model(batch.ids, targets=torch.where(keep, batch.targets, -1)).item() != pytest.approx(alone, rel=1e-3)  # across documents
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 2, 150, 16), (3, 2, 1, 64, 8), (1, 4, 4, 65, 32), (2, 3, 3, 7, 8)])  # B, heads, key heads, T, d
+def test_causal_attention_equals_torchs(shape):
+    B, n, n_kv, T, d = shape
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(B, T, h, d).transpose(1, 2).requires_grad_() for h in (n, n_kv, n_kv))
+    dy, results = torch.randn(B, n, T, d), []
+    for f in (train.CausalAttention.apply, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=n != n_kv)):
+        y = f(q, k, v)
+        results.append((y, *torch.autograd.grad(y, (q, k, v), dy)))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+    rounded = train.CausalAttention.apply(*(x.bfloat16() for x in (q, k, v)))
+    torch.testing.assert_close(rounded.float(), results[1][0], atol=0.03, rtol=0.03)
 
 
 # ---------------------------------------------------------------------------------------------------- loss
@@ -321,6 +336,50 @@ def test_learns_and_reports(digits, tmp_path):
         ).stdout
     )
     assert "--lr=0.004 became 0.5" in script("train.py", *run_train(digits, out, "--lr=0.5"), code=1).stderr
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_plan_is_what_a_model_takes(optimizer):
+    s = train.Settings(n_layer=4, n_embd=128, n_head=4, n_kv_head=2, seq_len=128, batch_size=4, optimizer=optimizer, attention="packed")
+    c = train.make_config(s, 1000)
+    model = train.start_model(s, c, None, None, "cpu")
+    weights, kept, held = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}, []
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in weights:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        held.append(t)  # so that no address is used twice
+        return t
+
+    ids = torch.randint(0, 1000, (4, 129))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model(ids[:, :-1], targets=ids[:, 1:])
+    loss.backward()
+    parts, n = train.memory(c, s, 1, 4, 1), sum(p.numel() for p in model.parameters())
+    state = sum(v.numel() for o in train.make_optimizers(model, s) for values in o.state.values() for v in values.values() if v.ndim)
+    assert parts["weights"] == parts["gradients"] == 4 * n == 4 * sum(p.grad.numel() for p in model.parameters())
+    assert parts["optimiser"] == 4 * state and parts["their copies for computing"] == 0
+    assert sum(kept.values()) == pytest.approx(parts["activations"] + 4 * 512 * 1000, rel=0.25)
+    s.recompute = True
+    assert train.memory(c, s, 1, 4, 1)["activations"] < 0.5 * parts["activations"]
+    assert train.memory(c, s, 8, 4, 2)["weights"] == parts["weights"] / 8
+
+
+def test_flops_by_hand():
+    s = train.Settings(n_layer=3, n_embd=32, n_head=4, n_kv_head=2, n_hidden=80, tie_embeddings=False)
+    n = 3 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 80 + 2 * 32) + 32 + 500 * 32
+    assert train.flops_per_token(train.make_config(s, 500), 100) == 6 * n + 12 * 3 * 32 * 100
+
+
+def test_plan_prints_and_writes_nothing(digits, tmp_path):
+    out = script("train.py", *run_train(digits, tmp_path / "m", "--plan")).stdout
+    assert all(word in out for word in ("of thoughts", "parameters", "weights", "gradients", "optimiser", "activations", "logits", "FLOPs", "hours", "epochs"))
+    assert not (tmp_path / "m").exists()
+    big = ["--preset=tinyllama-1.1b", "--plan"]
+    out = script("train.py", *big, "--plan_device=8xH100").stdout
+    assert "1,100,064,768" in out and "33,060, 12,999,720,960 tokens" in out and "8 x H100" in out
+    assert "lower --micro_batch" in script("train.py", *big, "--plan_device=3090", code=1).stderr
+    assert "expected a number and one of" in script("train.py", *big, "--plan_device=8xabacus", code=1).stderr
 
 
 def test_token_budget(digits, tmp_path):

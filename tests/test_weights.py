@@ -211,7 +211,7 @@ def unmarked(tmp_path) -> Path:
     folder = tmp_path / "unmarked"
     folder.mkdir()
     tok = without_markers(folder)
-    model = new_model(n_embd=64, tie_embeddings=False)
+    model = new_model(n_embd=256, tie_embeddings=False)
     model.config.n_vocab = tok.n_base
     for weight in (model.embed_tokens.weight, model.lm_head.weight):
         weight.data = weight.data[: tok.n_base]
@@ -232,7 +232,7 @@ def test_markers_get_random_rows_or_those_of_words(unmarked, tmp_path):
                 assert torch.equal(after[name][-4:], t[words])
     after = train.read_safetensors(tmp_path / "random/model.safetensors")
     random_rows = [after[name][-4:] for name in ("lm_head.weight", "model.embed_tokens.weight")]
-    assert all((r.abs() <= 3 / 8).all() and 0.1 < r.std() < 0.15 for r in random_rows) and not torch.equal(*random_rows)
+    assert all(r.abs().max() == 3 / 16 and 0.058 < r.std() < 0.066 for r in random_rows) and not torch.equal(*random_rows)
     assert train.read_config(tmp_path / "words").n_vocab == tok.n_vocab
 
 
@@ -243,7 +243,7 @@ def test_markers_take_rows_that_pad_the_embedding(unmarked, tmp_path):
     safetensors_torch.save_file(padded, unmarked / "model.safetensors")
     edit_json(unmarked / "config.json", vocab_size=tok.n_base + 50)
     after = add_markers(unmarked, tmp_path / "out")["model.embed_tokens.weight"]
-    assert len(after) == tok.n_base + 50 and (after[tok.n_vocab :] == 7).all() and after[tok.n_base : tok.n_vocab].abs().max() <= 3 / 8
+    assert len(after) == tok.n_base + 50 and (after[tok.n_vocab :] == 7).all() and after[tok.n_base : tok.n_vocab].abs().max() <= 3 / 16
     train.load_model(tmp_path / "out")
 
 
@@ -361,11 +361,12 @@ DAMAGES = {  # what is done to a good folder -> parts of the message
     "shape of strings": (lambda f: entry(f, NORM, shape=["32"]), W, NORM, "shape"),
     "shape of bools": (lambda f: entry(f, NORM, shape=[32, True]), W, NORM, "shape"),
     "shape a number": (lambda f: entry(f, NORM, shape=32), W, NORM, "shape"),
-    "shape of 100,000 numbers": (lambda f: entry(f, NORM, shape=[2**62] * 100_000), W, NORM, "shape"),
+    "shape of 100,000 numbers": (lambda f: entry(f, NORM, shape=[2**59] * 100_000), W, NORM, "shape"),
     "negative offsets": (lambda f: entry(f, NORM, data_offsets=[-128, 0]), W, NORM, "data_offsets"),
     "offsets of floats": (lambda f: entry(f, EMBED, data_offsets=[0.0, 4.0 * 32 * TOK.n_vocab]), W, EMBED, "data_offsets"),
     "offsets of bools": (lambda f: entry(f, EMBED, data_offsets=[False, 4 * 32 * TOK.n_vocab]), W, EMBED, "data_offsets"),
     "offsets of strings": (lambda f: entry(f, NORM, data_offsets=["0", "128"]), W, NORM, "data_offsets"),
+    "one offset": (lambda f: entry(f, NORM, data_offsets=[0]), W, NORM, "data_offsets"),
     "three offsets": (lambda f: entry(f, NORM, data_offsets=[0, 1, 2]), W, NORM, "data_offsets"),
     "overlapping tensors": (lambda f: entry(f, NORM, data_offsets=[0, 128]), W, "right behind the tensor before"),
     "a gap between tensors": (lambda f: entry(f, EMBED, shape=[TOK.n_vocab - 1, 32], data_offsets=[0, 4 * 32 * (TOK.n_vocab - 1)]), W, "right behind the tensor before"),
@@ -539,7 +540,7 @@ def test_damaged_bytes_are_refused_or_harmless(file, good, tmp_path):
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(300):
         (tmp_path / "m" / file).write_bytes(mutated(raw[:head], rng) + raw[head:])
-        signal.alarm(5)  # kills a hang; loading takes milliseconds
+        signal.alarm(60)  # ends a hang; loading takes milliseconds
         try:
             model, _ = train.load_model(tmp_path / "m")
             assert all(p.isfinite().all() for p in model.parameters())
@@ -556,7 +557,7 @@ def test_damaged_bytes_are_refused_or_harmless(file, good, tmp_path):
 
 
 @pytest.mark.parametrize("tie", [True, False])
-@pytest.mark.parametrize("shard_bytes", [10**9, 40_000, 1])
+@pytest.mark.parametrize("shard_bytes", [10**9, 40_000, 20_000, 1])
 def test_shards_are_hugging_faces_and_open_in_its_library(tie, shard_bytes, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SHARD_BYTES", shard_bytes)
     model = new_model(tie_embeddings=tie)
@@ -571,6 +572,7 @@ def test_shards_are_hugging_faces_and_open_in_its_library(tie, shard_bytes, tmp_
     held = {}
     for path in sorted((tmp_path / "ours").glob("*.safetensors")):
         part = safetensors_torch.load_file(path)
+        assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0  # so that the values are aligned
         assert len(part) == 1 or sum(t.nbytes for t in part.values()) <= shard_bytes
         held |= part
     expected = {(k if k == "lm_head.weight" else f"model.{k}"): p for k, p in model.named_parameters()}
