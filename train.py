@@ -17,12 +17,11 @@ A chunk without a thought is written as x alone. The loss is the mean cross-entr
 
 --init_from and --out_dir are model folders in Hugging Face's layout (config.json, model.safetensors, tokenizer files): what the hub
 has opens here, what is written here opens in transformers. The same command goes on where a run was cut off, also on another number of
-devices, and on the same number it ends in the same weights: whatever is random is a function of --seed and the position in the stream,
-so a checkpoint holds weights, optimiser state and the step, nothing else. Checkpoints (torch.distributed.checkpoint) contain a pickle:
+devices; on a CPU and the same number of processes it ends in the same weights, bit for bit. Whatever is random is a function of --seed and
+the position in the stream, so a checkpoint holds weights, optimiser state and the step, nothing else. Checkpoints (torch.distributed.checkpoint) contain a pickle:
 resume only your own. Source: Ruan, Band, Maddison, Hashimoto 2025, arXiv 2503.18866, sections 3 and 4.
 """
 
-import json
 import math
 import os
 import shutil
@@ -40,8 +39,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-from data.cli import Progress, UserError, append_jsonl, claim, opt, read_json, replacing, run, write_json
+from data.cli import Progress, UserError, append_jsonl, claim, opt, read_json, run, write_json
 from data.corpus import open_corpus, open_thoughts
+from data.safetensors import read_safetensors, write_safetensors
 from data.stream import Batch, Stream
 from data.tokenizer import Tokenizer, load_tokenizer
 
@@ -186,7 +186,10 @@ class Attention(nn.Module):
         elif q.device.type == "cpu" and mask is None and torch.is_grad_enabled() and (T > 128 or q.dtype == torch.bfloat16):
             y = CausalAttention.apply(q, k, v)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+            group = q.shape[1] // k.shape[1]
+            if q.is_cuda and (mask is not None or q.dtype == torch.float32):  # no fused kernel there takes fewer key heads
+                k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=group > 1)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # [B, T, n_embd]
 
 
@@ -234,7 +237,7 @@ def rope_frequencies(c: Config) -> torch.Tensor:
 
 def rope_table(positions: torch.Tensor, c: Config) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin for positions [B or 1, T]: each [B or 1, 1, T, head_dim], the halves alike (Hugging Face's order)."""
-    angle = positions[:, None, :, None].float() * rope_frequencies(c).to(positions.device)  # [B, 1, T, head_dim / 2]
+    angle = positions[:, None, :, None].float() * rope_frequencies(c).to(positions.device, non_blocking=True)  # [B, 1, T, head_dim / 2]
     angle = torch.cat((angle, angle), dim=-1)
     dtype = getattr(torch, c.dtype)
     return angle.cos().to(dtype), angle.sin().to(dtype)
@@ -429,9 +432,7 @@ HF_NAMES = {  # our name -> config.json's
 }  # fmt: skip
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
 SHARD_BYTES = 5_000_000_000
-HEADER_BYTES = 100_000_000  # the safetensors library reads no longer header either
 
 
 def fits(value, kind: type) -> bool:
@@ -504,67 +505,6 @@ def write_config(folder: Path, c: Config, tok: Tokenizer) -> None:
     write_json(folder / "config.json", raw)
 
 
-def write_safetensors(path, shapes: dict[str, list[int]], values, dtype: torch.dtype) -> None:
-    """8 bytes of header length, a JSON header, then the raw values end to end (the safetensors format). `values` gives a tensor a name."""
-    name_of = {v: k for k, v in DTYPES.items()}[dtype]
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in shapes.items():
-        size = math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": name_of, "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    raw = json.dumps(header).encode()
-    raw += b" " * (-len(raw) % 8)
-    with replacing(path) as temporary, open(temporary, "wb") as f:
-        f.write(len(raw).to_bytes(8, "little") + raw)
-        for t in values:
-            f.write(t.to(dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
-
-
-def read_safetensors(path) -> dict[str, torch.Tensor]:
-    """All tensors of a file, memory-mapped: nothing is read before it is used. UserError when it is missing, cut off or not of that format."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; the model folder is missing or was not finished")
-    size = path.stat().st_size
-    try:
-        with open(path, "rb") as f:
-            start = 8 + int.from_bytes(f.read(8), "little")
-            if size < 8 or start > min(size, HEADER_BYTES):
-                raise ValueError("the header is longer than the file, or than any real one")
-            header = json.loads(f.read(start - 8))
-        if not isinstance(header, dict):
-            raise ValueError("the header is not an object")
-        header.pop("__metadata__", None)
-        for name, t in header.items():
-            check_entry(name, t)
-        raw, tensors, end = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8), {}, 0
-        for name, t in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape, (first, last) = DTYPES[t["dtype"]], t["shape"], t["data_offsets"]
-            if first != end or last - first != dtype.itemsize * math.prod(shape) or start + last > size:
-                raise ValueError(f"{name}: bytes {first} to {last} do not hold {shape} of {t['dtype']} right behind the tensor before")
-            data = raw[start + first : start + last]
-            tensors[name] = (data if (start + first) % 4 == 0 else data.clone()).view(dtype).view(shape)
-            end = last
-        if start + end != size:
-            raise ValueError(f"{size} bytes, the header says {start + end}")
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: damaged ({e}); fetch or make the model again") from None
-    return tensors
-
-
-def check_entry(name: str, t) -> None:
-    """ValueError for a header entry that is not {"dtype": name, "shape": [...], "data_offsets": [first, last]}."""
-    if not name.isprintable() or not isinstance(t, dict):
-        raise ValueError(f"{name!r:.80} is {t!r:.80}, expected the description of a tensor")
-    if t.get("dtype") not in (*DTYPES,):
-        raise ValueError(f"{name:.80} has dtype {t.get('dtype')!r:.80}; {', '.join(DTYPES)} are supported")
-    for key, most in (("shape", 8), ("data_offsets", 2)):
-        numbers = t.get(key)
-        whole_numbers = isinstance(numbers, list) and len(numbers) <= most and all(type(n) is int and 0 <= n < 2**60 for n in numbers)
-        if not whole_numbers or key == "data_offsets" and len(numbers) != 2:
-            raise ValueError(f"{name:.80}: {key} is {numbers!r:.80}, expected {'two' if most == 2 else 'a few'} whole numbers")
-
-
 def read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], Path]:
     """The tensors of model.safetensors, or of the shards that model.safetensors.index.json names, by our names; and that file."""
     path, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -587,7 +527,7 @@ def read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], Path]:
 
 
 def check_weights(folder: Path, c: Config) -> dict[str, torch.Tensor]:
-    """A folder's tensors, which are exactly those that its configuration describes; from their headers, before anything is allocated."""
+    """A folder's tensors, which are exactly those that its configuration describes, and finite; checked before the model is made."""
     tensors, path = read_weights(folder)
     if f"layers.{c.n_layer - 1}.mlp.up_proj.weight" not in tensors:
         raise UserError(f"{path}: model.layers.{c.n_layer - 1}.mlp.up_proj.weight is missing, but config.json has num_hidden_layers {c.n_layer}")
@@ -737,10 +677,12 @@ def join_ranks(device: str) -> str:
     """Under torchrun: join the other ranks, and keep all but the first quiet. The device of this rank."""
     if "WORLD_SIZE" not in os.environ:
         return pick_device(device)
-    device = pick_device(device)
-    if device == "cuda":
+    if device.startswith("cuda:"):
+        raise UserError(f"--device={device}: torchrun gives each process a device; leave it out, or --device=cuda")
+    if torch.cuda.is_available() and device in ("", "cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
+    device = pick_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     if rank():
         sys.stdout = open(os.devnull, "w")
@@ -797,8 +739,8 @@ def newton_schulz(g: torch.Tensor, rounds: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024). For 2-D weights; those of one shape are updated together. A sharded matrix is
-    gathered and orthogonalised on every rank: right, but the work is not shared."""
+    """Momentum, orthogonalised (Jordan et al. 2024). For 2-D weights; on a CPU those of one shape are updated together. A sharded matrix
+    is gathered and orthogonalised on every rank: right, but the work is not shared."""
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -808,8 +750,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             by_shape = {}
             for p in group["params"]:
-                by_shape.setdefault((p.shape, p if hasattr(p, "device_mesh") else None), []).append(p)
-            for ((rows, cols), sharded), params in by_shape.items():
+                by_shape.setdefault((p.shape, None if type(p) is nn.Parameter and p.device.type == "cpu" else p), []).append(p)
+            for ((rows, cols), alone), params in by_shape.items():
+                sharded = alone if hasattr(alone, "device_mesh") else None
                 momentum = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
                 grads = [p.grad for p in params]
                 torch._foreach_lerp_(momentum, grads, 1 - group["momentum"])
@@ -896,7 +839,7 @@ def save_checkpoint(out_dir: Path, model, optimizers, step: int, tokens: int, se
         dcp.save(state, checkpoint_id=temporary, no_dist=not dist.is_initialized())
     except dcp.CheckpointException as e:
         [error, _] = next(iter(e.failures.values()))
-        raise UserError(f"{temporary}: cannot be written ({str(error).splitlines()[0]}); the same command goes on from the checkpoint before") from None
+        raise UserError(f"{temporary}: cannot be written ({str(error).splitlines()[0]}); the same command goes on from the one before") from None
     if rank() == 0:
         os.rename(temporary, path)
         for old in checkpoints(out_dir)[:-keep]:
@@ -906,10 +849,13 @@ def save_checkpoint(out_dir: Path, model, optimizers, step: int, tokens: int, se
 
 def load_checkpoint(out_dir: Path, model, optimizers) -> tuple[int, int, float]:
     """(step, tokens, seconds) of the newest checkpoint, which is read into model and optimisers; zeros without one. Any number of ranks."""
-    if not checkpoints(out_dir):
+    [newest] = add_up(max((int(path.name) for path in checkpoints(out_dir)), default=0) if rank() == 0 else 0)  # the first rank decides
+    if not newest:
         return 0, 0, 0.0
     dcp = checkpoint_library()
-    path = checkpoints(out_dir)[-1]
+    path = out_dir / "checkpoints" / f"{newest:08.0f}"
+    if add_up(path.exists())[0] < world():
+        raise UserError(f"{path}: not there on every machine; --out_dir must be on a file system that all of them share")
     state = training_state(model, optimizers) | {"progress": torch.zeros(3, dtype=torch.float64)}
     try:
         dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
@@ -935,7 +881,8 @@ def sizes(c: Config) -> dict[str, int]:
     """Number of parameters: all, of a block, of a block's matrices, and those that multiply (all but an input embedding of its own)."""
     with torch.device("meta"):
         model = Llama(c)
-    n, block, matrices = (sum(p.numel() for p in m.parameters() if p.ndim >= low) for m, low in ((model, 1), (model.layers[0], 1), (model.layers[0], 2)))
+    n, block = (sum(p.numel() for p in module.parameters()) for module in (model, model.layers[0]))
+    matrices = sum(p.numel() for p in model.layers[0].parameters() if p.ndim == 2)
     return {"all": n, "block": block, "matrices": matrices, "multiplying": n - (0 if c.tie_embeddings else c.n_vocab * c.n_embd)}
 
 
@@ -1021,7 +968,7 @@ def measured_peak(device: str, dtype: torch.dtype) -> float:
 def used_memory(device: str) -> int:
     """Peak bytes so far: of the device, or resident ones of this process; 0 where the system does not tell."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     try:
         import resource
     except ImportError:  # Windows
@@ -1103,29 +1050,26 @@ def micro_plan(s: Settings, n_devices: int) -> tuple[int, int]:
 
 def steps_of(s: Settings, stream: Stream | None) -> tuple[int, float]:
     """(optimiser steps, expected tokens of each)."""
-    tokens = s.batch_size * s.seq_len
-    if s.attention == "padded" and stream:
-        tokens = s.batch_size * sum(n * stream.mean_length(c) for c, n in enumerate(stream.takes)) / sum(stream.takes)
+    tokens = s.batch_size * (stream.mean_row() if stream else s.seq_len)
     return max(1, round(s.max_tokens / tokens)) if s.max_tokens and s.max_steps else s.max_steps, tokens
 
 
 def amounts(stream: Stream, tokens: float) -> list[dict]:
     """What so many training tokens hold of each corpus: epochs, and tokens of text and of thoughts."""
-    whole_mix = sum(n * stream.mean_length(c) for c, n in enumerate(stream.takes))
+    documents = tokens / stream.mean_row() if stream.attention == "padded" else tokens / stream.mean_document()
     rows = []
     for c, (corpus, take) in enumerate(zip(stream.corpora, stream.takes)):
-        epochs = tokens / whole_mix * take / corpus.n_docs
+        epochs = documents / sum(stream.takes) * take / corpus.n_docs
         text, thoughts = (round(epochs * n) for n in (len(corpus.tokens), stream.thought_counts[c][1]))
         rows.append({"corpus": str(corpus.folder), "epochs": epochs, "text_tokens": text, "thought_tokens": thoughts})
     return rows
 
 
-def start_model(s: Settings, c: Config, source: Config | None, tok: Tokenizer, device: str) -> Llama:
-    """The model with its first weights, on this rank's device, sharded if there are several."""
-    tensors = check_weights(Path(s.init_from), source) if source else None
+def start_model(s: Settings, c: Config, tensors: dict | None, tok: Tokenizer | None, device: str) -> Llama:
+    """The model with its first weights, new ones or those of a folder, on this rank's device; sharded if there are several."""
     model = build(c, device, lambda model: shard_model(model, s, c.dtype, device))
     init_weights(model, s.seed) if tensors is None else load_weights(model, tensors)
-    if source and tok.new_markers:
+    if tensors is not None and tok.new_markers:
         add_markers(model, tok, s.marker_rows)
     for layer in model.layers:
         layer.recompute = s.recompute
@@ -1165,16 +1109,45 @@ def validate(model: Llama, stream: Stream, n: int, micro_rows: int, device: str)
 
 
 class Interrupt:
-    """SIGTERM and SIGINT ask to save and leave after the step; a second one ends the run at once."""
+    """SIGTERM and SIGINT ask to save and leave after the step; one more, 5 seconds later, ends the run at once. (A job's manager and
+    torchrun may each send one. torchrun kills what is still there after 30 seconds.)"""
 
     def __init__(self):
-        self.signal = 0
+        self.signal, self.when = 0, math.inf
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.note)
 
     def note(self, number, frame) -> None:
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        if time.time() > self.when + 5:
+            os._exit(128 + number)
+        self.signal, self.when = number, min(self.when, time.time())
+
+
+class Log:
+    """One line on the terminal and one in metrics.jsonl: what a step did, and how fast (the speed counts from this start of the run)."""
+
+    def __init__(self, s: Settings, c: Config, device: str, steps: int, start: int, tokens: int, seconds: float):
+        self.s, self.device, self.steps, self.first_tokens = s, device, steps, tokens
+        self.progress, self.begin, self.data_seconds = Progress("train", steps, "steps", done=start), time.time() - seconds, 0.0
+        self.peak, self.flops = this_device(device)[0], flops_per_token(c, s.seq_len)
+
+    def seconds(self) -> float:
+        """Spent on this run, before an interruption, too."""
+        return time.time() - self.begin
+
+    def step(self, done: int, loss: float, norm: float, share: float, tokens: int) -> None:
+        spent = time.time() - self.progress.start
+        rate, memory, data = (tokens - self.first_tokens) / spent, used_memory(self.device), self.data_seconds / spent
+        mfu = rate * self.flops / (self.peak * world()) if self.peak else None
+        shown = {"loss": f"{loss:.3f}", "lr": f"{self.s.lr * share:.1e}", "tokens": f"{rate:,.0f}/s", "mfu": f"{mfu:.1%}" if mfu else "n/a"}
+        self.progress.update(done, **shown, mem=f"{memory / 1e9:.1f}GB", data=f"{data:.0%}")
+        if done % self.s.log_every == 0 or done == self.steps:
+            speed = {"tokens_per_s": round(rate), "mfu": mfu, "memory": memory, "data_share": data, "seconds": round(self.seconds(), 2)}
+            self.write({"step": done, "loss": loss, "grad_norm": norm, "lr_share": share, "tokens": tokens} | speed)
+
+    def write(self, record: dict) -> None:
+        if rank() == 0:
+            append_jsonl(Path(self.s.out_dir) / "metrics.jsonl", record)
 
 
 def train(s: Settings, device: str) -> None:
@@ -1185,58 +1158,51 @@ def train(s: Settings, device: str) -> None:
         return print_plan(config, s, stream, steps, tokens_per_step, device)
     micro_steps, micro_rows = micro_plan(s, world())
     out_dir = Path(s.out_dir)
+    tensors = check_weights(Path(s.init_from), source) if source and not (out_dir / "config.json").exists() else None
     if rank() == 0:
+        if (out_dir / "config.json").exists() and not (out_dir / "settings.json").exists():
+            raise UserError(f"{out_dir}: holds a model that train.py did not make; give another --out_dir")
         claim(out_dir, s, HOW)
     if (out_dir / "config.json").exists():
         print(f"{out_dir}: complete")
         return
-    add_up()  # no rank looks for checkpoints before the first has the folder
-    model = start_model(s, config, source, tok, device)
+    add_up(0)  # no rank looks for checkpoints before the first has the folder
+    model = start_model(s, config, tensors, tok, device)
     optimizers = make_optimizers(model, s)
     start, tokens, seconds = load_checkpoint(out_dir, model, optimizers)
-    n_params, peak, flops = sum(p.numel() for p in model.parameters()), this_device(device)[0], flops_per_token(config, s.seq_len)
+    n_params = sum(p.numel() for p in model.parameters())
     print(f"{n_params:,} parameters, {steps} steps of {s.batch_size} rows ({micro_steps} x {micro_rows} on each of {world()} x {device}), from step {start}")
-    for row in amounts(stream, steps * tokens_per_step) if stream else ():
+    for row in amounts(stream, steps * tokens_per_step) if steps else ():
         print(f"{row['corpus']}: {row['epochs']:.2f} epochs, {row['text_tokens']:,} tokens of text, {row['thought_tokens']:,} of thoughts")
 
     def batches_of(step: int) -> list[Batch]:
-        return stream.micro_batches(step * s.batch_size, s.batch_size, micro_steps * world(), slice(rank(), None, world()))
+        mine = slice(rank(), None, world())
+        return stream.micro_batches(step * s.batch_size, s.batch_size, micro_steps * world(), mine) if step < steps else []
 
-    interrupt, progress = Interrupt(), Progress("train", steps, "steps", done=start)
-    begin, first_tokens, waited = time.time() - seconds, tokens, 0.0
-    batches = batches_of(start) if start < steps else []
+    interrupt, log, batches = Interrupt(), Log(s, config, device, steps, start, tokens, seconds), batches_of(start)
     for step in range(start, steps):
-        torch.manual_seed((s.seed << 32) + step * world() + rank() & 2**63 - 1)  # nothing draws from it; a dropout that you add will resume exactly
+        torch.manual_seed((s.seed << 32) + step * world() + rank() & 2**63 - 1)  # nothing draws from it; a dropout that you add resumes exactly
         share, done = schedule(step, steps, s.warmup, s.final_lr, s.schedule), step + 1
         for group in (g for o in optimizers for g in o.param_groups):
             group["lr"] = group["peak"] * share
         n_targets = stream.n_targets(step * s.batch_size, s.batch_size)
         loss, norm = train_step(model, optimizers, batches, n_targets, s, device)
-        tokens += n_targets + (s.batch_size if s.attention == "padded" else 0)  # the first token of a document is given, but read
+        tokens += n_targets + (s.batch_size if s.attention == "padded" else 0)  # a document's first token is given, but read
         data_begin = time.time()
-        batches = batches_of(done) if done < steps else []  # while a GPU is still at work on this step
-        waited += time.time() - data_begin
-        loss, stop = add_up(loss.item(), interrupt.signal)
-        if not math.isfinite(loss):
-            raise UserError(f"{out_dir}: loss is {loss} at step {step}; lower --lr or --muon_lr, and give another --out_dir")
-        spent = time.time() - progress.start
-        rate = (tokens - first_tokens) / spent
-        figures = {"tokens_per_s": round(rate), "mfu": rate * flops / (peak * world()) if peak else None, "memory": used_memory(device), "data_share": waited / spent}
-        mfu = {"mfu": f"{figures['mfu']:.1%}" if peak else "n/a", "mem": f"{figures['memory'] / 1e9:.1f}GB", "data": f"{waited / spent:.0%}"}
-        progress.update(done, loss=f"{loss:.3f}", lr=f"{s.lr * share:.1e}", tokens=f"{rate:,.0f}/s", **mfu)
-        if rank() == 0 and (done % s.log_every == 0 or done == steps):
-            record = {"step": done, "loss": loss, "grad_norm": float(norm), "lr_share": share, "tokens": tokens}
-            append_jsonl(out_dir / "metrics.jsonl", record | figures | {"seconds": round(time.time() - begin, 2)})
+        batches = batches_of(done)  # while a GPU is still at work on this step: then this time is no wait
+        log.data_seconds += time.time() - data_begin
+        (loss, stop), norm = add_up(loss.item(), interrupt.signal), float(norm)
+        if not math.isfinite(loss + norm):
+            raise UserError(f"{out_dir}: loss {loss}, gradient norm {norm} at step {step}; lower --lr or --muon_lr, and give another --out_dir")
+        log.step(done, loss, norm, share, tokens)
         if validation and (done % s.val_every == 0 or done == steps):
-            val_loss = validate(model, validation, s.val_rows, micro_rows, device)
-            if rank() == 0:
-                append_jsonl(out_dir / "metrics.jsonl", {"step": done, "val_loss": val_loss})
+            log.write({"step": done, "val_loss": validate(model, validation, s.val_rows, micro_rows, device)})
         if done < steps and (stop or done % s.save_every == 0):
-            save_checkpoint(out_dir, model, optimizers, done, tokens, time.time() - begin, s.keep)
+            save_checkpoint(out_dir, model, optimizers, done, tokens, log.seconds(), s.keep)
         if done < steps and stop:
             print(f"\n{os.path.basename(sys.argv[0])}: interrupted; saved step {done}, the same command goes on from here", file=sys.stderr)
             sys.exit(128 + (interrupt.signal or signal.SIGTERM))
-    seconds = time.time() - begin
+    seconds = log.seconds()
     if rank() == 0:
         cut_tokens = stream.cut_tokens(steps * s.batch_size) if steps else 0
         if cut_tokens:
@@ -1255,9 +1221,8 @@ def main(s: Settings) -> None:
         train(s, device)
     except torch.OutOfMemoryError as e:
         raise UserError(f"{device}: out of memory; lower --micro_batch or --seq_len, use --recompute, or more devices ({str(e).splitlines()[0]})") from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():  # not after an error: the other ranks may wait for this one, and it would wait for them
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

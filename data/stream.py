@@ -2,7 +2,7 @@
 
 Everything here is a function of (seed, position): the order of documents (one permutation an epoch, no buffer), the coin flip of each
 chunk (prior or posterior form), the cut into rows. So neither the number of ranks nor a restart changes what a step trains on, and a
-training run's place in its data is its step number. Corpora stay memory-mapped; an epoch costs a few integers a document.
+training run's place in its data is its step number. Corpora stay memory-mapped; the order of an epoch costs about 100 bytes a document.
 
     padded     a row is a document, cut off at seq_len          [BOS x x x x EOS  .  .  .]
     packed     documents end to end, cut into full rows         [.. x EOS BOS x x x x x x]  [x x EOS BOS x ..]
@@ -53,7 +53,7 @@ class Stream:
         sizes = np.array([self.mean_length(c) * corpora[c].n_docs for c in range(len(corpora))])
         passes = np.array(weights or sizes) / sizes  # how often each is read, but for a common factor
         self.takes = [max(1, round(p / passes.max() * corpus.n_docs)) for p, corpus in zip(passes, corpora)]
-        self.firsts = [0]  # first row (padded) or token (packed) of each epoch, as far as known
+        self.firsts = [0]  # first token of each epoch, as far as known (packed)
         self.epoch = functools.lru_cache(2)(self.make_epoch)
         self.permutation = functools.lru_cache(2 * len(corpora))(self.make_permutation)
         self.lengths = functools.lru_cache(2 * len(corpora))(self.make_lengths)
@@ -63,6 +63,14 @@ class Stream:
         """Expected tokens of a document of corpus c: BOS and EOS, text, thoughts, and 3 or 5 markers with each thought."""
         n_thoughts, thought_tokens = self.thought_counts[c]
         return 2 + (len(self.corpora[c].tokens) + thought_tokens + 4 * n_thoughts) / self.corpora[c].n_docs
+
+    def mean_document(self) -> float:
+        """Expected tokens of a document of the mix."""
+        return sum(n * self.mean_length(c) for c, n in enumerate(self.takes)) / sum(self.takes)
+
+    def mean_row(self) -> float:
+        """Expected tokens of a row; padded ones by those of the first epoch, for their ends are cut off."""
+        return float(np.minimum(np.diff(self.epoch(0).starts), self.seq_len).mean()) if self.attention == "padded" else self.seq_len
 
     def make_permutation(self, turn: int, n: int) -> np.ndarray:
         return np.random.Generator(np.random.Philox(key=[self.seed, turn])).permutation(n)
@@ -112,9 +120,10 @@ class Stream:
 
     def find(self, position: int) -> tuple[int, int]:
         """(epoch, place in it) of a row (padded) or token (packed)."""
+        if self.attention == "padded":
+            return divmod(position, sum(self.takes))
         while self.firsts[-1] <= position:
-            epoch = self.epoch(len(self.firsts) - 1)
-            self.firsts.append(self.firsts[-1] + (len(epoch.doc) if self.attention == "padded" else int(epoch.starts[-1])))
+            self.firsts.append(self.firsts[-1] + int(self.epoch(len(self.firsts) - 1).starts[-1]))
         number = bisect.bisect_right(self.firsts, position) - 1
         return number, position - self.firsts[number]
 

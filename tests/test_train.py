@@ -490,6 +490,12 @@ def test_thirty_kills_at_random_moments(digits, tmp_path):
     print(f"{kills} kills in {round_ + 1} runs, {len(seen)} different checkpoints read")
 
 
+def test_a_model_of_somebody_else_is_not_taken_for_a_finished_run(digits, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert "did not make" in script("train.py", *run_train(digits, tmp_path), code=1).stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_exploding_loss_is_refused(digits, tmp_path):
     done = script("train.py", *run_train(digits, tmp_path / "m", "--lr=1e30", "--optimizer=adamw", "--clip=0"), code=1)
     assert "lower --lr" in done.stderr and not (tmp_path / "m/config.json").exists()

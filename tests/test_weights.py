@@ -181,7 +181,7 @@ def test_half_precision_is_read_exactly_and_kept(dtype, style, tmp_path):
     assert gap(ours, their_model(tmp_path / "half"), IDS) <= 1e-4
     s = train.Settings(init_from=str(tmp_path / "half"), max_steps=0)
     config, source, tok, _ = train.open_all(replace(s, out_dir="unused"))
-    save(tmp_path / "kept", train.start_model(s, config, source, tok, "cpu"), tok)
+    save(tmp_path / "kept", train.start_model(s, config, train.check_weights(Path(s.init_from), source), tok, "cpu"), tok)
     saved = safetensors_torch.load_file(tmp_path / "kept/model.safetensors")
     assert {t.dtype for t in saved.values()} == {torch.bfloat16 if dtype == "bfloat16" else torch.float32}  # fp32 holds fp16 exactly
     assert all(torch.equal(saved[k].float(), p.float()) for k, p in theirs.state_dict().items())
