@@ -755,10 +755,11 @@ class Muon(torch.optim.Optimizer):
                 sharded = alone if hasattr(alone, "device_mesh") else None
                 momentum = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
                 grads = [p.grad for p in params]
-                torch._foreach_lerp_(momentum, grads, 1 - group["momentum"])
-                nesterov = torch._foreach_lerp(grads, momentum, group["momentum"])
-                if sharded is not None:
-                    nesterov = [g.full_tensor() for g in nesterov]
+                if sharded is None:
+                    torch._foreach_lerp_(momentum, grads, 1 - group["momentum"])
+                    nesterov = torch._foreach_lerp(grads, momentum, group["momentum"])
+                else:
+                    nesterov = [grads[0].lerp(momentum[0].lerp_(grads[0], 1 - group["momentum"]), group["momentum"]).full_tensor()]
                 updates = (newton_schulz(torch.stack(nesterov)) * max(1, rows / cols) ** 0.5).unbind()
                 if sharded is not None:
                     first, params = shard_offset(sharded), [sharded.to_local()]
