@@ -1,4 +1,4 @@
-"""Speed of encode() against plain tiktoken, with the same pattern and merges, in alternating runs of one process and one thread.
+"""Speed of encode_array(), which corpora are written by, against plain tiktoken, with the same pattern and merges, in alternating runs of one process and one thread.
 
     python tests/bench_tokenizer.py --tokenizers=../shared/data/llama2,/tmp/smollm2
 
