@@ -9,7 +9,8 @@ Likelihood, in nats a byte of the documents' text (all chunks, questions include
     raw       nll         -log p(text)
     latent    nll_bound   -log p(questions) minus a bound of log p(x | c) for every other chunk, from thoughts that the model
                           infers as in the E-step: minus the ELBO (K = 1) and IWAE-4, IWAE-16. Upper bounds: lower is better.
-The chunks before a chunk are given as text without thoughts, up to --context of them, as in infer_thoughts.py.
+The chunks before a chunk, up to --before of them, are given as in infer_thoughts.py: as text (--context=bare), or with the thoughts that the
+model infers for them, one picked from --samples (--context=thoughts; the bounds then come from a run of their own for each K).
 
     python eval_math.py --corpus=out/digits/heldout --model=out/M1 --out_dir=out/M1/eval
     python eval_math.py --corpus=out/digits/heldout --model=out/raw --mode=raw --out_dir=out/raw/eval
@@ -29,7 +30,7 @@ import numpy as np
 
 from data.cli import Progress, UserError, claim, opt, replacing, run, write_json
 from data.corpus import PICK, PRIOR, RAW, TEST_DRAW, Corpus, hash_uniform, open_corpus, open_thoughts
-from infer_thoughts import Limits, bound, context_of, ess, generate, infer, log_prob, pick, write_chunk
+from infer_thoughts import NOTHING, Engine, Limits, bound, context_of, ess, infer, pick, write_chunk
 from train import load_model, pick_device
 
 BOUNDS = (1, 4, 16)
@@ -45,9 +46,10 @@ class Settings:
     samples: int = opt(4, "thoughts a chunk (K) for the effective sample size and the share of right picks", low=1)
     max_new: int = opt(128, "longest thought in tokens, its EOL included", low=1)
     max_answer: int = opt(32, "longest answer in tokens", low=1)
-    context: int = opt(3, "chunks before a chunk that are given", low=0)
+    context: Literal["bare", "thoughts"] = opt("bare", "earlier chunks as plain text, or (latent mode) with thoughts that the model infers for them")
+    before: int = opt(3, "chunks before a chunk that are given", low=0)
     bound_docs: int = opt(250, "documents for the likelihood, the first ones; 0: all", low=0)
-    rows: int = opt(512, "sequences generated side by side", low=1)
+    rows: int = opt(0, "sequences generated side by side, at most; 0: 1024, fewer where memory is short", low=0)
     seed: int = opt(0, "sampling noise")
     device: str = opt("", "cpu, cuda, cuda:1, mps; none: the best there is")
 
@@ -85,16 +87,16 @@ def problems_of(corpus: Corpus) -> np.ndarray:
     return after_question[same_doc & ~corpus.questions[after_question]]
 
 
-def answer(model, tok, corpus: Corpus, numbers, s: Settings, greedy: bool) -> list[dict]:
+def answer(engine: Engine, tok, corpus: Corpus, numbers, s: Settings, greedy: bool, picked=NOTHING) -> list[dict]:
     """Generate and grade the chunks `numbers`: dicts of prompt's chunk, thought, response, extracted, gold, correct, tokens."""
-    limits = Limits(s.context, s.max_new + s.max_answer, model.config.seq_len)
-    contexts = [context_of(corpus, i, limits) for i in numbers]
+    limits = Limits(s.before, s.max_new + s.max_answer, engine.config.seq_len)
+    contexts = [context_of(corpus, i, limits, picked) for i in numbers]
     form, stop = (PRIOR, {tok.eos, tok.sol}) if s.mode == "latent" else (RAW, {tok.eos, tok.sol, tok.eol})
     # The prompt is the context and, in latent mode, SOL PRI: the layout of a chunk whose thought is still unknown.
-    prompts = [write_chunk(tok, corpus, i, c, None, PRIOR)[0] for i, c in zip(numbers, contexts)]
+    prompts = [write_chunk(tok, corpus, i, c, None, PRIOR, picked)[0] for i, c in zip(numbers, contexts)]
     prompts = [p if form == PRIOR else p[:-2] for p in prompts]
     longest = s.max_answer + (s.max_new if form == PRIOR else 0)
-    drawn = generate(model, prompts, numbers, 1, longest, stop, s.seed, purpose=TEST_DRAW, greedy=greedy, n_rows=s.rows)
+    drawn = engine.generate(prompts, numbers, 1, longest, stop, s.seed, purpose=TEST_DRAW, greedy=greedy)
     records = []
     for i, [(ids, finished, _)] in zip(numbers, drawn):
         ids = list(ids[:-1] if finished else ids)
@@ -119,32 +121,37 @@ def accuracy(records: list[dict]) -> dict:
 # ----------------------------------------------------------------------------------------------- likelihood
 
 
-def text_nll(model, tok, corpus: Corpus, numbers, s: Settings) -> np.ndarray:
-    """-log p(chunk | up to s.context chunks before it) as plain text, in nats, for each chunk in `numbers`."""
-    limits = Limits(s.context, 0, model.config.seq_len)
+def text_nll(engine: Engine, tok, corpus: Corpus, numbers, s: Settings) -> np.ndarray:
+    """-log p(chunk | up to s.before chunks before it) as plain text, in nats, for each chunk in `numbers`."""
+    limits = Limits(s.before, 0, engine.config.seq_len)
     written = [write_chunk(tok, corpus, i, context_of(corpus, i, limits), None, RAW) for i in numbers]
-    scores = log_prob(model, [ids[: part.chunk[0]] for ids, part in written], [[ids[part.chunk[0] :]] for ids, part in written])
-    return -np.array(scores)[:, 0]
+    scores = engine.score([ids[: part.chunk[0]] for ids, part in written], [[ids[part.chunk[0] :]] for ids, part in written])
+    return -np.array([row[0].sum() for row in scores])
 
 
-def likelihood(model, tok, corpus: Corpus, s: Settings, truth, on_tokens) -> dict:
+def likelihood(engine: Engine, tok, corpus: Corpus, s: Settings, truth, on_tokens) -> dict:
     """nll, or nll_bound with what the inferred thoughts tell: ess, cut_off, pick_right (null without `truth`)."""
     n_docs = min(s.bound_docs or corpus.n_docs, corpus.n_docs)
     numbers = np.arange(corpus.docs[n_docs])
     n_bytes = sum(tok.n_bytes(corpus.chunk(i)) for i in numbers)
     counts = {"bound_docs": n_docs, "bytes": n_bytes}
     if s.mode == "raw":
-        return {"nll": float(text_nll(model, tok, corpus, numbers, s).sum() / n_bytes)} | counts
+        return {"nll": float(text_nll(engine, tok, corpus, numbers, s).sum() / n_bytes)} | counts
     latent = numbers[~corpus.questions[numbers]]
-    given = text_nll(model, tok, corpus, numbers[corpus.questions[numbers]], s).sum()
-    limits = Limits(s.context, s.max_new, model.config.seq_len)
-    K = max(s.samples, *BOUNDS)
-    got = infer(model, tok, corpus, latent, K, limits, s.seed, purpose=TEST_DRAW, n_rows=s.rows, on_tokens=on_tokens)
-    bounds = {k: bound(got.log_w, k) for k in BOUNDS}
+    given = text_nll(engine, tok, corpus, numbers[corpus.questions[numbers]], s).sum()
+    limits = Limits(s.before, s.max_new, engine.config.seq_len)
+
+    def inferred(K: int):
+        return infer(engine, tok, corpus, latent, K, limits, s.seed, context=s.context, purpose=TEST_DRAW, on_tokens=on_tokens)
+
+    K = s.samples if s.context == "thoughts" else max(s.samples, *BOUNDS)
+    got = inferred(K)
+    # With thoughts in the context, the sum over a document's chunks is a bound only if each chunk's picks came from the same K.
+    bounds = {k: bound(got.log_w if s.context == "bare" or k == K else inferred(k).log_w, k) for k in BOUNDS}
     counts["unbounded"] = int((~np.isfinite(bounds[1])).sum())  # chunks with all thoughts cut off: left out of the bounds
     nll_bound = {str(k): float((given - v[np.isfinite(v)].sum()) / n_bytes) for k, v in bounds.items()}
     groups = got.log_w[:, : K // s.samples * s.samples].reshape(-1, s.samples)  # each group of K samples is one E-step
-    picks = pick(groups, hash_uniform(PICK, s.seed, np.arange(len(groups))))
+    picks = got.pick if K == s.samples else pick(groups, hash_uniform(PICK, s.seed, np.arange(len(groups))))
     right = None
     if truth:
         group_chunk, group_first = np.divmod(np.arange(len(groups)), len(groups) // len(latent))
@@ -155,8 +162,20 @@ def likelihood(model, tok, corpus: Corpus, s: Settings, truth, on_tokens) -> dic
     return {"nll_bound": nll_bound, "ess": float(ess(groups).mean()), "pick_right": right, "cut_off_share": share} | counts
 
 
+def thoughts_before(engine: Engine, tok, corpus: Corpus, s: Settings) -> dict:
+    """{chunk: (thought, form)} that stand in the contexts: inferred and picked as in the E-step; none with --context=bare."""
+    picked, sizes = {}, np.diff(corpus.chunks)
+    if s.context == "thoughts" and s.mode == "latent":
+        limits = Limits(s.before, s.max_new, engine.config.seq_len)
+        numbers = np.flatnonzero(~corpus.questions & (sizes > 0) & (sizes + 6 + s.max_new <= limits.seq_len))
+        infer(engine, tok, corpus, numbers, s.samples, limits, s.seed, context=s.context, purpose=TEST_DRAW, picked=picked)
+    return picked
+
+
 def main(s: Settings) -> None:
-    model, tok = load_model(s.model, pick_device(s.device))
+    device = pick_device(s.device)
+    model, tok = load_model(s.model, "cpu" if device == "mps" and not s.device else device)
+    engine = Engine(model, s.rows)
     corpus = open_corpus(s.corpus, tok)
     truth = open_thoughts(s.thoughts, corpus) if s.thoughts else None
     numbers = problems_of(corpus)
@@ -173,12 +192,13 @@ def main(s: Settings) -> None:
         sampled += n
         progress.update(2, sampled=f"{sampled / (time.time() - bound_begin):,.0f} tok/s")
 
-    greedy = answer(model, tok, corpus, numbers, s, greedy=True)
+    picked = thoughts_before(engine, tok, corpus, s)
+    greedy = answer(engine, tok, corpus, numbers, s, greedy=True, picked=picked)
     progress.update(1)
-    random = answer(model, tok, corpus, numbers, s, greedy=False)
+    random = answer(engine, tok, corpus, numbers, s, greedy=False, picked=picked)
     progress.update(2)
     bound_begin = time.time()
-    figures = likelihood(model, tok, corpus, s, truth, on_tokens)
+    figures = likelihood(engine, tok, corpus, s, truth, on_tokens)
     results = accuracy(greedy) | {"sampled": accuracy(random)} | figures
     progress.update(3)
     with replacing(out_dir / "responses.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as f:

@@ -4,7 +4,7 @@ For a chunk x with the chunks c before it, and a model that was trained on thoug
 
     sample   z_1 .. z_K  from  q(z | c, x),  at temperature 1 over the full vocabulary
     weigh    log_w_k  =  log p(z_k, x | c)  -  log q(z_k | c, x)
-    pick     one z_k with probability  w_k / sum w
+    pick     one z_k with probability  w_k / sum w                                              (--select)
 
     q:  BOS c c c  SOL EOL  x x x x  SOL POS  z z z EOL            both score z and the EOL that ends it;
                                              [- log_q -]           p scores x, too. Markers are given.
@@ -15,27 +15,61 @@ For a chunk x with the chunks c before it, and a model that was trained on thoug
 K = 1, and tighter with every K (IWAE, Burda et al. 2016). The pick tends to the exact posterior p(z | c, x) as K grows. A thought
 that was cut off at --max_new has no EOL, thus weight 0; a chunk with all K cut off gets no thought. Both are counted.
 
-    python infer_thoughts.py --model=out/M0 --corpus=out/digits/raw --out_dir=out/E1 --samples=4 --show=3
+    --context=bare      c is up to --before earlier chunks as plain text (the paper's choice)
+    --context=thoughts  they carry the thoughts that were picked for them, as they do in training. Documents advance chunk by chunk:
+                        sequential importance sampling, whose product of a document's (1/K) sum_k w_k is unbiased for it.
 
-Writes a thoughts folder (data/corpus.py). Work is done in parts, each written once; the same command goes on where it was
-cut off. Random numbers are keyed by (seed, chunk, sample, position), so a thought does not depend on what was sampled beside it.
+    python infer_thoughts.py --model=out/M0 --corpus=out/digits/raw --out_dir=out/E1 --samples=4 --show=3      # a CPU, or one GPU
+    torchrun --nproc_per_node=8 infer_thoughts.py --model=M0 --corpus=C --out_dir=E1 --max_new=1024            # eight
+    python infer_thoughts.py ... --samples=16 --add_to=out/E1 --out_dir=out/E1-16                             # 12 more samples a chunk
+
+Writes a thoughts folder (data/corpus.py). Work is done in parts, each written once, by any number of these commands at the same time,
+on any machines that share --out_dir; one that is killed costs the part it was at, and the last to finish joins the parts.
+
+What is random is keyed by (seed, chunk, sample, position), so a sample depends on nothing that is computed beside it: not on batch, order,
+number of workers, restarts. That is exact up to arithmetic: products of other shapes round their last bits differently, which can tip
+a sample whose random number falls within 1e-6 of a border. The same parts on one kind of machine give the same bytes.
 """
 
+import contextlib
+import hashlib
+import heapq
+import json
+import math
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.cli import Progress, UserError, claim, opt, replacing, run, write_json
-from data.corpus import DRAW, PICK, POSTERIOR, PRIOR, RAW, Corpus, hash_uniform, layout, open_corpus, write_thoughts
-from data.stream import pad
+from data.cli import Progress, UserError, append_jsonl, claim, hold, opt, read_json, replacing, run, write_json
+from data.corpus import (
+    CHECK,
+    CONTEXT_FORM,
+    DRAW,
+    PICK,
+    POSTERIOR,
+    PRIOR,
+    RAW,
+    Corpus,
+    hash_state,
+    hash_uniform,
+    layout,
+    open_corpus,
+    open_thoughts,
+    write_thoughts,
+)  # fmt: skip
 from data.tokenizer import Tokenizer
-from train import Config, Llama, load_model, pick_device
+from train import Llama, load_model, pick_device, rope_table
 
 
 @dataclass(kw_only=True)
@@ -45,82 +79,569 @@ class Settings:
     out_dir: str = opt(help="thoughts folder to write")
     samples: int = opt(4, "thoughts sampled a chunk (K)", low=1)
     max_new: int = opt(128, "longest thought in tokens, its EOL included", low=1)
-    context: int = opt(3, "chunks before the chunk that are given, without their thoughts", low=0)
-    part_size: int = opt(1000, "chunks a part: what a kill can cost", low=1)
-    rows: int = opt(512, "thoughts sampled side by side", low=1)
+    context: Literal["bare", "thoughts"] = opt("bare", "earlier chunks as plain text, or with their picked thoughts")
+    before: int = opt(3, "chunks before the chunk that are given", low=0)
+    select: Literal["resample", "argmax", "uniform", "mcmc"] = opt("resample", "the pick: by weight (the paper's), the heaviest, any that ended, "
+        "or the thought in --previous unless a new one is accepted by the ratio of weights (TRICE)")  # fmt: skip
+    previous: str = opt("", "for mcmc: the thoughts folder of the round before; none: the first new thought starts the chain")
+    add_to: str = opt("", "a thoughts folder of the same model and settings with fewer samples: draw only the others")
+    part_size: int = opt(0, "chunks a part: what a kill can cost; 0: 500 on a CPU, 20000 on a GPU", low=0)
+    rows: int = opt(0, "thoughts sampled side by side, at most; 0: 1024, fewer where memory is short", low=0)
+    workers: int = opt(0, "processes that share the work on a CPU; 0: one a core for models below 20M parameters, else one", low=0)
+    dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "of the weights; auto: bfloat16 on a GPU, float32 elsewhere")
     show: int = opt(0, "print this many chunks with all their thoughts", low=0)
-    seed: int = opt(0, "sampling noise and picks")
+    seed: int = opt(0, "sampling noise and picks", low=0)
     device: str = opt("", "cpu, cuda, cuda:1, mps; none: the best there is")
 
 
-# ------------------------------------------------------------------------------------------------- sampler
+# --------------------------------------------------------------------- the slow reference: all of it in plain steps
+# What the engine below must reproduce: one sequence at a time, no cache, a whole forward pass for every token. Read this first.
 
 
-class Cache:
-    """Preallocated keys and values of all layers. A prompt's lie in a slot, once, and every row forked from it reads them there;
-    what a row has sampled itself lies in the row.
+@torch.inference_mode()
+def sample_slowly(model: Llama, prompt, key: int, sample: int, max_new: int, stop: set[int], seed: int, purpose: int = DRAW) -> tuple:
+    """One continuation of a prompt: (ids with the stop token if there is one, finished, sum of their log-probabilities)."""
+    ids, log_q = list(prompt), 0.0
+    for position in range(max_new):
+        hidden = model(torch.tensor([ids], device=model.embed_tokens.weight.device))
+        log_p = torch.log_softmax(model.logits(hidden[0, -1]).double(), dim=-1)  # [n_vocab]
+        uniform = hash_uniform(purpose, seed, key, sample, position)[0]
+        cumulated = log_p.exp().cumsum(dim=0)
+        token = int(torch.searchsorted(cumulated, uniform * cumulated[-1], right=True).clamp(max=len(log_p) - 1))
+        ids.append(token)
+        log_q += float(log_p[token])
+        if token in stop:
+            return ids[len(prompt) :], True, log_q
+    return ids[len(prompt) :], False, log_q
 
-        slots  [n_slots, n_kv_head, prompt_len, head_dim]      rows  [n_rows, n_kv_head, max_new, head_dim]
+
+@torch.inference_mode()
+def score_slowly(model: Llama, ids, start: int, end: int) -> float:
+    """Teacher-forced: sum of log p(ids[t] | ids[:t]) for t in [start, end)."""
+    ids = torch.as_tensor(ids, device=model.embed_tokens.weight.device)
+    log_p = torch.log_softmax(model.logits(model(ids[None, :-1])[0, start - 1 : end - 1]).double(), dim=-1)
+    return float(log_p.gather(1, ids[start:end, None]).sum())
+
+
+# ------------------------------------------------------------------------------------------------- engine
+
+# What is known of each cell: its newest token, how many it has sampled, the state of its noise, and whether (and how) it has ended.
+LAST, AGE, NOISE, DONE = range(4)
+ENDED, CUT_OFF = 1, 2
+
+
+def draw(logits: torch.Tensor, uniform: torch.Tensor, greedy: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token for each row of fp32 logits [n, n_vocab] by inverting the cumulated probabilities at uniform [n] in [0, 1), float64.
+
+    (tokens [n], their log-probabilities [n], float64). greedy: the likeliest token instead. The cumulated sum is made of blocks: their
+    masses first, then only the chosen block's tokens.
+    """
+    n, V = logits.shape
+    best = logits.amax(dim=-1, keepdim=True)
+    mass = torch.exp(logits - best)  # [n, V]
+    size = math.isqrt(V)
+    full = V // size * size
+    blocks = mass[:, :full].unflatten(1, (-1, size)).sum(-1, dtype=torch.float64)
+    if full < V:
+        blocks = torch.cat((blocks, mass[:, full:].sum(-1, keepdim=True, dtype=torch.float64)), dim=1)
+    upto = blocks.cumsum(dim=1)
+    total = upto[:, -1:]
+    if greedy:
+        tokens = logits.argmax(dim=-1, keepdim=True)
+    else:
+        point = uniform[:, None] * total
+        block = torch.searchsorted(upto, point, right=True).clamp_(max=upto.shape[1] - 1)  # [n, 1]
+        below, here = (upto - blocks).gather(1, block), blocks.gather(1, block)
+        index = (block * size + torch.arange(size, device=logits.device)).clamp_(max=V - 1)
+        inside = mass.gather(1, index).double()
+        inside = inside.masked_fill_(block * size + torch.arange(size, device=logits.device) >= V, 0).cumsum(dim=1)
+        # Scaled to what the block's tokens add up to one by one, and kept below it: whatever the rounding, a token with mass is found.
+        point = ((point - below) / here).clamp_(0, 1 - 1e-12) * inside[:, -1:]
+        tokens = block * size + torch.searchsorted(inside, point, right=True).clamp_(max=size - 1)
+    log_p = (logits.gather(1, tokens) - best).double() - total.log()
+    return tokens[:, 0], log_p[:, 0]
+
+
+def keyed_uniform(state: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """data.corpus.hash_uniform's last round on the device: state (hash_state of the other keys) and position, int64 [n] -> [n] in [0, 1)."""
+
+    def shift(h, bits):  # logical, of a signed number
+        return (h >> bits) & ((1 << (64 - bits)) - 1)
+
+    h = (state ^ position) - 0x61C8864680B583EB  # the constants of data/corpus.py as signed numbers; overflow wraps
+    h = (h ^ shift(h, 30)) * -0x40A7B892E31B1A47
+    h = (h ^ shift(h, 27)) * -0x6B2FB644ECCEEE15
+    return shift(h ^ shift(h, 31), 12).double() * 2.0**-52
+
+
+class Engine:
+    """A model for sampling and scoring: tokens of all sequences lie flat in one batch, so that linear layers never see padding; q, k, v and gate,
+    up are joined; one cache, whose size is planned before any work.
+
+    A prompt has a slot, where its keys and values lie once; a slot has C cells, in each of which one of the prompt's K samples grows:
+
+        prompt  [n_layer, 2, n_slots, n_kv_head, prompt_len, head_dim]        own  [n_layer, 2, n_slots, n_kv_head, C, max_new, head_dim]
+
+    A step computes the live cells only. A cell whose sample ends takes the prompt's next one at once; a slot whose samples have all ended
+    takes the next prompt, which is computed a piece at a time beside the cells that decode. Slot 0 is for padding.
+
+    On a GPU `burst` steps run before the host looks again, each a captured CUDA graph for its number of cells and lengths (rounded up): no step
+    waits for the host. n_rows: most cells; 0: as many as memory allows, up to 1024.
     """
 
-    def __init__(self, c: Config, n_slots: int, prompt_len: int, n_rows: int, max_new: int, device):
-        def empty(n, length):
-            return [torch.zeros(n, c.n_kv_head, length, c.head_dim, device=device) for _ in range(c.n_layer)]
+    CELLS = 4  # C, if there are as many samples
+    PIECE = 2048  # prompt tokens taken in beside a step
+    SCORED = 8192  # tokens that are scored at once
 
-        self.slot_k, self.slot_v = empty(n_slots, prompt_len), empty(n_slots, prompt_len)
-        self.row_k, self.row_v = empty(n_rows, max_new), empty(n_rows, max_new)
+    def __init__(self, model: Llama, n_rows: int = 0, burst: int = 0):
+        self.model, self.config, self.n_rows = model, model.config, n_rows
+        self.device, self.shape, self.rope, self.graphs = model.embed_tokens.weight.device, None, None, {}
+        if self.device.type == "mps":
+            raise UserError("--device=mps: the engine adds up in float64, which mps lacks; --device=cpu")
+        self.burst = burst or (8 if self.device.type == "cuda" else 1)
+        self.layers = [self.join(layer) for layer in model.layers]
+        self.head = model.head()
+        if self.device.type != "cuda":
+            self.head = self.head.float()  # fp32 logits: only CUDA has products of bf16 into fp32
 
-    def prefill(self, slots: torch.Tensor):
-        """attend() for a batch of prompts, padded on the right: causal attention that fills the slots."""
+    @staticmethod
+    @torch.no_grad()
+    def join(layer) -> SimpleNamespace:
+        """A block's weights, with q, k, v and gate, up joined; the model's own become views of them, so that nothing is held twice."""
 
-        def attend(layer, q, k, v):
-            T = k.shape[2]
-            self.slot_k[layer][slots, :, :T], self.slot_v[layer][slots, :, :T] = k, v
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        def joined(*linears):
+            weight = torch.cat([linear.weight for linear in linears])
+            for linear, part in zip(linears, weight.split([len(linear.weight) for linear in linears])):
+                linear.weight.data = part
+            return weight, None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
 
-        return attend
+        a, m = layer.self_attn, layer.mlp
+        qkv, qkv_bias = joined(a.q_proj, a.k_proj, a.v_proj)
+        return SimpleNamespace(
+            norm=layer.input_layernorm, qkv=qkv, qkv_bias=qkv_bias, q_norm=a.q_norm, k_norm=a.k_norm, out=a.o_proj.weight, out_bias=a.o_proj.bias,
+            mlp_norm=layer.post_attention_layernorm, gate_up=joined(m.gate_proj, m.up_proj)[0], down=m.down_proj.weight,
+        )  # fmt: skip
 
-    def decode(self, slot, column, age, prompt_lengths):
-        """attend() for one new token in each row. slot, age [n]: the row's prompt, and how many tokens it holds already;
-        column [n]: its place among the rows of its prompt. prompt_lengths [n_slots].
+    # ---- the model on flat tokens
 
-        Queries of the rows of a prompt are laid side by side, [n_slots, width], so that its keys are read once for all.
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, attend) -> torch.Tensor:
+        """ids, positions [N] -> hidden [N, n_embd], as train.Llama. attend(layer, q [N, n_head, head_dim], k, v [N, n_kv_head, head_dim])
+        -> like q: only attention needs to know which tokens belong together."""
+        c, N = self.config, len(ids)
+        half, n_qk = c.head_dim // 2, c.n_head + c.n_kv_head
+        cos, sin = (table[positions][:, None] for table in self.rope)  # [N, 1, head_dim], [N, 1, head_dim / 2]
+        x = self.model.embed_tokens(ids).to(self.layers[0].qkv.dtype)
+        for i, w in enumerate(self.layers):
+            qkv = F.linear(w.norm(x), w.qkv, w.qkv_bias).view(N, n_qk + c.n_kv_head, c.head_dim)
+            qk, v = qkv[:, :n_qk], qkv[:, n_qk:]
+            if c.qk_norm:
+                qk = torch.cat((w.q_norm(qk[:, : c.n_head]), w.k_norm(qk[:, c.n_head :])), dim=1)
+            turned = qk * cos  # train.rotate, in three passes
+            turned[..., :half].addcmul_(qk[..., half:], sin, value=-1)
+            turned[..., half:].addcmul_(qk[..., :half], sin)
+            y = attend(i, turned[:, : c.n_head], turned[:, c.n_head :], v).reshape(N, -1)
+            x = torch.addmm(x, y, w.out.T)
+            if w.out_bias is not None:
+                x = x + w.out_bias
+            gate, up = F.linear(w.mlp_norm(x), w.gate_up).chunk(2, dim=-1)
+            x = torch.addmm(x, F.silu(gate) * up, w.down.T)
+        return self.model.norm(x)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [n, n_embd] -> logits [n, n_vocab], added up and kept in fp32 whatever the weights."""
+        if hidden.is_cuda and hidden.dtype != torch.float32:
+            return torch.mm(hidden, self.head.T, out_dtype=torch.float32)
+        return F.linear(hidden.float(), self.head)
+
+    # ---- memory
+
+    def slot_bytes(self, C: int, prompt_len: int, max_new: int) -> int:
+        """What one slot takes: keys and values, and what a step allocates for its cells (logits twice, scores, the widest layer)."""
+        c, size = self.config, self.layers[0].qkv.itemsize
+        cache = 2 * c.n_layer * c.n_kv_head * c.head_dim * size * (prompt_len + C * max_new)
+        return cache + C * (10 * c.n_vocab + 8 * max_new + 4 * size * (c.n_head * (prompt_len + max_new) + 2 * c.n_hidden + 4 * c.n_embd))
+
+    def plan(self, samples: int, prompt_len: int, max_new: int, sharers: int = 1) -> tuple[int, int, int]:
+        """(cells side by side, bytes they take with all that comes with them, bytes free), beyond the weights. UserError when not even one prompt fits."""
+        c, size, C = self.config, self.layers[0].qkv.itemsize, min(samples, self.CELLS)
+        token = size * (6 * c.n_embd + 6 * c.n_hidden) + 8 * size * c.n_head * c.head_dim  # of a layer at its widest
+        longest = prompt_len + max_new + self.SCORED  # a tail is scored whole, however long
+        fixed = longest * token + 2 * longest * self.config.n_layer * 0 + (192 << 20)
+        each, free = self.slot_bytes(C, prompt_len, max_new), free_memory(self.device) // sharers
+        slots = min(-(-(self.n_rows or 1024) // C), int((0.8 * free - fixed) // each) - 1)
+        if slots < 1:
+            raise UserError(f"one prompt of {prompt_len} tokens with {C} samples of {max_new} needs {(fixed + 2 * each) / 1e9:.1f} GB, "
+                            f"and 80% of {free / 1e9:.1f} GB free are to be had: lower --max_new, --before or --workers")  # fmt: skip
+        return slots * C, int(fixed + (slots + 1) * each), free
+
+    def reserve(self, samples: int, prompt_len: int, max_new: int, n_prompts: int) -> None:
+        """Allocate the cache, unless the one that is there will do."""
+        c, C = self.config, min(samples, self.CELLS)
+        round_up = 64 if self.device.type == "cuda" else 1
+        prompt_len, max_new = (-(-max(1, n) // round_up) * round_up for n in (prompt_len, max_new))
+        if self.shape and self.shape[1] >= prompt_len and self.shape[2] >= max_new and self.shape[3] == C and self.n_prompts >= n_prompts:
+            return
+        self.n_prompts, self.graphs = n_prompts, {}
+        self.prompt = self.own = None  # given back first
+        n_slots = 1 + min(n_prompts, self.plan(samples, prompt_len, max_new)[0] // C)
+        self.shape, dtype, where = (n_slots, prompt_len, max_new, C), self.layers[0].qkv.dtype, dict(device=self.device)
+        self.prompt = torch.zeros(c.n_layer, 2, n_slots, c.n_kv_head, prompt_len, c.head_dim, dtype=dtype, **where)
+        self.own = torch.zeros(c.n_layer, 2, n_slots, c.n_kv_head, C, max_new, c.head_dim, dtype=dtype, **where)
+        self.cells = torch.zeros(n_slots * C, dtype=torch.long, **where)  # the live ones first
+        self.ids = torch.zeros(n_slots * C, max_new + 1, dtype=torch.long, **where)
+        self.log_q = torch.zeros(n_slots * C, dtype=torch.float64, **where)
+        self.state = torch.zeros(4, n_slots * C, dtype=torch.long, **where)
+        self.base = torch.zeros(n_slots, dtype=torch.long, **where)  # tokens of each prompt but its last
+        self.extend_rope(prompt_len + max_new + 1)
+
+    def extend_rope(self, length: int) -> None:
+        if self.rope is None or len(self.rope[0]) < length:
+            cos, sin = rope_table(torch.arange(length, device=self.device)[None], self.config)  # [1, 1, length, head_dim]
+            self.rope = cos[0, 0], sin[0, 0, :, : self.config.head_dim // 2]
+
+    # ---- attention
+
+    def attention(self, q, k, v, mask=None):
+        """q [B, n_head, T, head_dim], k, v [B, n_kv_head, L, head_dim]; causal without a mask [B or 1, 1, T, L] of what is seen."""
+        group = q.shape[1] // k.shape[1]
+        if q.is_cuda and (mask is not None or q.dtype == torch.float32):  # no fused kernel there takes fewer key heads
+            k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=group > 1)
+
+    def decoding(self, cells: torch.Tensor, slots: int, P: int, S: int):
+        """attend() of one new token in each of `cells` [n]: they see P positions of their prompt and S of their own, over the first `slots` slots.
+
+        Queries are laid out by slot, so that the products read a prompt's keys once for all of its cells.
         """
-        P, S = int(prompt_lengths[slot].max()), int(age.max()) + 1
-        n_slots, width, n = len(prompt_lengths), int(column.max()) + 1, len(slot)
-        every = torch.arange(n, device=slot.device)
-        seen = torch.cat((
-            torch.arange(P, device=slot.device) < prompt_lengths[slot, None],
-            torch.arange(S, device=slot.device) <= age[:, None],
-        ), dim=1)  # fmt: skip
-        mask = torch.where(seen, 0.0, -torch.inf)[:, None, None]  # [n, 1, 1, P + S]
+        c = self.config
+        n_kv, group, hd, scale = c.n_kv_head, c.n_head // c.n_kv_head, c.head_dim, c.head_dim**-0.5
+        _, _, max_new, C = self.shape
+
+        def hide(lengths, width):  # [m] -> [m * n_kv, 1, width]: 0 for what lies before a length, -inf from there on
+            hidden = torch.arange(width, device=self.device) >= lengths[:, None]
+            mask = torch.zeros(hidden.shape, dtype=self.own.dtype, device=self.device).masked_fill_(hidden, -torch.inf)
+            return mask.unflatten(0, (slots, -1))[:, None].expand(-1, n_kv, -1, -1).reshape(len(lengths) * n_kv, 1, width)
+
+        age = self.state[AGE].clamp(max=max_new - 1)  # an ended cell may be computed again until the host looks
+        hide_prompt, hide_own = hide(self.base[:slots], P), hide(age[: slots * C] + 1, S)
+        head = cells[:, None] // C * n_kv + torch.arange(n_kv, device=self.device)  # [n, n_kv]
+        place = ((head * C + cells[:, None] % C) * max_new + age[cells, None]).view(-1)  # of the new keys in the cache, [n * n_kv]
 
         def attend(layer, q, k, v):
-            n_kv, hd = k.shape[1], k.shape[3]
-            group = q.shape[1] // n_kv  # query heads that share a key head
-            self.row_k[layer][every, :, age], self.row_v[layer][every, :, age] = k[:, :, 0], v[:, :, 0]
-            q = q.reshape(n, n_kv, group, hd) * hd**-0.5
-            grid = q.new_zeros(n_slots, width, n_kv, group, hd)
-            grid[slot, column] = q
-            grid = grid.transpose(1, 2).reshape(n_slots, n_kv, width * group, hd)
-            on_prompt = grid @ self.slot_k[layer][:, :, :P].mT  # [n_slots, n_kv, width * group, P]
-            on_prompt = on_prompt.view(n_slots, n_kv, width, group, P)[slot, :, column]  # [n, n_kv, group, P]
-            on_own = q @ self.row_k[layer][:n, :, :S].mT  # [n, n_kv, group, S]
-            weight = torch.softmax(torch.cat((on_prompt, on_own), dim=-1) + mask, dim=-1)
-            grid = weight.new_zeros(n_slots, width, n_kv, group, P)
-            grid[slot, column] = weight[..., :P]
-            grid = grid.transpose(1, 2).reshape(n_slots, n_kv, width * group, P)
-            from_prompt = (grid @ self.slot_v[layer][:, :, :P]).view(n_slots, n_kv, width, group, hd)[slot, :, column]
-            y = from_prompt + weight[..., P:] @ self.row_v[layer][:n, :, :S]  # [n, n_kv, group, hd]
-            return y.reshape(n, n_kv * group, 1, hd)
+            own, prompt = self.own[layer], self.prompt[layer, :, :slots, :, :P].reshape(2, slots * n_kv, P, hd)
+            own[0].view(-1, hd).index_copy_(0, place, k.reshape(-1, hd))
+            own[1].view(-1, hd).index_copy_(0, place, v.reshape(-1, hd))
+            own = own[:, :slots, :, :, :S].reshape(2, slots * n_kv * C, S, hd)
+            grid = q.new_zeros(slots * C, n_kv * group, hd).index_copy_(0, cells, q)  # zeros where no sample is alive
+            grid = grid.view(slots, C, n_kv, group, hd).transpose(1, 2).reshape(slots * n_kv, C * group, hd)
+            on_prompt = torch.baddbmm(hide_prompt, grid, prompt[0].mT, alpha=scale)  # [slots * n_kv, C * group, P]
+            on_own = torch.baddbmm(hide_own, grid.view(-1, group, hd), own[0].mT, alpha=scale)  # [slots * n_kv * C, group, S]
+            weight = torch.softmax(torch.cat((on_prompt.view(-1, group, P), on_own), dim=-1), dim=-1)
+            y = weight.view(slots * n_kv, C * group, P + S)[..., :P] @ prompt[1]
+            y = y.view(-1, group, hd).baddbmm_(weight[..., P:], own[1])  # [slots * n_kv * C, group, hd]
+            y = y.view(slots, n_kv, C, group, hd).transpose(1, 2).reshape(slots * C, n_kv * group, hd)
+            return y.index_select(0, cells)
 
         return attend
 
-    def keep(self, rows: torch.Tensor) -> None:
-        """Move the rows that still live to the front."""
-        for cache in (self.row_k, self.row_v):
-            for layer in cache:
-                layer[: len(rows)] = layer[rows]
+    def prefilling(self, slots: torch.Tensor, start: int, T: int):
+        """attend() of positions start .. start + T of the prompts in `slots` [B], which it fills; they see what lies there before."""
+
+        def attend(layer, q, k, v):
+            q, k, v = (x.view(len(slots), T, -1, self.config.head_dim).transpose(1, 2) for x in (q, k, v))  # [B, heads, T, head_dim]
+            prompt, mask = self.prompt[layer], None
+            prompt[0, slots, :, start : start + T], prompt[1, slots, :, start : start + T] = k, v
+            if start:
+                k, v = prompt[:, slots, :, : start + T]
+                mask = torch.ones(T, start + T, dtype=torch.bool, device=self.device).tril(start)
+            return self.attention(q, k, v, mask).transpose(1, 2).reshape(-1, q.shape[1], q.shape[3])
+
+        return attend
+
+    # ---- sampling
+
+    def step(self, n: int, slots: int, P: int, S: int, stop: torch.Tensor, max_new: int, greedy: bool, piece=None) -> None:
+        """Sample a token in each of the first n of self.cells, and take in a piece of prompts. All on the device, nothing comes back."""
+        cells = self.cells[:n]
+        last, age, noise, done = self.state[:, cells]
+        ids, positions = last, self.base[cells // self.shape[3]] + age
+        attend = decode = self.decoding(cells, slots, P, S) if n else None
+        if piece:
+            prefill = self.prefilling(piece.slots, piece.start, piece.ids.shape[1])
+            ids = torch.cat((ids, piece.ids.view(-1)))
+            positions = torch.cat((positions, torch.arange(piece.start, piece.start + piece.ids.shape[1], device=self.device).repeat(len(piece.slots))))
+
+            def attend(layer, q, k, v):
+                y = prefill(layer, q[n:], k[n:], v[n:])
+                return torch.cat((decode(layer, q[:n], k[:n], v[:n]), y)) if n else y
+
+        hidden = self.forward(ids, positions, attend)
+        if not n:
+            return
+        tokens, log_p = draw(self.logits(hidden[:n]), keyed_uniform(noise, age), greedy)
+        alive = done == 0
+        self.ids[cells, age] = tokens
+        self.log_q[cells] += torch.where(alive, log_p, 0.0)
+        ended = (tokens[:, None] == stop).any(dim=1)
+        now = torch.where(ended, ENDED, torch.where(age + 1 >= max_new, CUT_OFF, 0))
+        self.state[:, cells] = torch.stack((tokens, age + alive, noise, torch.where(alive, now, done)))
+
+    def advance(self, n: int, slots: int, P: int, S: int, stop, max_new: int, greedy: bool, piece) -> None:
+        """`burst` steps; on a GPU from captured graphs, but for those that take in prompts."""
+        if self.device.type != "cuda":
+            self.step(n, slots, P, S, stop, max_new, greedy, piece)
+            for b in range(1, self.burst if n else 1):
+                self.step(n, slots, P, min(S + b, self.shape[2]), stop, max_new, greedy)
+            return
+        P, S = (min(-(-size // 64) * 64, cap) for size, cap in ((P, self.shape[1]), (S + self.burst, self.shape[2])))
+        full = min(-(-n // 32) * 32, len(self.cells))  # cell 0 fills up: its slot belongs to no prompt
+        self.cells[n:full] = 0
+        slots = min(-(-slots // 8) * 8, self.shape[0])
+        left = self.burst if n else 1
+        if piece:
+            self.step(full if n else 0, slots, P, S, stop, max_new, greedy, piece)
+            left -= 1
+        key = full, slots, P, S, max_new, greedy, tuple(stop.shape)
+        for _ in range(left):
+            if key not in self.graphs:  # the first time as it is, which warms up; the second time captured
+                self.step(full, slots, P, S, stop, max_new, greedy)
+                self.graphs[key] = None
+                continue
+            if self.graphs[key] is None:
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    self.step(full, slots, P, S, self.stop, max_new, greedy)
+                self.graphs[key] = graph
+            self.graphs[key].replay()
+
+    @torch.inference_mode()
+    def generate(self, prompts, keys, samples: int, max_new: int, stop: set[int], seed: int, *, first: int = 0, purpose: int = DRAW,
+                 greedy: bool = False, on_tokens=None) -> list[list[tuple]]:  # fmt: skip
+        """Continue each prompt `samples` times until a token of `stop` or `max_new` tokens.
+
+        prompts: lists of ids; keys: an integer each, which seeds its noise, as does the sample's number (from `first` on). Returns for each
+        prompt its samples (ids with the stop token if there is one, finished, sum of the ids' log-probabilities: sample_slowly's).
+        on_tokens(n) is told of every n sampled tokens.
+
+        A prompt's slot holds all of it but the last token, with which each of its samples begins.
+        """
+        if not len(prompts):
+            return []
+        prompts, keys = [np.asarray(p, dtype=np.int64) for p in prompts], np.asarray(keys)
+        self.reserve(samples, max(map(len, prompts)) - 1, max_new, len(prompts))
+        n_slots, C, results = self.shape[0], self.shape[3], [[None] * samples for _ in prompts]
+        self.stop = torch.tensor(sorted(stop), device=self.device)
+        noise = hash_state(purpose, seed, keys[:, None], first + np.arange(samples)).astype(np.int64)  # [n_prompts, samples]
+        todo = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))  # longest first, for little padding
+        free = list(range(1, n_slots))  # a heap: low slots first, so that the ones in use lie close together
+        holder, begun, left = np.full(n_slots, -1), np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64)
+        sample, cells, piece = np.zeros(n_slots * C, np.int64), np.zeros(0, np.int64), None
+        state, base, log_q = (x.numpy() if self.device.type == "cpu" else x.cpu().numpy() for x in (self.state, self.base, self.log_q))
+        state[DONE], base[:] = 0, 0
+
+        def begin(cell: int) -> None:
+            """Let the slot's next sample grow in the cell."""
+            slot = cell // C
+            i, j = holder[slot], begun[slot]
+            sample[cell], begun[slot] = j, j + 1
+            state[:, cell], log_q[cell] = (prompts[i][-1], 0, noise[i, j], 0), 0.0
+
+        def next_piece():
+            """The next prompts that share a length, or a part of one that is long, for free slots."""
+            if piece and piece.start + piece.ids.shape[1] < piece.all.shape[1]:
+                start = piece.start + piece.ids.shape[1]
+                return SimpleNamespace(**vars(piece) | dict(start=start, ids=piece.all[:, start : start + self.PIECE]))
+            if not todo or (len(cells) and 8 * len(free) < n_slots):
+                return None
+            width = len(prompts[todo[0]]) - 1
+            batch = [todo.popleft() for _ in range(max(1, min(len(free), len(todo), self.PIECE // max(1, width))))]
+            slots, ids = [heapq.heappop(free) for _ in batch], np.zeros((len(batch), width), np.int64)
+            for row, i, slot in zip(ids, batch, slots):
+                row[: len(prompts[i]) - 1] = prompts[i][:-1]
+                base[slot], left[slot], begun[slot], holder[slot] = len(prompts[i]) - 1, samples, 0, i
+            ids = torch.from_numpy(ids).to(self.device)
+            return SimpleNamespace(slots=torch.tensor(slots, device=self.device), start=0, all=ids, ids=ids[:, : self.PIECE])
+
+        while True:
+            gone = []
+            for cell in cells[state[DONE, cells] > 0].tolist():
+                slot, length = cell // C, state[AGE, cell]
+                results[holder[slot]][sample[cell]] = (self.ids[cell, :length].cpu().numpy().copy(), bool(state[DONE, cell] == ENDED), float(log_q[cell]))
+                left[slot] -= 1
+                if begun[slot] < samples:
+                    begin(cell)
+                    continue
+                gone.append(cell)
+                if not left[slot]:
+                    heapq.heappush(free, slot)
+                    holder[slot] = -1
+            if gone:
+                cells = np.setdiff1d(cells, gone, assume_unique=True)
+            piece = next_piece()
+            if not len(cells) and not piece:
+                return results
+            slots = int(np.flatnonzero(holder >= 0)[-1]) + 1
+            P, S = max(1, int(base[:slots].max())), int(state[AGE, cells].max(initial=0)) + 1
+            self.cells[: len(cells)] = torch.from_numpy(cells)
+            if self.device.type != "cpu":
+                self.state.copy_(torch.from_numpy(state)), self.base.copy_(torch.from_numpy(base)), self.log_q.copy_(torch.from_numpy(log_q))
+            before = int(state[AGE, cells].sum())
+            self.advance(len(cells), slots, P, S, self.stop, max_new, greedy, piece if piece and piece.ids.shape[1] else None)
+            if self.device.type != "cpu":
+                state[:], log_q[:] = self.state.cpu().numpy(), self.log_q.cpu().numpy()
+            if on_tokens and len(cells):
+                on_tokens(int(state[AGE, cells].sum()) - before)
+            if piece and piece.start + piece.ids.shape[1] == piece.all.shape[1]:
+                new = [int(slot) * C + j for slot in piece.slots.tolist() for j in range(C)]
+                for cell in new:
+                    begin(cell)
+                cells = np.sort(np.concatenate((cells, new)).astype(np.int64))
+
+    # ---- scoring
+
+    @torch.inference_mode()
+    def score(self, prefixes, tails) -> list[list[np.ndarray]]:
+        """Teacher-forced: for each prefix (ids) and each of its tails (ids), log p(token | all before it) of the tail's tokens.
+
+        The one fast scoring function: log_p of thoughts and chunks, and the NLL of text. fp32 log-softmax over the whole vocabulary. A prefix is
+        computed once for its tails, which read its keys and values (for as many tails as SCORED tokens allow).
+        """
+        results = [[np.zeros(len(tail)) for tail in group] for group in tails]
+        units = []  # (tokens, prefix, its tails)
+        for i, group in enumerate(tails):
+            size, chosen = len(prefixes[i]), []
+            for j, tail in enumerate(group):
+                if chosen and size + len(tail) > self.SCORED:
+                    units.append((size, i, chosen))
+                    size, chosen = len(prefixes[i]), []
+                if len(tail):
+                    size, chosen = size + len(tail), [*chosen, j]
+            if chosen:
+                units.append((size, i, chosen))
+        units.sort(key=lambda unit: -unit[0])
+        while units:
+            batch, size = [units.pop(0)], 0
+            while units and size + units[0][0] <= self.SCORED - batch[0][0]:
+                size += units[0][0]
+                batch.append(units.pop(0))
+            found = self.score_batch([prefixes[i] for _, i, _ in batch], [[tails[i][j] for j in chosen] for _, i, chosen in batch])
+            for (_, i, chosen), values in zip(batch, found):
+                for j, value in zip(chosen, values):
+                    results[i][j] = value
+        return results
+
+    def score_batch(self, prefixes, tails) -> list[list[np.ndarray]]:
+        flat_tails = [np.asarray(tail, dtype=np.int64) for group in tails for tail in group]
+        owner = np.repeat(np.arange(len(prefixes)), [len(group) for group in tails])
+        parts = [np.asarray(p, dtype=np.int64) for p in prefixes] + [tail[:-1] for tail in flat_tails]  # a tail's last token predicts nothing
+        lengths = np.array([len(part) for part in parts])
+        starts, G = np.cumsum(lengths) - lengths, len(prefixes)
+        self.extend_rope(int(lengths[:G].max() + lengths[G:].max()) + 1)
+        offset = np.where(np.arange(len(parts)) < G, 0, np.append(np.zeros(G, np.int64), lengths[:G][owner]))
+        positions = np.concatenate([np.arange(n) + first for n, first in zip(lengths, offset)])
+
+        def grid(first, last):  # index of each sequence's tokens, padded [rows, longest], and which are real
+            column = np.arange(max(1, lengths[first:last].max()))
+            real = column < lengths[first:last, None]
+            return tuple(torch.from_numpy(x).to(self.device) for x in (np.where(real, starts[first:last, None] + column, 0), real))
+
+        (head, head_real), (tail, tail_real) = grid(0, G), grid(G, len(parts))
+        n_head, owners = int(lengths[:G].sum()), torch.from_numpy(owner).to(self.device)
+        T = tail.shape[1]
+        seen = torch.cat((head_real[owners][:, None].expand(-1, T, -1),
+                          torch.ones(T, T, dtype=torch.bool, device=self.device).tril().expand(len(owner), -1, -1)), dim=2)[:, None]  # fmt: skip
+
+        def attend(layer, q, k, v):
+            y, (hq, hk, hv) = torch.empty_like(q), (x[head].transpose(1, 2) for x in (q, k, v))  # [G, heads, P, head_dim]
+            y[:n_head] = self.attention(hq, hk, hv).transpose(1, 2)[head_real]
+            if n_head < len(q):
+                tq, tk, tv = (x[tail].transpose(1, 2) for x in (q, k, v))  # [R, heads, T, head_dim]
+                tk, tv = torch.cat((hk[owners], tk), dim=2), torch.cat((hv[owners], tv), dim=2)  # [R, n_kv_head, P + T, head_dim]
+                y[n_head:] = self.attention(tq, tk, tv, seen).transpose(1, 2)[tail_real]
+            return y
+
+        ids, positions = (torch.from_numpy(x).to(self.device) for x in (np.concatenate(parts), positions))
+        hidden = self.forward(ids, positions, attend)
+        ends = starts[:G] + lengths[:G] - 1  # where a tail's first token is predicted
+        where = np.concatenate([np.append(ends[g], start + np.arange(n)) for g, start, n in zip(owner, starts[G:], lengths[G:])])
+        where, targets = (torch.from_numpy(x).to(self.device) for x in (where, np.concatenate(flat_tails)))
+        size = max(1, (64 << 20) // (4 * self.config.n_vocab))
+        log_p = torch.cat([-F.cross_entropy(self.logits(hidden[where[i : i + size]]), targets[i : i + size], reduction="none")
+                           for i in range(0, len(where), size)]).double().cpu().numpy()  # fmt: skip
+        values = iter(np.split(log_p, np.cumsum([len(t) for t in flat_tails])[:-1]))
+        return [[next(values) for _ in group] for group in tails]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had: of the GPU; of the machine or its container, whichever has less."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        free.append(next(int(line.split()[1]) << 10 for line in open("/proc/meminfo") if line.startswith("MemAvailable")))
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        stat = dict(line.split() for line in open("/sys/fs/cgroup/memory.stat"))
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text()) - int(stat["file"])  # what caches files can be taken back
+        free.append(int(Path("/sys/fs/cgroup/memory.max").read_text()) - used)
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (1 if free else 2))
+    return max(0, min(free, default=4 << 30))
+
+
+# ---------------------------------------------------------------------------------------- prompts and weights
+
+
+NOTHING = MappingProxyType({})  # no chunk has a picked thought in the context
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What bounds a prompt: chunks before it, tokens of a thought, tokens of a sequence."""
+
+    before: int
+    max_new: int
+    seq_len: int
+
+
+def context_of(corpus: Corpus, i: int, limits: Limits, picked=NOTHING) -> list[int]:
+    """The chunks given before chunk i: up to limits.before, fewer if the sequence would exceed seq_len with max_new new tokens."""
+    before = list(corpus.before(i, limits.before))
+    sizes = [int(corpus.chunks[j + 1] - corpus.chunks[j]) + (len(picked[j][0]) + 5 if j in picked else 0) for j in before]
+    room = limits.seq_len - limits.max_new - 6 - (corpus.chunks[i + 1] - corpus.chunks[i])  # 6: BOS, five markers
+    while before and sum(sizes) > room:
+        before.pop(0), sizes.pop(0)
+    return before
+
+
+def write_chunk(tok: Tokenizer, corpus: Corpus, i: int, context: list[int], thought, form: int, picked=NOTHING):
+    """(ids, part) of chunk i in a form, behind its context: as plain text, but for chunks in picked {chunk: (thought, form)}."""
+    given = [picked.get(j, ((), RAW)) for j in context]
+    chunks = [corpus.chunk(j) for j in (*context, i)]
+    ids, parts = layout(tok, chunks, [z for z, _ in given] + [thought], [f for _, f in given] + [form], end=False)
+    return ids, parts[-1] if len(parts) == len(chunks) else None
+
+
+@dataclass
+class Samples:
+    """K thoughts for each of n chunks. Arrays are [n, K] where not said otherwise; a thought that was cut off has log_w -inf."""
+
+    thoughts: list[list[np.ndarray]]  # without EOL
+    log_q: np.ndarray  # log q(z | c, x)
+    log_p: np.ndarray  # log p(z, x | c)
+    log_x: np.ndarray  # log p(x | c, z)
+    log_w: np.ndarray
+    length: np.ndarray  # sampled tokens, with EOL
+    finished: np.ndarray
+    log_raw: np.ndarray  # [n] log p(x | c), no thought in between
+    log_kept: np.ndarray  # [n] log_w of the previous round's thought, for mcmc; else -inf
+    pick: np.ndarray  # [n] index of the pick; K: the previous thought; -1: none
+    kept: list  # [n] the previous round's thought
+
+    def chosen(self, row: int):
+        """The picked thought of a chunk; None: it has none."""
+        k = self.pick[row]
+        return None if k < 0 else self.kept[row] if k == self.log_w.shape[1] else self.thoughts[row][k]
 
 
 def rank_in_group(group: np.ndarray) -> np.ndarray:
@@ -131,238 +652,77 @@ def rank_in_group(group: np.ndarray) -> np.ndarray:
     return rank
 
 
-def draw(logits: torch.Tensor, uniform: np.ndarray, greedy: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token for each row of fp32 logits [n, n_vocab] by inverting the cumulated probabilities at uniform [n] in [0, 1).
+def infer(engine: Engine, tok: Tokenizer, corpus: Corpus, numbers, samples: int, limits: Limits, seed: int, *, context: str = "bare",
+          select: str = "resample", previous=None, first: int = 0, purpose: int = DRAW, on_tokens=None, picked=None) -> Samples:  # fmt: skip
+    """Sample, weigh and pick among `samples` thoughts for each chunk in `numbers`.
 
-    (tokens [n], their log-probabilities [n]). greedy: the likeliest token instead.
+    context="thoughts": documents advance side by side, a chunk of each at a time, so that every pick stands in the context of the next. Each earlier
+    chunk there takes the prior or the posterior form by a coin of its own, as in training. The picks are put into the dict `picked`, if given.
+    previous: {chunk: thought} for mcmc. first: number of the first sample.
     """
-    log_p = torch.log_softmax(logits, dim=-1)
-    if greedy:
-        tokens = log_p.argmax(dim=-1)
-    else:
-        cumulated = log_p.double().exp().cumsum(dim=-1)
-        point = torch.from_numpy(uniform).to(logits.device) * cumulated[:, -1]  # rounding: the sum is not quite 1
-        tokens = torch.searchsorted(cumulated, point[:, None], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
-    return tokens, log_p.gather(1, tokens[:, None])[:, 0]
+    numbers, picked = np.asarray(numbers), {} if picked is None else picked
+    wave = rank_in_group(corpus.doc_of(numbers)) if context == "thoughts" else np.zeros(len(numbers), np.int64)
+    rows, waves = [], []
+    for turn in range(wave.max(initial=-1) + 1):
+        rows.append(np.flatnonzero(wave == turn))
+        here = numbers[rows[-1]]
+        got = infer_wave(engine, tok, corpus, here, samples, limits, seed, select, previous or {}, first, purpose, on_tokens, picked)
+        waves.append(got)
+        for row, i in enumerate(here if context == "thoughts" else []):
+            z = got.chosen(row)
+            if z is not None and len(z):  # an empty one is written as in training: as no thought
+                picked[int(i)] = z, PRIOR if hash_uniform(CONTEXT_FORM, seed, i)[0] < 0.5 else POSTERIOR
+    order = np.argsort(np.concatenate(rows)) if rows else np.zeros(0, np.int64)
+    whole = {}
+    for name in Samples.__dataclass_fields__:
+        values = [getattr(got, name) for got in waves]
+        if isinstance(values[0], np.ndarray):
+            whole[name] = np.concatenate(values)[order]
+        else:
+            flat = [x for value in values for x in value]
+            whole[name] = [flat[k] for k in order]
+    return Samples(**whole)
 
 
-@torch.inference_mode()
-def generate(model: Llama, prompts, keys, samples: int, max_new: int, stop: set[int], seed: int, *,
-             purpose: int = DRAW, greedy: bool = False, n_rows: int = 512, on_tokens=None) -> list[list[tuple]]:  # fmt: skip
-    """Continue each prompt `samples` times until a token of `stop` or `max_new` tokens.
-
-    prompts: lists of ids; keys: an integer each, which seeds its noise. Returns for each prompt its samples
-    (ids with the stop token if there is one, finished, sum of the ids' log-probabilities).
-
-    Continuous batching: a prompt is computed once and forked into rows; a row that finishes is given the next sample at
-    once; when none is left, the finished rows are dropped, so that no step computes on dead rows. on_tokens(n) is told of
-    every n sampled tokens.
-    """
-    device = model.embed_tokens.weight.device
-    results = [[None] * samples for _ in prompts]
-    todo = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))  # longest first, for little padding
-    n_rows = min(n_rows, samples * len(prompts))
-    prefill_batch = max(1, n_rows // samples // 4)
-    n_slots = -(-n_rows // samples) + 2 * prefill_batch
-    cache = Cache(model.config, n_slots, max(map(len, prompts), default=0), n_rows, max_new, device)
-    first_logits = torch.zeros(n_slots, model.config.n_vocab, device=device)
-    prompt_lengths = torch.zeros(n_slots, dtype=torch.long, device=device)
-    free, unfinished = list(range(n_slots)), [0] * n_slots
-    ready = deque()  # (prompt, sample, slot) that wait for a row
-    # The state of each row. A row with prompt -1 is empty.
-    prompt, sample, slot, age, last = np.full(n_rows, -1), *np.zeros((4, n_rows), dtype=np.int64)
-    log_q, ids = np.zeros(n_rows), np.zeros((n_rows, max_new), dtype=np.int64)
-    keys = np.asarray(keys)
-
-    def prefill() -> None:
-        batch = [todo.popleft() for _ in range(min(len(todo), len(free), prefill_batch))]
-        slots = [free.pop() for _ in batch]
-        inputs, _ = pad([np.append(prompts[i], 0) for i in batch], device)
-        where = torch.tensor(slots, device=device)
-        lengths = torch.tensor([len(prompts[i]) for i in batch], device=device)
-        hidden = model(inputs, attend=cache.prefill(where))
-        prompt_lengths[where] = lengths
-        first_logits[where] = model.logits(hidden[torch.arange(len(batch), device=device), lengths - 1])
-        for i, k in zip(batch, slots):
-            unfinished[k] = samples
-            ready.extend((i, j, k) for j in range(samples))
-
-    def refill() -> np.ndarray:
-        """Give empty rows the next samples; the rows that got one."""
-        rows = np.flatnonzero(prompt < 0)
-        while len(ready) < len(rows) and todo and free:
-            prefill()
-        rows = rows[: len(ready)]
-        for row in rows:
-            prompt[row], sample[row], slot[row] = ready.popleft()
-            age[row], log_q[row] = 0, 0.0
-        return rows
-
-    def take(rows: np.ndarray, logits: torch.Tensor) -> None:
-        """Draw a token for each row from its logits; hand out the samples that end with it."""
-        uniform = hash_uniform(purpose, seed, keys[prompt[rows]], sample[rows], age[rows])
-        tokens, log_p = draw(logits, uniform, greedy)
-        last[rows] = tokens = tokens.cpu().numpy()
-        ids[rows, age[rows]] = tokens
-        log_q[rows] += log_p.double().cpu().numpy()
-        age[rows] += 1
-        stopped = np.isin(tokens, stop_ids)
-        for row, finished in zip(rows[stopped | (age[rows] == max_new)], stopped[stopped | (age[rows] == max_new)]):
-            results[prompt[row]][sample[row]] = (ids[row, : age[row]].copy(), bool(finished), float(log_q[row]))
-            unfinished[slot[row]] -= 1
-            if not unfinished[slot[row]]:
-                free.append(slot[row])
-            prompt[row] = -1
-        if on_tokens:
-            on_tokens(len(rows))
-
-    stop_ids = np.array(sorted(stop))
-    while True:
-        while len(rows := refill()):
-            take(rows, first_logits[slot[rows]])
-        live = np.flatnonzero(prompt >= 0)
-        if not len(live):
-            return results
-        if len(live) < len(prompt):  # nothing waits any more: drop the empty rows
-            cache.keep(torch.from_numpy(live).to(device))
-            prompt, sample, slot, age, last, log_q, ids = (a[live] for a in (prompt, sample, slot, age, last, log_q, ids))
-        slots, columns, ages, inputs = (torch.from_numpy(a).to(device) for a in (slot, rank_in_group(slot), age - 1, last))
-        attend = cache.decode(slots, columns, ages, prompt_lengths)
-        hidden = model(inputs[:, None], (prompt_lengths[slots] + ages)[:, None], attend)
-        take(np.arange(len(prompt)), model.logits(hidden[:, 0]))
-
-
-# ----------------------------------------------------------------------------------- scoring and weighing
-
-
-@torch.inference_mode()
-def log_prob(model: Llama, prefixes, tails, batch_tokens: int = 8192) -> list[np.ndarray]:
-    """Teacher-forced: for each prefix (ids) and each of its tails (ids), the sum of log p(token | all before it) over the tail.
-
-    The one scoring function: log_q and log_p of thoughts, and the NLL of text. fp32 log-softmax over the whole vocabulary, float64
-    sums. A prefix is computed once for all its tails, which read its keys and values. Returns an array for each prefix; an empty tail scores 0.
-    """
-    device, totals = model.embed_tokens.weight.device, [np.zeros(len(group)) for group in tails]
-    todo = deque(sorted((i for i in range(len(prefixes)) if any(map(len, tails[i]))), key=lambda i: -len(prefixes[i]) - max(map(len, tails[i]))))
-    while todo:
-        K, first = len(tails[todo[0]]), todo[0]
-        cost = len(prefixes[first]) + K * max(map(len, tails[first]))
-        batch = [todo.popleft()]
-        while todo and len(batch) * cost < batch_tokens and len(tails[todo[0]]) == K:
-            batch.append(todo.popleft())
-        head, _ = pad([np.append(prefixes[i], 0) for i in batch], device)  # [G, P]
-        lengths = torch.tensor([len(prefixes[i]) for i in batch], device=device)
-        _, tail = pad([np.append(0, z) for i in batch for z in tails[i]], device)  # [G * K, S], -1 where there is nothing
-        keys = {}
-        hidden = model(head, attend=remember(keys))
-        hidden = hidden[torch.arange(len(batch), device=device), lengths - 1].repeat_interleave(K, 0)[:, None]  # predicts the tail's first token
-        if tail.shape[1] > 1:
-            positions = lengths.repeat_interleave(K)[:, None] + torch.arange(tail.shape[1] - 1, device=device)
-            rest = model(tail[:, :-1].clamp(min=0), positions, after_prefix(keys, lengths, K))
-            hidden = torch.cat((hidden, rest), dim=1)  # [G * K, S, n_embd]
-        real = tail >= 0
-        log_p = -F.cross_entropy(model.logits(hidden[real]), tail[real], reduction="none").double().cpu().numpy()
-        sums = np.bincount(real.nonzero()[:, 0].cpu().numpy(), log_p, minlength=len(tail)).reshape(-1, K)
-        for i, values in zip(batch, sums):
-            totals[i] = values
-    return totals
-
-
-def remember(keys: dict):
-    """attend(): causal attention that keeps keys and values, {layer: (k, v)}."""
-
-    def attend(layer, q, k, v):
-        keys[layer] = k, v
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-
-    return attend
-
-
-def after_prefix(keys: dict, lengths: torch.Tensor, K: int):
-    """attend() for K tails behind each of G prefixes: tokens see their prefix (lengths [G], padded to P) and their own tail up to themselves."""
-    G, P = len(lengths), keys[0][0].shape[2]
-    hidden = torch.arange(P, device=lengths.device) >= lengths[:, None]
-    prefix_mask = torch.zeros_like(hidden, dtype=torch.float).masked_fill(hidden, -torch.inf)[:, None, None]  # [G, 1, 1, P]
-
-    def attend(layer, q, k, v):
-        (pk, pv), n_kv, T, hd = keys[layer], k.shape[1], q.shape[2], q.shape[3]  # pk, pv: [G, n_kv, P, hd]
-        group = q.shape[1] // n_kv  # query heads that share a key head
-
-        def by_prefix(x):  # [G * K, n_kv, group * T, d] -> [G, n_kv, K * group * T, d]
-            return x.view(G, K, n_kv, group * T, -1).transpose(1, 2).reshape(G, n_kv, K * group * T, -1)
-
-        def by_tail(x):  # and back
-            return x.view(G, n_kv, K, group * T, -1).transpose(1, 2).reshape(G * K, n_kv, group * T, -1)
-
-        q = (q * hd**-0.5).reshape(G * K, n_kv, group * T, hd)
-        on_prefix = by_tail(by_prefix(q) @ pk.mT + prefix_mask)  # [G * K, n_kv, group * T, P]
-        later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1).repeat(group, 1)  # [group * T, T]
-        on_own = (q @ k.mT).masked_fill(later, -torch.inf)  # [G * K, n_kv, group * T, T]
-        weight = torch.softmax(torch.cat((on_prefix, on_own), dim=-1), dim=-1)
-        y = by_tail(by_prefix(weight[..., :P]) @ pv) + weight[..., P:] @ v
-        return y.reshape(G * K, n_kv * group, T, hd)
-
-    return attend
-
-
-@dataclass
-class Samples:
-    """K thoughts for each of n chunks. All arrays [n, K]; log_w is -inf where a thought was cut off."""
-
-    thoughts: list[list[np.ndarray]]  # without EOL
-    log_q: np.ndarray
-    log_p: np.ndarray
-    log_w: np.ndarray
-    length: np.ndarray  # sampled tokens, with EOL
-    finished: np.ndarray
-
-
-def context_of(corpus: Corpus, i: int, s) -> list[int]:
-    """The chunks given before chunk i: up to s.context, fewer if the sequence would exceed s.seq_len with s.max_new new tokens."""
-    before = list(corpus.before(i, s.context))
-    room = s.seq_len - s.max_new - 6 - (corpus.chunks[i + 1] - corpus.chunks[i])  # 6: BOS, five markers
-    while before and corpus.chunks[i] - corpus.chunks[before[0]] > room:
-        before.pop(0)
-    return before
-
-
-def write_chunk(tok: Tokenizer, corpus: Corpus, i: int, context: list[int], thought, form: int):
-    """(ids, part) of chunk i in a form, behind its context as plain text."""
-    chunks = [corpus.chunk(j) for j in (*context, i)]
-    ids, parts = layout(tok, chunks, [None] * len(context) + [thought], [RAW] * len(context) + [form], end=False)
-    return ids, parts[-1] if parts else None
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What bounds a prompt: see context_of."""
-
-    context: int
-    max_new: int
-    seq_len: int
-
-
-def infer(model: Llama, tok: Tokenizer, corpus: Corpus, numbers, samples: int, limits: Limits, seed: int, *,
-          purpose: int = DRAW, n_rows: int = 512, on_tokens=None) -> Samples:  # fmt: skip
-    """Sample and weigh `samples` thoughts for each chunk in `numbers`."""
-    contexts = [context_of(corpus, i, limits) for i in numbers]
-    prompts = [write_chunk(tok, corpus, i, c, None, POSTERIOR)[0] for i, c in zip(numbers, contexts)]
-    drawn = generate(model, prompts, numbers, samples, limits.max_new, {tok.eol}, seed, purpose=purpose, n_rows=n_rows, on_tokens=on_tokens)
-    finished = np.array([[f for _, f, _ in row] for row in drawn], dtype=bool).reshape(len(numbers), samples)
-    length = np.array([[len(ids) for ids, _, _ in row] for row in drawn]).reshape(finished.shape)
+def infer_wave(engine, tok, corpus, numbers, K, limits, seed, select, previous, first, purpose, on_tokens, picked) -> Samples:
+    """infer() for chunks whose contexts are known."""
+    contexts = [context_of(corpus, i, limits, picked) for i in numbers]
+    prompts = [write_chunk(tok, corpus, i, c, None, POSTERIOR, picked)[0] for i, c in zip(numbers, contexts)]
+    drawn = engine.generate(prompts, numbers, K, limits.max_new, {tok.eol}, seed, first=first, purpose=purpose, on_tokens=on_tokens)
+    finished = np.array([[f for _, f, _ in row] for row in drawn], dtype=bool).reshape(len(numbers), K)
+    length = np.array([[len(ids) for ids, _, _ in row] for row in drawn]).reshape(len(numbers), K)
+    log_q = np.array([[q for _, _, q in row] for row in drawn]).reshape(len(numbers), K)
     thoughts = [[ids[:-1] if done else ids for ids, done, _ in row] for row in drawn]
-    scores = []
-    for form in (POSTERIOR, PRIOR):
-        prefixes, tails = [], []
-        for i, c, row, done in zip(numbers, contexts, thoughts, finished):
-            prefixes.append(write_chunk(tok, corpus, i, c, None, form)[0])
-            written = [write_chunk(tok, corpus, i, c, z, form) if ok else ((), None) for z, ok in zip(row, done)]
-            # q scores the thought; p scores the thought and then the chunk
-            tails.append([ids[len(prefixes[-1]) : part.thought[1] if form == POSTERIOR else part.chunk[1]] if part else () for ids, part in written])
-        scores.append(np.array(log_prob(model, prefixes, tails)).reshape(finished.shape))
-    log_q, log_p = (np.where(finished, score, -np.inf) for score in scores)
-    log_w = np.where(finished, scores[1] - scores[0], -np.inf)
-    return Samples(thoughts, log_q, log_p, log_w, length, finished)
+    kept = [previous.get(int(i)) for i in numbers]
+
+    # One prefix a chunk, up to its context; tails: the chunk alone, and SOL PRI z EOL x for each thought that ended.
+    prefixes, tails = [], []
+    for i, c, row, done, old in zip(numbers, contexts, thoughts, finished, kept):
+        bare, part = write_chunk(tok, corpus, i, c, None, RAW, picked)
+        written = [write_chunk(tok, corpus, i, c, z, PRIOR, picked)[0][part.chunk[0] :] if ok else () for z, ok in zip(row, done)]
+        old = () if old is None else write_chunk(tok, corpus, i, c, old, PRIOR, picked)[0][part.chunk[0] :]
+        prefixes.append(bare[: part.chunk[0]])
+        tails.append([bare[part.chunk[0] :], *written, old])
+    scores = engine.score(prefixes, tails)
+    log_raw = np.array([row[0].sum() for row in scores])
+    sums = np.array([[(s[2:].sum(), s[len(s) - len(row[0]) :].sum()) if len(s) else (-np.inf, -np.inf) for s in row[1:]] for row in scores])
+    log_p, log_x = np.moveaxis(sums.reshape(len(numbers), K + 1, 2), 2, 0)  # [n, K + 1]: 2 markers are given; x are the last tokens
+    log_kept = np.full(len(numbers), -np.inf)
+    with_old = [row for row, z in enumerate(kept) if z is not None]
+    if with_old:
+        old_q = engine.score([prompts[row] for row in with_old], [[np.append(kept[row], tok.eol)] for row in with_old])
+        log_kept[with_old] = log_p[with_old, K] - [q.sum() for [q] in old_q]
+
+    def alive(x):
+        return np.where(finished, x, -np.inf)
+
+    log_q, log_p, log_x = alive(log_q), alive(log_p[:, :K]), alive(log_x[:, :K])
+    bad = ~np.isfinite(log_raw) | (finished & ~np.isfinite(log_p + log_q)).any(axis=1)
+    if bad.any():
+        raise UserError(f"chunk {numbers[bad][0]}: log-probabilities are not finite; the model's weights or the arithmetic are broken")
+    log_w = np.where(finished, log_p - np.where(finished, log_q, 0), -np.inf)
+    uniform = hash_uniform(PICK, seed, numbers[:, None], np.arange(K) + first) if select == "mcmc" or first else hash_uniform(PICK, seed, numbers)[:, None]
+    return Samples(thoughts, log_q, log_p, log_x, log_w, length, finished, log_raw, log_kept, choose(select, log_w, uniform, log_kept), kept)
 
 
 def normalise(log_w: np.ndarray) -> np.ndarray:
@@ -378,6 +738,33 @@ def pick(log_w: np.ndarray, uniform: np.ndarray) -> np.ndarray:
     cumulated = w.cumsum(axis=1)
     index = (cumulated <= uniform[:, None] * cumulated[:, -1:]).sum(axis=1)
     return np.where(w.sum(axis=1) > 0, np.minimum(index, w.shape[1] - 1), -1)
+
+
+def choose(select: str, log_w: np.ndarray, uniform: np.ndarray, log_kept: np.ndarray) -> np.ndarray:
+    """The pick of each row of log_w [n, K] by the rule --select; uniform [n, 1], or [n, K] for mcmc. K: what was kept; -1: none."""
+    alive = np.isfinite(log_w)
+    if select == "argmax":
+        return np.where(alive.any(axis=1), log_w.argmax(axis=1), -1)
+    if select == "uniform":
+        return pick(np.where(alive, 0.0, -np.inf), uniform[:, 0])
+    if select == "resample":
+        return pick(log_w, uniform[:, 0])
+    # Independence Metropolis-Hastings over the K samples in turn, with q as its proposal (TRICE, Phan et al. 2023, arXiv 2312.02179).
+    now, index = log_kept.copy(), np.where(np.isfinite(log_kept), log_w.shape[1], -1)
+    for k in range(log_w.shape[1]):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            accept = alive[:, k] & (~np.isfinite(now) | (np.log(uniform[:, k]) < log_w[:, k] - now))
+        now, index = np.where(accept, log_w[:, k], now), np.where(accept, k, index)
+    return index
+
+
+def add_samples(old_pick, old_log_w, new_pick, new_log_w, uniform) -> np.ndarray:
+    """The pick among old [n, K] and new [n, M] samples: the old one stays with probability W_old / (W_old + W_new). As if drawn from all at once,
+    so that no thought but the picked one need be stored. Index into both, the old ones first; -1: none."""
+    old, new = (np.logaddexp.reduce(log_w, axis=1) for log_w in (old_log_w, new_log_w))
+    with np.errstate(invalid="ignore"):
+        stays = (old_pick >= 0) & ((new_pick < 0) | (uniform < np.exp(old - np.logaddexp(old, new))))
+    return np.where(stays, old_pick, np.where(new_pick >= 0, new_pick + old_log_w.shape[1], -1))
 
 
 def ess(log_w: np.ndarray) -> np.ndarray:
@@ -401,121 +788,323 @@ def bound(log_w: np.ndarray, k: int) -> np.ndarray:
         return np.where(n > 0, total / np.maximum(n, 1) + np.log(n / alive.shape[1]), -np.inf)
 
 
+def check(model: Llama, tok: Tokenizer, corpus: Corpus, numbers, got: Samples, limits: Limits, picked) -> np.ndarray:
+    """Largest difference of [log_q, log_p] from score_slowly, in nats a scored token, over all thoughts of the chunks `numbers`."""
+    worst = np.zeros(2)
+    for row, i in enumerate(numbers):
+        c = context_of(corpus, i, limits, picked)
+        for z, ok, *fast in zip(got.thoughts[row], got.finished[row], got.log_q[row], got.log_p[row]):
+            for side, form in enumerate((POSTERIOR, PRIOR) if ok else ()):
+                ids, part = write_chunk(tok, corpus, i, c, z, form, picked)
+                start, end = part.thought[0], part.chunk[1] if form == PRIOR else part.thought[1]
+                worst[side] = max(worst[side], abs(score_slowly(model, ids, start, end) - fast[side]) / (end - start))
+    return worst
+
+
 # ---------------------------------------------------------------------------------------------------- work
 
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # nats a token by which the engine may differ from score_slowly
+EXAMPLES = 50  # chunks of the first part that are written out in full
 
-def run_part(path: Path, numbers: np.ndarray, model, tok, corpus: Corpus, s: Settings, on_tokens) -> None:
-    """Infer one part and write it whole: every sampled thought, its numbers, and the pick."""
-    limits = Limits(s.context, s.max_new, model.config.seq_len)
-    got = infer(model, tok, corpus, numbers, s.samples, limits, s.seed, n_rows=s.rows, on_tokens=on_tokens)
-    picks = pick(got.log_w, hash_uniform(PICK, s.seed, numbers))
-    flat = [z for row in got.thoughts for z in row]
-    arrays = dict(numbers=numbers, log_q=got.log_q, log_p=got.log_p, log_w=got.log_w, length=got.length, finished=got.finished)
+
+def run_part(path: Path, numbers: np.ndarray, engine: Engine, tok, corpus: Corpus, s: Settings, on_tokens) -> dict:
+    """Infer one part and write it whole: the numbers of every sample, and the picked thoughts. A line for metrics.jsonl."""
+    begin, limits, picked, first = time.time(), Limits(s.before, s.max_new, engine.config.seq_len), {}, 0
+    old = np.load(Path(s.add_to) / "samples.npz", allow_pickle=False) if s.add_to else None
+    if s.add_to:
+        first = old["log_w"].shape[1]
+    previous = {}
+    if s.previous:
+        thoughts = open_thoughts(s.previous, corpus)
+        known = Path(s.previous) / "samples.npz"
+        empty = np.load(known, allow_pickle=False)["pick"] >= 0 if known.exists() else np.zeros(corpus.n_chunks, bool)  # a pick can be empty
+        previous = {int(i): thoughts.span(i).astype(np.int64) for i in numbers if len(thoughts.span(i)) or empty[i]}
+    got = infer(engine, tok, corpus, numbers, s.samples - first, limits, s.seed, context=s.context, select=s.select, previous=previous, first=first,
+                on_tokens=on_tokens, picked=picked)  # fmt: skip
+    sampled = time.time()
+    checked = np.flatnonzero(hash_uniform(CHECK, s.seed, numbers) < 0.01)
+    if not len(checked) and path.stem == "000000":
+        checked = np.array([0])
+    subset = Samples(**{k: [v[r] for r in checked] if isinstance(v, list) else v[checked] for k, v in vars(got).items()})
+    worst = check(engine.model, tok, corpus, numbers[checked], subset, limits, picked)
+    tolerance = TOLERANCE[engine.config.dtype]
+    if not (worst <= tolerance).all():
+        raise UserError(f"the engine's log_q or log_p differs from the slow function by {worst.max():.2g} nats a token (at most {tolerance} wanted): "
+                        "nothing of this part is kept")  # fmt: skip
+    arrays = {k: getattr(got, k) for k in ("log_q", "log_p", "log_x", "log_w", "length", "finished", "log_raw", "log_kept", "pick")}
+    spans = [z if (z := got.chosen(row)) is not None else np.zeros(0, np.int64) for row in range(len(numbers))]
+    if s.add_to:
+        kept, uniform = old["pick"][numbers], hash_uniform(PICK, s.seed, numbers, s.samples, 1)
+        arrays["pick"] = add_samples(kept, old["log_w"][numbers], got.pick, got.log_w, uniform)
+        before = open_thoughts(s.add_to, corpus)
+        spans = [before.span(i) if 0 <= k < first else z for i, k, z in zip(numbers, arrays["pick"], spans)]
+        for k in ("log_q", "log_p", "log_x", "log_w", "length", "finished"):
+            arrays[k] = np.concatenate((old[k][numbers], arrays[k]), axis=1)
+    examples = [describe(tok, corpus, i, got, row) for row, i in enumerate(numbers[:EXAMPLES])] if path.stem == "000000" and not s.add_to else []
+    arrays |= {"numbers": numbers, "ids": np.concatenate([*spans, []]).astype(np.int64), "sizes": np.array([len(z) for z in spans])}
     with replacing(path) as temporary, open(temporary, "wb") as f:
-        np.savez(f, pick=picks, ids=np.concatenate([*flat, []]).astype(np.int64), sizes=np.array([len(z) for z in flat]), **arrays)
+        np.savez(f, check=worst, n_checked=len(checked), examples=np.array(examples, dtype=str), **arrays)
+    tokens, end = int(got.length.sum()), time.time()
+    return {"part": path.stem, "begin": begin, "end": end, "tokens": tokens, "tokens_per_s": tokens / (sampled - begin),
+            "ess": float(ess(got.log_w).mean()), "cut_off": float((~got.finished).mean()), "check": worst.tolist()}  # fmt: skip
 
 
-def load_part(path: Path) -> tuple[dict, list[list[np.ndarray]]]:
-    """A part's arrays, and its thoughts [n][K]."""
-    with np.load(path, allow_pickle=False) as f:
-        part = dict(f)
-    flat = np.split(part.pop("ids"), np.cumsum(part.pop("sizes"))[:-1])
-    K = part["log_w"].shape[1]
-    return part, [flat[n : n + K] for n in range(0, len(flat), K)]
+def describe(tok: Tokenizer, corpus: Corpus, i: int, got: Samples, row: int) -> str:
+    """A chunk with its K thoughts, their numbers and the pick, to be read in a terminal."""
+    before = "".join(tok.decode(corpus.chunk(j)) for j in corpus.before(i, 1))
+    lines = [f"chunk {i} | before: {before!r} | text: {tok.decode(corpus.chunk(i))!r} | log p(x | c) {got.log_raw[row]:.3f} | ess {ess(got.log_w[row : row + 1])[0]:.2f}"]
+    for k, weight in enumerate(normalise(got.log_w[row : row + 1])[0]):
+        mark = "->" if k == got.pick[row] else "  "
+        gain = got.log_x[row, k] - got.log_raw[row]
+        numbers = " ".join(f"{name} {getattr(got, name)[row, k]:8.3f}" for name in ("log_q", "log_p", "log_w"))
+        cut = "" if got.finished[row, k] else " (cut off)"
+        lines.append(f"  {mark} {numbers} gain {gain:7.3f} weight {weight:.3f} | {tok.decode(got.thoughts[row][k])!r}{cut}")
+    if got.kept[row] is not None:
+        mark = "->" if got.pick[row] == got.log_w.shape[1] else "  "
+        lines.append(f"  {mark} of the round before: log_w {got.log_kept[row]:8.3f} | {tok.decode(got.kept[row])!r}")
+    return "\n".join(lines)
+
+
+def figures(part: dict, n_bytes: int) -> dict:
+    """What the samples of all chunks tell, for meta.json. gain: log p(x | c, z) - log p(x | c), in nats."""
+    log_w, finished = part["log_w"], part["finished"]
+    w, K = normalise(log_w), log_w.shape[1]
+    n_alive = finished.sum(axis=1)
+    even = finished / np.maximum(n_alive, 1)[:, None]
+    gain = part["log_x"] - part["log_raw"][:, None]
+    picked = (part["pick"] >= 0) & (part["pick"] < K)
+    edges = 2 ** np.arange(int(part["length"].max(initial=1)).bit_length() + 1)
+    bounds = {k: bound(log_w, k) for k in sorted({1, K} | {2**b for b in range(K.bit_length()) if 2**b <= K})}
+
+    def mean(x):
+        return float(x.mean()) if x.size else None
+
+    return {
+        "ess": mean(ess(log_w)),
+        "weight_entropy": mean(-(w * np.log(np.maximum(w, 1e-300))).sum(axis=1)),  # 0: one thought has all; log K: all weigh the same
+        "pick_not_uniform": mean(np.abs(w - even)[n_alive > 0].sum(axis=1) / 2),  # share of picks that a uniform choice would make otherwise
+        "kept_previous": int((part["pick"] == K).sum()),
+        "gain": mean(gain[finished]),
+        "gain_picked": mean(gain[picked, part["pick"][picked]]),
+        "cut_off_share": mean(~finished),
+        "lengths": {f"{a}-{b - 1}": int(((part["length"] >= a) & (part["length"] < b)).sum()) for a, b in zip(edges, edges[1:])},
+        # nats a byte of the chunks that were inferred, over those with a finite bound (all_cut_off counts the others)
+        "nll_bound": {str(k): float(-v[np.isfinite(v)].sum() / max(n_bytes, 1)) for k, v in bounds.items()},
+        "nll_bare": float(-part["log_raw"].sum() / max(n_bytes, 1)),
+    }
 
 
 def merge(paths: list[Path], corpus: Corpus, tok: Tokenizer, s: Settings, counts: dict) -> dict:
-    """Join the parts into the thoughts folder, with the settings and timing that lie beside them; its meta.json."""
+    """Join the parts into the thoughts folder, with the files that lie beside them; its meta.json. UserError unless each chunk is there once."""
     K, n = s.samples, corpus.n_chunks
-    samples = {k: np.full((n, K), np.nan) for k in ("log_q", "log_p", "log_w")}
+    samples = {k: np.full((n, K), np.nan) for k in ("log_q", "log_p", "log_x", "log_w")} | {k: np.full(n, np.nan) for k in ("log_raw", "log_kept")}
     samples |= {"length": np.zeros((n, K), np.int64), "finished": np.zeros((n, K), bool), "pick": np.full(n, -1)}
-    spans, done = [()] * n, np.zeros(n, dtype=np.int64)
+    spans, done, worst, n_checked, examples = [()] * n, np.zeros(n, dtype=np.int64), np.zeros(2), 0, []
     for path in paths:
-        part, thoughts = load_part(path)
-        numbers = part.pop("numbers")
+        with np.load(path, allow_pickle=False) as f:
+            part = dict(f)
+        numbers = part["numbers"]
         done[numbers] += 1
-        for key, values in part.items():
-            samples[key][numbers] = values
-        for i, picked, row in zip(numbers, part["pick"], thoughts):
-            spans[i] = row[picked] if picked >= 0 else ()
+        for key in samples:
+            samples[key][numbers] = part[key]
+        for i, z in zip(numbers, np.split(part["ids"], np.cumsum(part["sizes"])[:-1])):
+            spans[i] = z
+        worst, n_checked = np.maximum(worst, part["check"]), n_checked + int(part["n_checked"])
+        examples += part["examples"].tolist()
     if done.max(initial=0) > 1 or done.sum() != counts["n_inferred"]:
         raise UserError(f"{paths[0].parent}: its parts do not cover the corpus once; remove it and run again")
-    log_w, finished = samples["log_w"][done > 0], samples["finished"][done > 0]
+    inferred = {k: v[done > 0] for k, v in samples.items()}
     n_bytes = sum(tok.n_bytes(corpus.chunk(i)) for i in np.flatnonzero(done))
-    bounds = {k: bound(log_w, k) for k in sorted({1, K})}
     counts |= {
-        "cut_off": int((~finished).sum()),
-        "all_cut_off": int((~finished.any(axis=1)).sum()),
+        "cut_off": int((~inferred["finished"]).sum()),
+        "all_cut_off": int((~inferred["finished"].any(axis=1)).sum()),
         "empty_picks": int(sum(len(spans[i]) == 0 for i in np.flatnonzero(done & (samples["pick"] >= 0)))),
         "sampled_tokens": int(samples["length"].sum()),
+        "checked": {"chunks": n_checked, "log_q": float(worst[0]), "log_p": float(worst[1])},  # largest difference, nats a token
     }
-    figures = {
-        "ess": float(ess(log_w).mean()),
-        "cut_off_share": float((~finished).mean()),
-        # nats a byte of the chunks that were inferred, over those with a finite bound (all_cut_off counts the others)
-        "nll_bound": {k: float(-v[np.isfinite(v)].sum() / max(n_bytes, 1)) for k, v in bounds.items()},
-    }
-    meta = {"model": str(s.model), "samples": K, "temperature": 1.0, "seed": s.seed, "selection": "resample"} | counts | figures
-    write_thoughts(s.out_dir, corpus, spans, meta, samples, [paths[0].with_name(name) for name in ("settings.json", "timing.json")])
+    how = {"model": str(s.model), "samples": K, "max_new": s.max_new, "temperature": 1.0, "seed": s.seed, "selection": s.select}
+    how |= {"context": s.context, "before": s.before, "weights": fingerprint(s.model)}
+    meta = how | counts | figures(inferred, n_bytes)
+    work = paths[0].parent
+    (work / "examples.txt").write_text("\n\n".join(examples) + "\n", encoding="utf-8")
+    stages = [json.loads(line) for line in open(work / "metrics.jsonl", encoding="utf-8")] if (work / "metrics.jsonl").exists() else []
+    seconds, reached = 0.0, 0.0  # time in which anyone was at work
+    for line in sorted(stages, key=lambda line: line["begin"]):
+        seconds, reached = seconds + max(0.0, line["end"] - max(reached, line["begin"])), max(reached, line["end"])
+    write_json(work / "timing.json", {"seconds": seconds, "tokens_per_s": sum(line["tokens"] for line in stages) / max(seconds, 1e-9)})
+    names = ("settings.json", "timing.json", "metrics.jsonl", "examples.txt")
+    write_thoughts(s.out_dir, corpus, spans, meta, samples, [work / name for name in names if (work / name).exists()])
     return meta
 
 
-def show(path: Path, corpus: Corpus, tok: Tokenizer, n: int) -> None:
-    """Print the first n chunks of a part with their thoughts, weights and pick."""
-    part, thoughts = load_part(path)
-    for row, i in enumerate(part["numbers"][:n]):
-        before = "".join(tok.decode(corpus.chunk(j)) for j in corpus.before(i, 1))
-        print(f"\nchunk {i} | before: {before!r} | text: {tok.decode(corpus.chunk(i))!r} | ess {ess(part['log_w'][row : row + 1])[0]:.2f}")
-        for k, w in enumerate(normalise(part["log_w"][row : row + 1])[0]):
-            mark = "->" if k == part["pick"][row] else "  "
-            numbers = " ".join(f"{name} {part[name][row, k]:8.3f}" for name in ("log_q", "log_p", "log_w"))
-            print(f"  {mark} {numbers} weight {w:.3f} | {tok.decode(thoughts[row][k])!r}" + ("" if part["finished"][row, k] else " (cut off)"))
-    print()
+def fingerprint(model) -> str:
+    """A hash of a model folder's weights."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(model).glob("*.safetensors")):
+        with open(path, "rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()
+
+
+def report(meta: dict) -> str:
+    """meta.json in a few lines."""
+    gain, lengths = (meta["gain"], meta["gain_picked"]), meta["lengths"].items()
+    return "\n".join([
+        f"{meta['n_inferred']} chunks, {meta['samples']} thoughts each, {meta['sampled_tokens']:,} tokens; cut off {meta['cut_off']} ({meta['cut_off_share']:.1%}), "
+        f"chunks with all cut off {meta['all_cut_off']}, empty picks {meta['empty_picks']}",
+        f"ess {meta['ess']:.2f} of {meta['samples']}, entropy of weights {meta['weight_entropy']:.3f} nats, picks that a uniform choice would make otherwise {meta['pick_not_uniform']:.1%}",
+        f"gain of a thought, log p(x|c,z) - log p(x|c): {gain[0]:.2f} nats, of the picked {gain[1]:.2f}" if None not in gain else "no thought ended",
+        "tokens a thought: " + ", ".join(f"{k}: {v}" for k, v in lengths if v),
+        "bound, nats a byte of these chunks: " + ", ".join(f"K={k} {v:.4f}" for k, v in meta["nll_bound"].items()) + f"; without a thought {meta['nll_bare']:.4f}",
+        f"checked against the slow function on {meta['checked']['chunks']} chunks: log_q within {meta['checked']['log_q']:.1e}, log_p within {meta['checked']['log_p']:.1e} nats a token",
+    ])  # fmt: skip
+
+
+def split_parts(corpus: Corpus, chosen: np.ndarray, size: int) -> list[np.ndarray]:
+    """The chunks `chosen` in parts of about `size`, whole documents each."""
+    docs, parts, start = corpus.doc_of(chosen), [], 0
+    ends = np.append(np.flatnonzero(np.diff(docs)) + 1, len(chosen))  # behind each document's last chunk
+    for end in ends:
+        if end - start >= size or end == len(chosen):
+            parts.append(chosen[start:end])
+            start = end
+    return parts
+
+
+def do_parts(parts: list, engine: Engine, tok, corpus: Corpus, s: Settings, work: Path) -> None:
+    """Take parts that nobody holds until all are there; UserError for those that failed."""
+    total, failed = sum(len(numbers) for _, numbers in parts), {}
+    n_done = sum(len(numbers) for path, numbers in parts if path.exists())
+    progress, begin, tokens, looked = Progress("infer", total, "chunks", done=n_done), time.time(), 0, 0.0
+
+    def on_tokens(n, last=False):
+        nonlocal tokens, looked, n_done
+        tokens += n
+        if time.time() - looked > 1 or last:
+            looked, n_done = time.time(), sum(len(numbers) for path, numbers in parts if path.exists())
+            progress.update(n_done if last else min(n_done, total - 1), sampled=f"{tokens / (time.time() - begin):,.0f} tok/s a worker")
+
+    while missing := [part for part in parts if not part[0].exists() and part[0] not in failed]:
+        took = False
+        for path, numbers in missing:
+            with hold(path.with_suffix(".lock"), wait=False) as held:
+                if not held or path.exists():
+                    continue
+                took = True
+                try:
+                    append_jsonl(work / "metrics.jsonl", run_part(path, numbers, engine, tok, corpus, s, on_tokens))
+                except UserError as e:
+                    failed[path] = e
+                    print(f"infer_thoughts.py: part {path.stem} failed: {e}", file=sys.stderr, flush=True)
+        if not took:
+            time.sleep(0.2)  # others are at work on what is left
+            on_tokens(0)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(parts)} parts failed (see above), the first: {next(iter(failed.values()))}")
+    on_tokens(0, last=True)
+
+
+def check_settings(s: Settings, corpus: Corpus) -> None:
+    """UserError for settings that do not go together."""
+    if s.previous and s.select != "mcmc":
+        raise UserError(f"--previous={s.previous}: only --select=mcmc keeps thoughts of an earlier round")
+    if s.previous:
+        open_thoughts(s.previous, corpus)
+    if not s.add_to:
+        return
+    if s.context != "bare" or s.select != "resample":
+        raise UserError("--add_to: needs --context=bare (with thoughts, a later chunk's old samples hang on the earlier picks) and --select=resample")
+    meta = open_thoughts(s.add_to, corpus).meta
+    now = {"max_new": s.max_new, "seed": s.seed, "context": s.context, "before": s.before, "selection": s.select, "weights": fingerprint(s.model)}
+    changed = [f"{k} {meta.get(k)} there, {v} here" for k, v in now.items() if meta.get(k) != v]
+    if changed or not meta.get("samples", s.samples) < s.samples:
+        raise UserError(f"{s.add_to}: cannot be added to: " + ("; ".join(changed) or f"it has {meta.get('samples')} samples a chunk, --samples={s.samples}"))
+
+
+def helpers(s: Settings, n_workers: int, threads: int):
+    """Start the other workers: this same command, quiet; each ends when we do."""
+    flags = [f"--{k}={v}" for k, v in asdict(s).items() if v != ""]
+    env = os.environ | {"EM_CHILD": "1", "INFER_WORKER": str(threads), "OMP_NUM_THREADS": str(threads)}
+    return [subprocess.Popen([sys.executable, __file__, *flags], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=env) for _ in range(n_workers - 1)]
 
 
 def main(s: Settings) -> None:
+    alone, rank = "INFER_WORKER" not in os.environ, int(os.environ.get("RANK", 0))
+    if "WORLD_SIZE" in os.environ and torch.cuda.is_available() and s.device in ("", "cuda"):  # torchrun: each rank is a worker of its own
+        s.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if rank:
+        sys.stdout = open(os.devnull, "w")
     device = pick_device(s.device)
-    model, tok = load_model(s.model, device)
+    device = "cpu" if device == "mps" and not s.device else device  # float64 sums, which mps lacks
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    model, tok = load_model(s.model, device, s.dtype if s.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32")
+    for name, p in model.named_parameters():
+        if not torch.isfinite(p).all():
+            raise UserError(f"{s.model}: {name} holds numbers that are not finite; train it again, or take an earlier checkpoint")
     corpus = open_corpus(s.corpus, tok)
+    check_settings(s, corpus)
+    free = ("device", "workers", "show")
     if Path(s.out_dir).exists():
-        claim(s.out_dir, s)
+        claim(s.out_dir, s, free)
         print(f"{s.out_dir}: complete")
-        return
-    work = claim(s.out_dir + ".parts", s)
-    sizes = np.diff(corpus.chunks)
-    fits = sizes + 6 + s.max_new <= model.config.seq_len
+        return show(s)
+    limits, sizes = Limits(s.before, s.max_new, model.config.seq_len), np.diff(corpus.chunks)
+    fits = sizes + 6 + s.max_new <= limits.seq_len
     chosen = np.flatnonzero(~corpus.questions & (sizes > 0) & fits)
     counts = {
         "n_inferred": len(chosen),
         "n_questions": int(corpus.questions.sum()),
         "n_empty": int((sizes == 0).sum()),
         "n_too_long": int((~corpus.questions & ~fits).sum()),
-        "n_short_context": sum(len(context_of(corpus, i, Limits(s.context, s.max_new, model.config.seq_len))) < len(corpus.before(i, s.context)) for i in chosen),
+        "n_short_context": sum(len(context_of(corpus, i, limits)) < len(corpus.before(i, s.before)) for i in chosen),
     }  # fmt: skip
     if not len(chosen):
         raise UserError(f"{s.corpus}: no chunk to infer thoughts for: {counts}")
-    parts = [(work / f"{n:06d}.npz", chosen[i : i + s.part_size]) for n, i in enumerate(range(0, len(chosen), s.part_size))]
-    missing = [part for part in parts if not part[0].exists()]
-    finished = len(chosen) - sum(len(numbers) for _, numbers in missing)
-    progress, begin, tokens = Progress("infer", len(chosen), "chunks", done=finished), time.time(), 0
-    for path, numbers in missing:
+    parts = split_parts(corpus, chosen, s.part_size or (500 if device == "cpu" else 20000))
+    longest = limits.seq_len - s.max_new
+    if s.context == "bare":
+        longest = max(6 + int(sizes[[*context_of(corpus, i, limits), i]].sum()) for i in chosen)
+    threads, small = torch.get_num_threads(), sum(p.numel() for p in model.parameters()) < 20e6
+    n_workers = min(s.workers or (threads if small else 1), len(parts)) if device == "cpu" and alone else 1
+    engine, work = Engine(model), Path(s.out_dir + ".parts")
+    work.mkdir(parents=True, exist_ok=True)
+    with hold(work / "lock"):  # the cells are planned once, for all who work on this folder: shapes decide the last bits
+        claim(work, s, free)
+        if not (work / "plan.json").exists():
+            engine.n_rows = s.rows
+            rows, planned, memory = engine.plan(s.samples, longest, s.max_new, n_workers)
+            write_json(work / "plan.json", {"rows": rows, "prompt_len": longest, "bytes": planned, "threads": max(1, threads // n_workers)})
+            print(f"plan: {rows} thoughts side by side, prompts of up to {longest} tokens: {planned / 1e9:.2f} GB a worker beside the weights, "
+                  f"{memory / 1e9:.1f} GB free")  # fmt: skip
+    print("chunks: " + ", ".join(f"{k.removeprefix('n_').replace('_', ' ')} {v}" for k, v in counts.items()), flush=True)
+    plan = read_json(work / "plan.json")
+    engine.n_rows = plan["rows"]
+    if device == "cpu":
+        torch.set_num_threads(plan["threads"])
+    others = helpers(s, n_workers, plan["threads"])
+    paths = [work / f"{n:06d}.npz" for n in range(len(parts))]
+    try:
+        do_parts(list(zip(paths, parts)), engine, tok, corpus, s, work)
+    finally:
+        for child in others:
+            child.stdin.close()  # ends it, if it has not ended
+            child.wait()
+    if not alone:
+        return
+    with hold(work / "lock"):
+        if not Path(s.out_dir).exists():  # the first to come here joins
+            meta = merge(paths, corpus, tok, s, counts)
+            print(report(meta))
+        shutil.rmtree(work, ignore_errors=True)
+    show(s)
 
-        def on_tokens(n):
-            nonlocal tokens
-            tokens += n
-            progress.update(min(finished, len(chosen) - 1), sampled=f"{tokens / (time.time() - begin):,.0f} tok/s")
 
-        run_part(path, numbers, model, tok, corpus, s, on_tokens)
-        finished += len(numbers)
-    progress.update(finished, sampled=f"{tokens / (time.time() - begin):,.0f} tok/s")
+def show(s: Settings) -> None:
+    """Print the first --show chunks with all their thoughts."""
     if s.show:
-        show(parts[0][0], corpus, tok, s.show)
-    seconds = time.time() - begin
-    write_json(work / "timing.json", {"seconds": seconds, "tokens_per_s": tokens / seconds})
-    meta = merge([path for path, _ in parts], corpus, tok, s, counts)
-    shutil.rmtree(work)
-    print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in meta.items() if k not in ("model", "nll_bound", "selection")))
-    print("bound, nats a byte of these chunks: " + ", ".join(f"K={k} {v:.4f}" for k, v in meta["nll_bound"].items()))
+        text = (Path(s.out_dir) / "examples.txt").read_text(encoding="utf-8")
+        print("\n" + "\n\n".join(text.rstrip().split("\n\nchunk ")[: s.show]).replace("\n\n", "\n\nchunk "))
 
 
 if __name__ == "__main__":

@@ -189,6 +189,26 @@ def replacing(path):
 
 
 @contextlib.contextmanager
+def hold(path, wait: bool = True):
+    """Hold a lock file against other processes, or (wait=False) find out whether one can: yields whether it is held. The system lets go of it
+    when the process ends, however it ends. Where there are no locks (Windows, some network disks) it always is: work may be done twice, with one result."""
+    try:
+        import fcntl
+    except ImportError:
+        yield True
+        return
+    with open(path, "a") as f:
+        held = True
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            held = False
+        except OSError:
+            pass
+        yield held
+
+
+@contextlib.contextmanager
 def new_folder(path):
     """A temporary folder that takes the name `path` when the block ends well. What stood there before is replaced then."""
     path = Path(path)

@@ -82,12 +82,8 @@ def layout(tok: Tokenizer, chunks, thoughts, forms, end: bool = True) -> tuple[n
     return np.array(ids, dtype=np.int64), parts
 
 
-def hash_uniform(*keys) -> np.ndarray:
-    """Numbers in [0, 1), one for each tuple of integer keys (arrays broadcast): the same keys, the same number, anywhere.
-
-    splitmix64 (Steele et al. 2014) folded over the keys. Coin flips, sampling noise and picks come from here, so they
-    depend on (seed, document, chunk, sample, position) and on nothing else: not on batches, order or restarts.
-    """
+def hash_state(*keys) -> np.ndarray:
+    """uint64 numbers, one for each tuple of integer keys (arrays broadcast): splitmix64 (Steele et al. 2014) folded over the keys."""
     with np.errstate(over="ignore"):
         h = np.zeros(1, dtype=np.uint64)
         for key in keys:
@@ -95,11 +91,20 @@ def hash_uniform(*keys) -> np.ndarray:
             h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             h = h ^ (h >> np.uint64(31))
-    return (h >> np.uint64(12)).astype(np.float64) * 2.0**-52
+    return h
+
+
+def hash_uniform(*keys) -> np.ndarray:
+    """Numbers in [0, 1), one for each tuple of integer keys (arrays broadcast): the same keys, the same number, anywhere.
+
+    Coin flips, sampling noise and picks come from here, so they depend on (seed, document, chunk, sample, position) and on
+    nothing else: not on batches, order or restarts.
+    """
+    return (hash_state(*keys) >> np.uint64(12)).astype(np.float64) * 2.0**-52
 
 
 # The first key of hash_uniform says what the number is for, so that no two uses share one.
-FORM_COIN, DRAW, PICK, TEST_DRAW = 1, 2, 3, 4
+FORM_COIN, DRAW, PICK, TEST_DRAW, CONTEXT_FORM, CHECK = 1, 2, 3, 4, 5, 6
 
 
 # ------------------------------------------------------------------------------------------------- reading

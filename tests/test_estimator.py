@@ -8,12 +8,12 @@ import torch
 from conftest import TOY, corpus_of
 
 from data.corpus import POSTERIOR, PRIOR, hash_uniform
-from infer_thoughts import Limits, bound, generate, infer, normalise, pick, write_chunk
+from infer_thoughts import Engine, Limits, bound, infer, normalise, pick, write_chunk
 
 MAX_NEW = 4  # thoughts of up to three tokens and EOL
 CORPUS = corpus_of([[[0, 1], [1, 0, 1]]])
 CHUNK, CONTEXT = 1, [0]
-LIMITS = Limits(context=3, max_new=MAX_NEW, seq_len=64)
+LIMITS = Limits(before=3, max_new=MAX_NEW, seq_len=64)
 
 
 @torch.inference_mode()
@@ -46,7 +46,7 @@ def exact(toy_model):
 @pytest.fixture(scope="module")
 def sampled(toy_model):
     """20,000 thoughts of the chunk, sampled and weighed by the code under test."""
-    return infer(toy_model, TOY, CORPUS, np.array([CHUNK]), 20000, LIMITS, seed=0)
+    return infer(Engine(toy_model), TOY, CORPUS, np.array([CHUNK]), 20000, LIMITS, seed=0)
 
 
 def index_of(samples, thoughts) -> np.ndarray:
@@ -127,7 +127,7 @@ def test_bound_by_hand():
 
 
 def test_cut_off_thoughts_weigh_nothing(toy_model):
-    got = infer(toy_model, TOY, CORPUS, np.array([CHUNK]), 200, Limits(3, 2, 64), seed=0)  # one letter and EOL, or nothing
+    got = infer(Engine(toy_model), TOY, CORPUS, np.array([CHUNK]), 200, Limits(3, 2, 64), seed=0)  # one letter and EOL, or nothing
     assert 0 < got.finished.sum() < 200
     weights = normalise(got.log_w)
     assert (weights[~got.finished] == 0).all() and weights.sum() == pytest.approx(1)
@@ -149,8 +149,9 @@ def test_cached_decoding_equals_teacher_forcing(toy_model, samples, n_rows):
     corpus = corpus_of([[rng.integers(0, 2, rng.integers(1, 9)).tolist() for _ in range(3)] for _ in range(9)])
     numbers = np.arange(corpus.n_chunks)
     prompts = [write_chunk(TOY, corpus, i, list(corpus.before(i, 3)), None, POSTERIOR)[0] for i in numbers]
-    drawn = generate(toy_model, prompts, numbers, samples, 6, {TOY.eol}, 0, n_rows=n_rows)
-    got = infer(toy_model, TOY, corpus, numbers, samples, Limits(3, 6, 64), 0, n_rows=n_rows)
+    engine = Engine(toy_model, n_rows)
+    drawn = engine.generate(prompts, numbers, samples, 6, {TOY.eol}, 0)
+    got = infer(engine, TOY, corpus, numbers, samples, Limits(3, 6, 64), 0)
     for i in numbers:
         for k, (ids, finished, log_q) in enumerate(drawn[i]):
             assert len(ids) <= 6 and finished == (ids[-1] == TOY.eol) == got.finished[i, k]
@@ -163,11 +164,11 @@ def test_cached_decoding_equals_teacher_forcing(toy_model, samples, n_rows):
 
 def test_samples_do_not_depend_on_the_batch(toy_model):
     corpus = corpus_of([[[i % 2, 1, i // 2 % 2]] for i in range(40)])
-    every = infer(toy_model, TOY, corpus, np.arange(40), 4, Limits(3, 6, 64), seed=7, n_rows=512)
-    few = infer(toy_model, TOY, corpus, np.arange(13, 20), 4, Limits(3, 6, 64), seed=7, n_rows=3)
+    every = infer(Engine(toy_model), TOY, corpus, np.arange(40), 4, Limits(3, 6, 64), seed=7)
+    few = infer(Engine(toy_model, 4), TOY, corpus, np.arange(13, 20), 4, Limits(3, 6, 64), seed=7)
     for row, i in enumerate(range(13, 20)):
         assert [z.tolist() for z in few.thoughts[row]] == [z.tolist() for z in every.thoughts[i]]
-    other = infer(toy_model, TOY, corpus, np.arange(40), 4, Limits(3, 6, 64), seed=8)
+    other = infer(Engine(toy_model), TOY, corpus, np.arange(40), 4, Limits(3, 6, 64), seed=8)
     assert any(a.tolist() != b.tolist() for x, y in zip(every.thoughts, other.thoughts) for a, b in zip(x, y))
 
 

@@ -9,6 +9,7 @@ from conftest import TOY, corpus_of, script
 
 import train
 from eval_math import Settings, accuracy, answer, extract_answer, grade, problems_of, text_nll
+from infer_thoughts import Engine
 
 
 @pytest.mark.parametrize("response,gold,right", [
@@ -33,7 +34,7 @@ def test_problems_follow_their_question():
 def test_text_nll_equals_the_whole_document(toy_model):
     """By the chain rule, the chunks' conditional NLLs add up to that of the document."""
     corpus = corpus_of([[[0, 1], [1], [0, 0, 1]]])
-    got = text_nll(toy_model, TOY, corpus, np.arange(3), Settings(corpus="", model="", out_dir=""))
+    got = text_nll(Engine(toy_model), TOY, corpus, np.arange(3), Settings(corpus="", model="", out_dir=""))
     ids = torch.tensor([[TOY.bos, 0, 1, 1, 0, 0, 1]])
     log_p = torch.log_softmax(toy_model.logits(toy_model(ids))[0], -1)
     assert got.sum() == pytest.approx(-log_p[range(6), ids[0, 1:]].sum().item(), abs=1e-4)
@@ -76,7 +77,7 @@ def test_thoughts_that_do_not_end_are_wrong_and_counted(digits, models, tmp_path
 
     corpus = open_corpus(digits / "warm", tok)
     s = Settings(corpus="", model="", out_dir="", max_new=2, max_answer=1)
-    records = answer(model, tok, corpus, problems_of(corpus), s, greedy=True)
+    records = answer(Engine(model), tok, corpus, problems_of(corpus), s, greedy=True)
     assert all(r["cut_off"] and not r["correct"] and r["response"] == "" for r in records)
 
 

@@ -14,7 +14,7 @@ from conftest import ROOT, TOY, corpus_of, script
 import train
 from data.corpus import POSTERIOR, Corpus, open_corpus, open_thoughts
 from data.tokenizer import make_tokenizer
-from infer_thoughts import Limits, context_of, generate, infer, log_prob, rank_in_group
+from infer_thoughts import Engine, Limits, context_of, infer, rank_in_group
 
 
 def test_greedy_decoding_equals_transformers(tmp_path):
@@ -26,7 +26,7 @@ def test_greedy_decoding_equals_transformers(tmp_path):
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 256, rng.integers(1, 40)) for _ in range(20)]
-    ours = generate(model, prompts, np.arange(20), 1, 24, {tok.eos}, 0, greedy=True, n_rows=6)
+    ours = Engine(model, 6).generate(prompts, np.arange(20), 1, 24, {tok.eos}, 0, greedy=True)
     for prompt, [(ids, _, log_q)] in zip(prompts, ours):
         out = reference.generate(torch.tensor(prompt[None]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=24, do_sample=False, eos_token_id=tok.eos, pad_token_id=0,
                                  output_scores=True, return_dict_in_generate=True)  # fmt: skip
@@ -39,13 +39,15 @@ def test_shared_prefixes_score_like_whole_sequences(toy_model):
     rng = np.random.default_rng(0)
     prefixes = [rng.integers(0, 8, rng.integers(1, 12)) for _ in range(15)]
     tails = [[rng.integers(0, 8, rng.integers(0, 6)) for _ in range(1 + i % 4)] for i in range(15)]
-    got = log_prob(toy_model, prefixes, tails, batch_tokens=40)
+    engine = Engine(toy_model)
+    engine.SCORED = 40
+    got = engine.score(prefixes, tails)
     for prefix, group, values in zip(prefixes, tails, got):
         for tail, value in zip(group, values):
             ids = torch.tensor([[*prefix, *tail]])
             log_p = torch.log_softmax(toy_model.logits(toy_model(ids))[0], -1)
             expected = sum(log_p[len(prefix) + j - 1, t].item() for j, t in enumerate(tail))
-            assert value == pytest.approx(expected, abs=1e-4)
+            assert len(value) == len(tail) and value.sum() == pytest.approx(expected, abs=1e-4)
 
 
 def test_rank_in_group():
@@ -63,9 +65,9 @@ def test_chunks_of_other_documents_are_never_context(toy_model):
     together = corpus_of([[[0, 1]], [[1, 1]]])
     alone = corpus_of([[[1, 1]]])
     assert context_of(together, 1, Limits(3, 4, 64)) == []
-    a = infer(toy_model, TOY, together, np.array([1]), 8, Limits(3, 4, 64), 0)
+    a = infer(Engine(toy_model), TOY, together, np.array([1]), 8, Limits(3, 4, 64), 0)
     b = infer(
-        toy_model,
+        Engine(toy_model),
         TOY,
         Corpus(alone.folder, {}, together.tokens, together.chunks, together.docs, together.questions),
         np.array([1]),
@@ -114,7 +116,7 @@ def test_all_cut_off_gives_no_thought(digits, model, tmp_path):
     out = script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "E"), "--max_new=2").stdout
     meta = json.loads((tmp_path / "E/meta.json").read_text())
     thoughts = open_thoughts(tmp_path / "E", open_corpus(digits / "raw"))
-    assert meta["all_cut_off"] > 50 and f"all_cut_off {meta['all_cut_off']}" in out
+    assert meta["all_cut_off"] > 50 and f"all cut off {meta['all_cut_off']}" in out
     assert (np.diff(thoughts.chunks) > 0).sum() + meta["empty_picks"] == 60 - meta["all_cut_off"]
 
 
