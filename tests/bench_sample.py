@@ -10,6 +10,7 @@ and log p(x | c). Tokens are counted alike: sampled tokens up to and including E
 the threads each. Printed at the end: how far the sampler is from reading its bytes and computing its FLOPs at the measured speed of this machine.
 """
 
+import contextlib
 import multiprocessing
 import sys
 import time
@@ -180,10 +181,12 @@ class Pool:
 
 
 def serve(pipe, s: Settings, share: int, shares: int) -> None:
+    """A worker: does what it is asked until the asker ends."""
     prepare(s, share, shares)
-    while True:
-        work, args = pipe.recv()
-        pipe.send(work(*args) if work else None)
+    with contextlib.suppress(EOFError):
+        while True:
+            work, args = pipe.recv()
+            pipe.send(work(*args) if work else None)
 
 
 def main(s: Settings) -> None:
