@@ -276,14 +276,15 @@ class Engine:
 
     def reserve(self, samples: int, prompt_len: int, max_new: int, n_prompts: int) -> None:
         """Allocate the cache, unless the one that is there will do."""
-        c, C = self.config, min(samples, self.CELLS)
+        c, n_rows = self.config, self.plan(samples, prompt_len, max_new)[0]
+        C = min(samples, max(self.CELLS, n_rows // n_prompts))  # few prompts: more cells each
         round_up = 64 if self.device.type == "cuda" else 1
         prompt_len, max_new = (-(-max(1, n) // round_up) * round_up for n in (prompt_len, max_new))
         if self.shape and self.shape[1] >= prompt_len and self.shape[2] >= max_new and self.shape[3] == C and self.n_prompts >= n_prompts:
             return
         self.n_prompts, self.graphs = n_prompts, {}
         self.prompt = self.own = None  # given back first
-        n_slots = 1 + min(n_prompts, self.plan(samples, prompt_len, max_new)[0] // C)
+        n_slots = 1 + min(n_prompts, max(1, n_rows // C))
         self.shape, dtype, where = (n_slots, prompt_len, max_new, C), self.layers[0].qkv.dtype, dict(device=self.device)
         self.prompt = torch.zeros(c.n_layer, 2, n_slots, c.n_kv_head, prompt_len, c.head_dim, dtype=dtype, **where)
         self.own = torch.zeros(c.n_layer, 2, n_slots, c.n_kv_head, C, max_new, c.head_dim, dtype=dtype, **where)

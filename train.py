@@ -67,6 +67,7 @@ class Settings:
     init_from: str = opt("", "model folder to start from; none: new weights")
     marker_rows: Literal["random", "words"] = opt("random", "embeddings of added markers: the paper's normal draw, or those of four words")
     out_dir: str = opt("", "model folder to write")
+    bare: float = opt(0.0, "share of the chunks with a thought that are written without it, drawn anew each epoch; 0: the paper's", low=0)
     val_corpus: str = opt("", "corpus folder for the validation loss")
     val_thoughts: str = opt("", "its thoughts folder")
     val_every: int = opt(100, "steps between validations (and one at the end)", low=1)
@@ -1021,7 +1022,7 @@ def open_stream(corpora: str, thoughts: str, s: Settings, tok: Tokenizer | None,
     for folder, corpus in zip(folders, opened):
         if corpus.n_docs == 0:
             raise UserError(f"{folder}: has no documents")
-    return Stream(opened, [open_thoughts(t, c) if t else None for t, c in zip(spans, opened)], tok, s.seq_len, seed, s.attention, shares)
+    return Stream(opened, [open_thoughts(t, c) if t else None for t, c in zip(spans, opened)], tok, s.seq_len, seed, s.attention, shares, s.bare)
 
 
 def open_all(s: Settings) -> tuple[Config, Config | None, Tokenizer | None, Stream | None]:
@@ -1030,6 +1031,8 @@ def open_all(s: Settings) -> tuple[Config, Config | None, Tokenizer | None, Stre
     stream = open_stream(s.corpus, s.thoughts, s, tok, s.seed, s.weights) if s.corpus else None
     if not stream and not s.plan and (s.max_steps or not source):
         raise UserError("--corpus=... is required: the corpus folder to train on")
+    if s.bare > 1:
+        raise UserError(f"--bare={s.bare}: expected a share, at most 1")
     if not s.out_dir and not s.plan:
         raise UserError("--out_dir=... is required: the model folder to write")
     if not stream and not source and not s.n_vocab:

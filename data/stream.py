@@ -46,9 +46,9 @@ class Stream:
     """
 
     def __init__(self, corpora: list[Corpus], thoughts: list[Thoughts | None], tok: Tokenizer, seq_len: int, seed: int,
-                 attention: str = "padded", weights: list[float] = ()):  # fmt: skip
+                 attention: str = "padded", weights: list[float] = (), bare: float = 0.0):  # fmt: skip
         self.corpora, self.thoughts, self.tok = corpora, thoughts, tok
-        self.seq_len, self.seed, self.attention = seq_len, seed, attention
+        self.seq_len, self.seed, self.attention, self.bare = seq_len, seed, attention, bare
         self.thought_counts = [(int((np.diff(t.chunks) > 0).sum()), len(t.tokens)) if t else (0, 0) for t in thoughts]  # (thoughts, tokens)
         sizes = np.array([self.mean_length(c) * corpora[c].n_docs for c in range(len(corpora))])
         passes = np.array(weights or sizes) / sizes  # how often each is read, but for a common factor
@@ -62,7 +62,7 @@ class Stream:
     def mean_length(self, c: int) -> float:
         """Expected tokens of a document of corpus c: BOS and EOS, text, thoughts, and 3 or 5 markers with each thought."""
         n_thoughts, thought_tokens = self.thought_counts[c]
-        return 2 + (len(self.corpora[c].tokens) + thought_tokens + 4 * n_thoughts) / self.corpora[c].n_docs
+        return 2 + (len(self.corpora[c].tokens) + (1 - self.bare) * (thought_tokens + 4 * n_thoughts)) / self.corpora[c].n_docs
 
     def mean_document(self) -> float:
         """Expected tokens of a document of the mix."""
@@ -92,9 +92,11 @@ class Stream:
             source, doc, turn, length = source[order], doc[order], turn[order], length[order]
         return Epoch(source, doc, turn, np.concatenate(([0], np.cumsum(length))))
 
-    def coins(self, c: int, turn: int, first: int, last: int) -> np.ndarray:
-        """Whether chunks first to last-1 take the prior form in a pass: drawn anew in each, for each chunk by itself."""
-        return hash_uniform(FORM_COIN, self.seed, turn, np.arange(first, last)) < 0.5
+    def forms(self, c: int, turn: int, first: int, last: int) -> np.ndarray:
+        """The form that each of the chunks first to last-1 takes in a pass, if it has a thought: RAW with probability `bare`, else one of the
+        two others by a fair coin; drawn anew in each pass, for each chunk by itself."""
+        uniform = hash_uniform(FORM_COIN, self.seed, turn, np.arange(first, last))
+        return np.where(uniform < self.bare, RAW, np.where(uniform < (1 + self.bare) / 2, PRIOR, POSTERIOR))
 
     def make_lengths(self, c: int, turn: int) -> np.ndarray:
         """Tokens of each document of a corpus in a pass, markers included; made in pieces, so that any corpus fits."""
@@ -104,7 +106,8 @@ class Stream:
             length = 2 + np.diff(corpus.chunks[docs])
             if thoughts:
                 sizes = np.diff(thoughts.chunks[docs[0] : docs[-1] + 1])
-                sizes = np.where(sizes > 0, sizes + np.where(self.coins(c, turn, docs[0], docs[-1]), 3, 5), 0)
+                forms = self.forms(c, turn, docs[0], docs[-1])
+                sizes = np.where((sizes > 0) & (forms != RAW), sizes + np.where(forms == PRIOR, 3, 5), 0)
                 length += np.diff(np.concatenate(([0], np.cumsum(sizes)))[docs - docs[0]])
             lengths.append(length)
         return np.concatenate(lengths)
@@ -115,7 +118,7 @@ class Stream:
         first, last = int(corpus.docs[doc]), int(corpus.docs[doc + 1])
         chunks = [corpus.chunk(i).tolist() for i in range(first, last)]
         spans = [thoughts.span(i).tolist() if thoughts else [] for i in range(first, last)]
-        forms = [RAW if not len(z) else PRIOR if prior else POSTERIOR for z, prior in zip(spans, self.coins(c, turn, first, last))]
+        forms = [form if len(z) else RAW for z, form in zip(spans, self.forms(c, turn, first, last).tolist())]
         return layout(self.tok, chunks, spans, forms)[0]
 
     def find(self, position: int) -> tuple[int, int]:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import TOY, corpus_of
 
+import infer_thoughts
 from data.corpus import POSTERIOR, PRIOR, hash_uniform
-from infer_thoughts import Engine, Limits, bound, infer, normalise, pick, write_chunk
+from infer_thoughts import Engine, Limits, add_samples, bound, choose, infer, normalise, pick, score_slowly, write_chunk
 
 MAX_NEW = 4  # thoughts of up to three tokens and EOL
 CORPUS = corpus_of([[[0, 1], [1, 0, 1]]])
@@ -45,8 +46,8 @@ def exact(toy_model):
 
 @pytest.fixture(scope="module")
 def sampled(toy_model):
-    """20,000 thoughts of the chunk, sampled and weighed by the code under test."""
-    return infer(Engine(toy_model), TOY, CORPUS, np.array([CHUNK]), 20000, LIMITS, seed=0)
+    """100,000 thoughts of the chunk, sampled and weighed by the code under test."""
+    return infer(Engine(toy_model), TOY, CORPUS, np.array([CHUNK]), 100000, LIMITS, seed=0)
 
 
 def index_of(samples, thoughts) -> np.ndarray:
@@ -143,6 +144,111 @@ def test_pick_follows_the_weights():
 
 
 @pytest.mark.parametrize("samples,n_rows", [(1, 4), (3, 2), (4, 7), (16, 512)])
+@pytest.fixture(scope="module")
+def two_chunks(toy_model):
+    """Exact log p of the second chunk given each thought of the first, and of the document: [[0, 1], [1, 0]], thoughts of up to two tokens.
+
+    (thoughts, log p(z1, x1), p(x2 | x1 bare), p(x1, x2) with the first thought in the second's context, its form a fair coin)"""
+    t, x1, x2 = TOY, [0, 1], [1, 0]
+    letters = [i for i in range(t.n_vocab) if i != t.eol]
+    thoughts = [list(z) for n in range(3) for z in itertools.product(letters, repeat=n)]
+
+    def p_chunk(head, x):  # log p(z, x | head) of all thoughts
+        written = [[*head, t.sol, t.pri, *z, t.eol, *x] for z in thoughts]
+        return np.array([score_slowly(toy_model, ids, len(head) + 2, len(ids)) for ids in written])
+
+    first = p_chunk([t.bos], x1)
+    bare = np.exp(p_chunk([t.bos, *x1], x2)).sum()
+    total = 0.0
+    for z, log_p in zip(thoughts, first):
+        if not z:  # an empty thought is written as none
+            total += np.exp(log_p) * bare
+            continue
+        prior, posterior = [t.bos, t.sol, t.pri, *z, t.eol, *x1], [t.bos, t.sol, t.eol, *x1, t.sol, t.pos, *z, t.eol]
+        total += np.exp(log_p) * (np.exp(p_chunk(prior, x2)).sum() + np.exp(p_chunk(posterior, x2)).sum()) / 2
+    return thoughts, first, bare, total
+
+
+@pytest.mark.parametrize("K", [1, 4, 16])
+@pytest.mark.parametrize("context", ["bare", "thoughts"])
+def test_document_estimates_are_unbiased(toy_model, two_chunks, context, K):
+    """The mean over many documents of the product of their chunks' mean weights is p(x1, x2), with the context that is asked for."""
+    thoughts, first, bare, with_thoughts = two_chunks
+    n = 24000 // K
+    corpus = corpus_of([[[0, 1], [1, 0]]] * n)
+    picked = {}
+    got = infer(Engine(toy_model), TOY, corpus, np.arange(2 * n), K, Limits(3, 3, 64), seed=K, context=context, picked=picked)
+    w = np.exp(got.log_w).mean(axis=1).reshape(n, 2)
+    exact = np.exp(first).sum() * bare if context == "bare" else with_thoughts
+    assert abs(w[:, 0].mean() - np.exp(first).sum()) < 4 * w[:, 0].std() / np.sqrt(n)
+    estimate = w.prod(axis=1)
+    assert abs(estimate.mean() - exact) < 4 * estimate.std() / np.sqrt(n)
+    assert bool(picked) == (context == "thoughts")
+    if context == "thoughts":  # picks stand in the contexts, in both forms; and log_w is that of the written-out sequence
+        forms = [form for i, (_, form) in picked.items() if i % 2 == 0]
+        assert 0.4 < np.mean(np.array(forms) == PRIOR) < 0.6
+        assert (infer_thoughts.check(toy_model, TOY, corpus, np.arange(20), take(got, range(20)), Limits(3, 3, 64), picked) < 1e-4).all()
+    if K == 16:  # the first chunk's picks come close to its posterior
+        index = {tuple(z): i for i, z in enumerate(thoughts)}
+        chosen = [index[tuple(got.chosen(row).tolist())] for row in range(0, 2 * n, 2) if got.pick[row] >= 0]
+        posterior = np.exp(first) / np.exp(first).sum()
+        assert np.abs(np.bincount(chosen, minlength=len(posterior)) / len(chosen) - posterior).sum() / 2 < 0.1
+
+
+def take(got, rows):
+    return infer_thoughts.Samples(**{k: [v[r] for r in rows] if isinstance(v, list) else v[list(rows)] for k, v in vars(got).items()})
+
+
+def test_raw_and_conditional_likelihoods(toy_model, sampled):
+    """log p(x | c) and log p(x | c, z): what the gain of a thought is made of."""
+    t, x, head = TOY, [1, 0, 1], [TOY.bos, 0, 1]
+    assert sampled.log_raw[0] == pytest.approx(score_slowly(toy_model, [*head, *x], 3, 6), abs=1e-4)
+    for k in np.flatnonzero(sampled.finished[0])[:50]:
+        ids = [*head, t.sol, t.pri, *sampled.thoughts[0][k], t.eol, *x]
+        assert sampled.log_x[0, k] == pytest.approx(score_slowly(toy_model, ids, len(ids) - 3, len(ids)), abs=1e-4)
+
+
+def test_selection_rules():
+    n, K = 100000, 3
+    log_w = np.tile([np.log(1.0), -np.inf, np.log(3.0)], (n, 1))
+    none, u = np.full(n, -np.inf), hash_uniform(3, 0, np.arange(n)[:, None], np.arange(K))
+    assert (choose("argmax", log_w, u, none) == 2).all()
+    assert np.bincount(choose("uniform", log_w, u, none)) / n == pytest.approx([0.5, 0, 0.5], abs=0.01)
+    assert np.bincount(choose("resample", log_w, u, none)) / n == pytest.approx([0.25, 0, 0.75], abs=0.01)
+    dead = np.full((2, K), -np.inf)
+    for rule in ("argmax", "uniform", "resample", "mcmc"):
+        assert (choose(rule, dead, u[:2], none[:2]) == -1).all(), "a chunk with no thought that ended gets none"
+    assert (choose("mcmc", dead, u[:2], np.zeros(2)) == K).all(), "... or keeps the old one"
+    assert (choose("mcmc", np.zeros((2, K)), u[:2], np.full(2, -50.0)) < K).all(), "a far better one is accepted"
+
+
+def test_mcmc_leaves_the_posterior_as_it_is():
+    """Thoughts kept from the posterior, new ones proposed from q: after K steps they are still distributed as the posterior."""
+    rng, n, K = np.random.default_rng(0), 200000, 3
+    posterior, q = np.array([0.5, 0.3, 0.15, 0.05]), np.array([0.1, 0.2, 0.3, 0.4])
+    log_w = np.log(posterior / q)
+    old, new = rng.choice(4, n, p=posterior), rng.choice(4, (n, K), p=q)
+    index = choose("mcmc", log_w[new], rng.random((n, K)), log_w[old])
+    now = np.where(index == K, old, new[np.arange(n), np.minimum(index, K - 1)])
+    assert np.bincount(now, minlength=4) / n == pytest.approx(posterior, abs=0.005)
+    assert 0.2 < (index == K).mean() < 0.8
+
+
+def test_added_samples_are_as_if_drawn_at_once():
+    """K = 4, then 12 more: the pick is distributed as one among all 16, for any weights; cut-off thoughts included."""
+    rng, n = np.random.default_rng(0), 200000
+    for cut in (0.0, 0.6):
+        log_w = rng.normal(size=16) * 1.5
+        log_w[rng.random(16) < cut] = -np.inf
+        log_w = np.tile(log_w, (n, 1))
+        u = rng.random((3, n))
+        old, new = pick(log_w[:, :4], u[0]), pick(log_w[:, 4:], u[1])
+        both = add_samples(old, log_w[:, :4], new, log_w[:, 4:], u[2])
+        assert np.bincount(both, minlength=16) / n == pytest.approx(normalise(log_w[:1])[0], abs=0.005)
+    nothing = np.full((1, 2), -np.inf)
+    assert add_samples(np.array([-1]), nothing, np.array([-1]), nothing, np.array([0.5]))[0] == -1
+
+
 def test_cached_decoding_equals_teacher_forcing(toy_model, samples, n_rows):
     """Whatever the number of rows, refills and prompts of different lengths: the sampler's own log_q is the teacher-forced one."""
     rng = np.random.default_rng(1)

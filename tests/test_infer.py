@@ -1,7 +1,9 @@
 """The sampler against transformers' generate, and the E-step as a command: parts, kills, counts."""
 
 import json
-import signal
+import os
+import random
+import shutil
 import subprocess
 import sys
 import time
@@ -11,10 +13,12 @@ import pytest
 import torch
 from conftest import ROOT, TOY, corpus_of, script
 
+import infer_thoughts
 import train
-from data.corpus import POSTERIOR, Corpus, open_corpus, open_thoughts
+from data.cli import UserError
+from data.corpus import POSTERIOR, Corpus, open_corpus, open_thoughts, write_corpus
 from data.tokenizer import make_tokenizer
-from infer_thoughts import Engine, Limits, context_of, infer, rank_in_group
+from infer_thoughts import Engine, Limits, context_of, infer, rank_in_group, split_parts
 
 
 def test_greedy_decoding_equals_transformers(tmp_path):
@@ -129,22 +133,214 @@ def test_parts_and_rows_change_nothing(digits, model, tmp_path):
     assert (a["length"] == b["length"]).all()
 
 
+SAME = ("tokens.bin", "chunks.npy", "meta.json", "samples.npz", "examples.txt")
+
+
+def kill_until_done(digits, model, tmp_path, kills: int) -> None:
+    """Two workers, started by hand, killed at random moments and started again, until `kills` are spent; then left to end."""
+    script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "whole"), "--workers=1")
+    rng = random.Random(kills)
+    command = [sys.executable, str(ROOT / "infer_thoughts.py"), *run_infer(digits, model, tmp_path / "killed"), "--workers=1"]
+
+    def start():
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    workers, done = [start(), start()], 0
+    while done < kills:
+        time.sleep(rng.uniform(0.2, 5))
+        victim = rng.randrange(2)
+        if workers[victim].poll() is None:
+            workers[victim].kill()
+            done += 1
+        workers[victim].communicate()
+        if (tmp_path / "killed").exists():  # they were quicker: once more from the start
+            [w.communicate() for w in workers]
+            shutil.rmtree(tmp_path / "killed")
+            workers = [start(), start()]
+            continue
+        workers[victim] = start()
+    for worker in workers:
+        assert worker.wait() == 0, worker.stderr.read()
+    for name in SAME:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"], "nothing is left lying about"
+
+
 def test_killed_runs_go_on(digits, model, tmp_path):
-    script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "whole"))
-    command = [sys.executable, str(ROOT / "infer_thoughts.py"), *run_infer(digits, model, tmp_path / "killed")]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while len(list((tmp_path / "killed.parts").glob("*.npz"))) < 3 and child.poll() is None:
-        time.sleep(0.005)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert not (tmp_path / "killed").exists() and len(list((tmp_path / "killed.parts").glob("*.npz"))) >= 3
-    script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "killed"))
-    for name in ("tokens.bin", "chunks.npy", "meta.json"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
-    a, b = np.load(tmp_path / "whole/samples.npz"), np.load(tmp_path / "killed/samples.npz")
-    assert all(np.array_equal(a[k], b[k], equal_nan=a[k].dtype.kind == "f") for k in a.files)
-    assert "complete" in script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "killed")).stdout
+    kill_until_done(digits, model, tmp_path, kills=4)
+    assert "complete" in script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "killed"), "--workers=1").stdout
     assert "--seed=0 became 1" in script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "killed"), "--seed=1", code=1).stderr
+
+
+@pytest.mark.slow
+def test_fifty_kills_with_two_workers(digits, model, tmp_path):
+    kill_until_done(digits, model, tmp_path, kills=50)
+
+
+def test_workers_and_torchrun_write_the_same_bytes(digits, model, tmp_path):
+    """Helper processes of its own, or ranks of torchrun: the parts are shared out, the folder is the same."""
+    env = {"OMP_NUM_THREADS": "1"}
+    script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "a"), "--workers=1", env=env)
+    script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "b"), "--workers=3", env=env)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "infer_thoughts.py")]
+    done = subprocess.run([*torchrun, *run_infer(digits, model, tmp_path / "c")], capture_output=True, text=True, env=os.environ | env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("log_q within") <= 1, "one rank speaks"
+    for name in SAME:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() == (tmp_path / "c" / name).read_bytes(), name
+    lines = [json.loads(line) for line in (tmp_path / "b/metrics.jsonl").read_text().splitlines()]
+    assert sorted(line["part"] for line in lines) == [f"{n:06d}" for n in range(len(lines))]
+
+
+def test_added_samples(digits, model, tmp_path):
+    """K = 2 and then 3 more give the samples of K = 5 at once, and one pick of theirs; what does not fit is refused."""
+    script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "two"), "--samples=2")
+    script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "more"), "--samples=5", f"--add_to={tmp_path}/two")
+    script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "five"), "--samples=5")
+    two, more, five = (np.load(tmp_path / name / "samples.npz") for name in ("two", "more", "five"))
+    np.testing.assert_allclose(more["log_w"], five["log_w"], atol=1e-3)
+    assert (more["length"] == five["length"]).all() and more["log_w"].shape == (120, 5)
+    corpus = open_corpus(digits / "raw")
+    before, now = open_thoughts(tmp_path / "two", corpus), open_thoughts(tmp_path / "more", corpus)
+    old = (0 <= more["pick"]) & (more["pick"] < 2)
+    assert 0 < old.sum() < 60 and (more["pick"][old] == two["pick"][old]).all()
+    assert all((now.span(i) == before.span(i)).all() for i in np.flatnonzero(old))
+    assert all(len(now.span(i)) == more["length"][i, k] - 1 for i, k in enumerate(more["pick"]) if k >= 2)
+    for flags, message in (
+        (["--samples=5", "--seed=1"], "cannot be added to: seed 0 there, 1 here"),
+        (["--samples=2"], "it has 2 samples a chunk"),
+        (["--samples=5", "--context=thoughts"], "needs --context=bare"),
+    ):
+        done = script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "no"), f"--add_to={tmp_path}/two", *flags, code=1)
+        assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_rules_of_selection_as_commands(digits, model, tmp_path):
+    metas = {}
+    for rule, more in (("uniform", []), ("argmax", []), ("mcmc", [f"--previous={tmp_path}/uniform"])):
+        script("infer_thoughts.py", *run_infer(digits, model, tmp_path / rule), f"--select={rule}", *more)
+        metas[rule] = json.loads((tmp_path / rule / "meta.json").read_text())
+    corpus = open_corpus(digits / "raw")
+    samples = {rule: np.load(tmp_path / rule / "samples.npz") for rule in metas}
+    spans = {rule: open_thoughts(tmp_path / rule, corpus) for rule in metas}
+    assert all(np.array_equal(samples["uniform"]["log_w"], other["log_w"], equal_nan=True) for other in samples.values())
+    best = samples["argmax"]["pick"] >= 0
+    assert (samples["argmax"]["pick"][best] == np.argmax(samples["argmax"]["log_w"][best], axis=1)).all()
+    kept = samples["mcmc"]["pick"] == 4
+    assert metas["mcmc"]["kept_previous"] == kept.sum() > 0
+    assert all((spans["mcmc"].span(i) == spans["uniform"].span(i)).all() for i in np.flatnonzero(kept))
+    # the model is the same, so the kept thought weighs what it weighed as a sample
+    row = np.flatnonzero(samples["uniform"]["pick"] >= 0)
+    weighed = samples["uniform"]["log_w"][row, samples["uniform"]["pick"][row]]
+    np.testing.assert_allclose(samples["mcmc"]["log_kept"][row], weighed, atol=1e-3)
+    assert "only --select=mcmc" in script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "no"), f"--previous={tmp_path}/uniform", code=1).stderr
+
+
+def test_the_report(digits, model, tmp_path):
+    out = script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "E"), "--show=1").stdout
+    meta, samples = json.loads((tmp_path / "E/meta.json").read_text()), np.load(tmp_path / "E/samples.npz")
+    row = np.flatnonzero(~open_corpus(digits / "raw").questions)
+    log_w, finished = samples["log_w"][row], samples["finished"][row]
+    w = np.exp(log_w) / np.maximum(np.exp(log_w).sum(1, keepdims=True), 1e-300)
+    assert meta["ess"] == pytest.approx(np.where(w.sum(1) > 0, 1 / np.maximum((w**2).sum(1), 1e-300), 0).mean())
+    gain = samples["log_x"][row] - samples["log_raw"][row, None]
+    assert meta["gain"] == pytest.approx(gain[finished].mean()) and meta["gain_picked"] > meta["gain"] - 5
+    assert sum(meta["lengths"].values()) == finished.size and set(meta["nll_bound"]) == {"1", "2", "4"}
+    assert 0 <= meta["weight_entropy"] <= np.log(4) and 0 <= meta["pick_not_uniform"] <= 0.75
+    assert meta["checked"]["chunks"] >= 1 and meta["checked"]["log_q"] < 1e-5 and meta["checked"]["log_p"] < 1e-5
+    for words in ("ess ", "entropy of weights", "gain of a thought", "tokens a thought", "nats a byte", "checked against", "plan: ", "-> log_q"):
+        assert words in out
+    again = script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "E"), "--show=2").stdout
+    assert "complete" in again and again.count("chunk ") == 2, "a finished folder can be looked at, too"
+
+
+def test_a_part_that_fails_stops_alone(toy_model, monkeypatch, tmp_path, capsys):
+    parts = [(tmp_path / f"{n:06d}.npz", np.arange(3)) for n in range(4)]
+
+    def run_part(path, *rest):
+        if path.stem == "000001":
+            raise UserError("chunk 1: log-probabilities are not finite")
+        path.write_bytes(b"done")
+        return {"part": path.stem}
+
+    monkeypatch.setattr(infer_thoughts, "run_part", run_part)
+    with pytest.raises(UserError, match="1 of 4 parts failed .* chunk 1: log-probabilities are not finite"):
+        infer_thoughts.do_parts(parts, None, None, None, None, tmp_path)
+    assert [path.exists() for path, _ in parts] == [True, False, True, True] and "part 000001 failed" in capsys.readouterr().err
+
+
+def test_a_part_missing_or_double_is_refused(digits, tmp_path):
+    corpus = open_corpus(digits / "raw")
+    s = infer_thoughts.Settings(corpus="", model=str(tmp_path), out_dir=str(tmp_path / "E"), samples=1)
+    one = {k: np.zeros((1, 1)) for k in ("log_q", "log_p", "log_x", "log_w", "length", "finished")} | {k: np.zeros(1) for k in ("log_raw", "log_kept", "pick")}
+    for n in range(2):
+        np.savez(tmp_path / f"{n}.npz", numbers=np.array([1]), ids=np.zeros(0), sizes=np.zeros(1, int), check=np.zeros(2), n_checked=0, examples=np.array([], str), **one)
+    for paths in ([tmp_path / "0.npz"], [tmp_path / "0.npz", tmp_path / "1.npz"]):
+        with pytest.raises(UserError, match="do not cover the corpus once"):
+            infer_thoughts.merge(paths, corpus, corpus.tokenizer, s, {"n_inferred": 2})
+    assert not (tmp_path / "E").exists()
+
+
+def test_odd_chunks(digits, model, tmp_path):
+    """Empty chunks, chunks of a token, chunks at the exact limit and one token beyond: counted before any work starts, nothing lost."""
+    tok = open_corpus(digits / "raw").tokenizer
+    seq_len = json.loads((model / "config.json").read_text())["max_position_embeddings"]
+    word, room = " 7", seq_len - 6 - 24
+    assert len(tok.encode_array(word)) == 1
+    documents = [[("Start at 3.", True), (" The last digit is 3.", False)], [("", False), (word, False)], [(word * room, False)], [(word * (room + 1), False), (word, False)]]
+    write_corpus(tmp_path / "odd", documents, tok, {})
+    flags = [f"--corpus={tmp_path}/odd", f"--model={model}", "--max_new=24"]
+    for context in ("bare", "thoughts"):
+        out = script("infer_thoughts.py", *flags, f"--out_dir={tmp_path}/{context}", f"--context={context}").stdout
+        assert "chunks: inferred 4, questions 1, empty 1, too long 1, short context 1" in out
+        samples = np.load(tmp_path / context / "samples.npz")
+        assert np.flatnonzero(np.isnan(samples["log_raw"])).tolist() == [0, 2, 5]
+        assert open_thoughts(tmp_path / context, open_corpus(tmp_path / "odd")).chunks.shape == (8,)
+
+
+def test_broken_weights_and_missing_markers(digits, model, tmp_path):
+    broken, tok = train.load_model(model)
+    broken.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
+    train.save_model(tmp_path / "nan", broken, tok)
+    done = script("infer_thoughts.py", *run_infer(digits, tmp_path / "nan", tmp_path / "E"), code=1)
+    assert "layers.1.mlp.up_proj.weight holds numbers that are not finite" in done.stderr and done.stderr.count("\n") == 1
+    assert not list(tmp_path.glob("E*"))
+
+
+def test_a_full_disk_loses_nothing(digits, model, tmp_path):
+    """No part can be written: one line, no half file; with space again the same command goes on to the same bytes."""
+    import resource
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+
+    flags = [*run_infer(digits, model, tmp_path / "E"), "--workers=1"]
+    command = [sys.executable, str(ROOT / "infer_thoughts.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited)
+    assert done.returncode == 1 and "infer_thoughts.py: error: " in done.stderr and done.stderr.strip().count("\n") == 0, done.stderr
+    assert not (tmp_path / "E").exists() and not list((tmp_path / "E.parts").glob("*.tmp"))
+    script("infer_thoughts.py", *flags)
+    script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "whole"), "--workers=1")
+    for name in SAME:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "E" / name).read_bytes(), name
+
+
+def test_whole_documents_stay_in_a_part():
+    corpus = corpus_of([[[0]] * 3, [[0]] * 1, [[0]] * 5, [[0]] * 2])
+    parts = split_parts(corpus, np.arange(11), 4)
+    assert [p.tolist() for p in parts] == [[0, 1, 2, 3], [4, 5, 6, 7, 8], [9, 10]]
+    assert [p.tolist() for p in split_parts(corpus, np.array([1, 2, 9]), 1)] == [[1, 2], [9]]
+
+
+def test_context_with_thoughts_as_a_command(digits, model, tmp_path):
+    script("data/digits.py", f"--out_dir={tmp_path}/data", "--problems=3", "--warm=5", "--raw=12", "--heldout=4", f"--tokenizer={model}/tokenizer.json", "--max_ops=3", "--min_ops=1")
+    flags = [f"--corpus={tmp_path}/data/raw", f"--model={model}", "--max_new=24"]
+    for context in ("bare", "thoughts"):
+        script("infer_thoughts.py", *flags, f"--out_dir={tmp_path}/{context}", f"--context={context}", "--part_size=10")
+    bare, thoughts = (np.load(tmp_path / name / "samples.npz")["log_w"] for name in ("bare", "thoughts"))
+    first, second = np.arange(12) * 6 + 1, np.arange(12) * 6 + 3  # answers; chunks are question, answer, ...
+    np.testing.assert_allclose(bare[first], thoughts[first], atol=1e-3)
+    assert not np.allclose(bare[second], thoughts[second], atol=1e-3)
 
 
 def test_other_tokenizer_and_nothing_to_infer(digits, model, tmp_path):

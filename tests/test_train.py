@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from conftest import ROOT, TOY, corpus_of, script
 
 import train
-from data.corpus import POSTERIOR, PRIOR, open_corpus
+from data.corpus import POSTERIOR, PRIOR, RAW, open_corpus
 from data.stream import Batch, Stream, pad
 from data.tokenizer import make_tokenizer
 
@@ -253,6 +253,16 @@ def test_forms_are_fair_coins_drawn_anew_each_epoch():
     form = np.array([[PRIOR if TOY.pri in data.document(0, doc, epoch) else POSTERIOR for doc in range(200)] for epoch in range(20)])
     share = (form == PRIOR).mean()
     assert abs(share - 0.5) < 0.03 and abs((form[0] == form[1]).mean() - 0.5) < 0.15
+
+
+def test_bare_chunks():
+    """--bare: that share of the chunks with a thought is written without it; the others stay fair coins, and lengths stay exact."""
+    data = padded_stream(200)
+    data.bare = 0.3
+    rows = [[data.document(0, doc, epoch) for doc in range(200)] for epoch in range(20)]
+    form = np.array([[PRIOR if TOY.pri in ids else POSTERIOR if TOY.pos in ids else RAW for ids in row] for row in rows])
+    assert [round((form == f).mean(), 1) for f in (RAW, PRIOR, POSTERIOR)] == [0.3, 0.3, 0.3] and abs((form == RAW).mean() - 0.3) < 0.03
+    assert all((data.lengths(0, epoch) == [len(ids) for ids in row]).all() for epoch, row in enumerate(rows))
 
 
 def test_lengths_are_exact_and_so_is_their_mean_on_average():

@@ -1,0 +1,208 @@
+"""The engine against the slow reference that stands beside it in infer_thoughts.py: same tokens, same log-probabilities, whatever the batch."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED, TOY, corpus_of
+
+import infer_thoughts
+import train
+from data.cli import UserError
+from data.corpus import hash_state, hash_uniform
+from infer_thoughts import Engine, Limits, draw, infer, keyed_uniform, sample_slowly, score_slowly
+
+
+def random_model(**sizes) -> train.Llama:
+    """An untrained model whose probabilities are far from even."""
+    c = dict(n_vocab=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48, head_dim=8, seq_len=128) | sizes
+    model = train.build(train.Config(**c), "cpu")
+    train.init_weights(model, 0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.data = p.data * (4 if p.ndim == 2 and "embed" not in name else 1)
+            if "bias" in name or "norm" in name:
+                p.data = (1 if "norm" in name else 0) + 0.3 * torch.randn(p.shape, generator=generator)
+    return model.to(getattr(torch, model.config.dtype)).eval()
+
+
+def prompts_of(n: int, longest: int = 20, n_vocab: int = 50) -> list:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, n_vocab, rng.integers(1, longest)) for _ in range(n)]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "multi-query", "tied", "bias"])
+def test_every_family_samples_and_scores_as_the_slow_reference(family):
+    model = random_model(**{
+        "llama": {}, "qwen2": {"model_type": "qwen2"}, "qwen3": {"model_type": "qwen3"}, "multi-query": {"n_kv_head": 1}, "tied": {"tie_embeddings": True},
+        "bias": {"attention_bias": True},
+    }[family])  # fmt: skip
+    prompts = prompts_of(7)
+    slow = [[sample_slowly(model, p, i, k, 12, {3, 4}, 5) for k in range(3)] for i, p in enumerate(prompts)]
+    engine = Engine(model)
+    for mine, theirs in zip(engine.generate(prompts, np.arange(7), 3, 12, {3, 4}, 5), slow):
+        for (ids, finished, log_q), (slow_ids, slow_finished, slow_log_q) in zip(mine, theirs):
+            assert ids.tolist() == slow_ids and finished == slow_finished and log_q == pytest.approx(slow_log_q, abs=1e-4)
+    tails = [[ids for ids, _, _ in row] + [np.zeros(0, np.int64)] for row in slow]
+    for p, row, found in zip(prompts, slow, engine.score(prompts, tails)):
+        assert [len(x) for x in found] == [len(ids) for ids, _, _ in row] + [0]
+        assert [x.sum() for x in found] == pytest.approx([q for _, _, q in row] + [0], abs=1e-4)
+        assert found[0].sum() == pytest.approx(score_slowly(model, [*p, *row[0][0]], len(p), len(p) + len(row[0][0])), abs=1e-4)
+
+
+@pytest.mark.parametrize("n_rows,burst,piece,K", [(4, 1, 2048, 1), (8, 1, 5, 4), (1024, 3, 7, 4), (12, 2, 1, 9), (1024, 1, 2048, 40)])
+def test_samples_do_not_depend_on_how_the_work_is_laid_out(n_rows, burst, piece, K):
+    """Few or many cells; several steps before the host looks; prompts in pieces; more samples than cells. Always the same tokens."""
+    model, prompts = random_model(), prompts_of(12)
+    keys = np.arange(100, 112)
+    plain = Engine(model).generate(prompts, keys, K, 10, {3, 4}, 0)
+    engine = Engine(model, n_rows, burst)
+    engine.PIECE = piece
+    counted = []
+    laid = engine.generate(prompts, keys, K, 10, {3, 4}, 0, on_tokens=counted.append)
+    again = engine.generate(prompts[3:5], keys[3:5], K, 10, {3, 4}, 0)  # the cache is used again, with what the first call left in it
+    for a, b in [*zip(plain, laid), *zip(plain[3:5], again)]:
+        assert [(ids.tolist(), done) for ids, done, _ in a] == [(ids.tolist(), done) for ids, done, _ in b]
+        assert [q for _, _, q in a] == pytest.approx([q for _, _, q in b], abs=1e-4)
+    assert sum(counted) == sum(len(ids) for row in plain for ids, _, _ in row)
+    later = engine.generate(prompts, keys, 1, 10, {3, 4}, 0, first=K - 1)  # only the last sample of each
+    assert [row[0][0].tolist() for row in later] == [row[-1][0].tolist() for row in plain]
+
+
+def test_bf16_weights_with_fp32_logits():
+    model = random_model(dtype="bfloat16")
+    prompts, engine = prompts_of(6), Engine(model)
+    assert engine.logits(torch.zeros(2, 32, dtype=torch.bfloat16)).dtype == torch.float32
+    for p, row in zip(prompts, engine.generate(prompts, np.arange(6), 2, 10, {3}, 0)):
+        for ids, _, log_q in row:
+            assert log_q == pytest.approx(score_slowly(model, [*p, *ids], len(p), len(p) + len(ids)), abs=infer_thoughts.TOLERANCE["bfloat16"] * len(ids))
+
+
+@pytest.mark.parametrize("n_vocab", [5, 36, 308, 1001])
+def test_draw_inverts_the_cumulated_probabilities(n_vocab):
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(500, n_vocab, generator=generator)
+    logits[:, 1] = -200  # no mass in fp32
+    uniform = torch.rand(500, generator=generator, dtype=torch.float64)
+    uniform[:2] = torch.tensor([0.0, 1 - 2**-53])
+    tokens, log_p = draw(logits, uniform)
+    exact = torch.log_softmax(logits.double(), -1)
+    upto = exact.exp().cumsum(-1)
+    here = torch.arange(500)
+    slack = 1e-6  # masses are fp32
+    assert (upto[here, tokens] > uniform - slack).all() and (upto[here, tokens] - exact.exp()[here, tokens] <= uniform + slack).all()
+    torch.testing.assert_close(log_p, exact[here, tokens], atol=1e-5, rtol=0)
+    assert (tokens != 1).all() and draw(logits, uniform, greedy=True)[0].equal(logits.argmax(-1))
+
+
+def test_noise_on_the_device_is_hash_uniform():
+    keys, position = np.arange(1000) * 7919, np.arange(1000) % 13
+    state = torch.from_numpy(hash_state(1, 2, keys).astype(np.int64))
+    assert np.array_equal(keyed_uniform(state, torch.from_numpy(position)).numpy(), hash_uniform(1, 2, keys, position))
+
+
+def test_memory_is_planned_and_refused_in_one_line(monkeypatch):
+    engine = Engine(random_model())
+    rows, planned, _ = engine.plan(4, 100, 50)
+    assert rows == 1024
+    monkeypatch.setattr(infer_thoughts, "free_memory", lambda device: planned)  # 80% of it may be used: fewer rows
+    fewer, less, _ = engine.plan(4, 100, 50)
+    assert 4 <= fewer < rows and less <= 0.8 * planned
+    engine.reserve(4, 100, 50, 1000)
+    cache = sum(x.nbytes for x in (engine.prompt, engine.own))
+    assert engine.shape[0] == fewer // 4 + 1 and cache < less
+    monkeypatch.setattr(infer_thoughts, "free_memory", lambda device: 1 << 20)
+    with pytest.raises(UserError, match="one prompt of 100 tokens with 4 samples of 50 needs .* lower --max_new"):
+        engine.plan(4, 100, 50)
+
+
+def test_greedy_and_stop_sets(toy_model):
+    prompts = prompts_of(9, n_vocab=8)
+    for stop in ({TOY.eol}, {TOY.eol, 0, 1}, {7}):
+        for p, [(ids, done, _)] in zip(prompts, Engine(toy_model).generate(prompts, np.arange(9), 1, 9, stop, 0, greedy=True)):
+            expected = list(p)
+            while len(expected) < len(p) + 9 and (len(expected) == len(p) or expected[-1] not in stop):
+                expected.append(int(toy_model.logits(toy_model(torch.tensor([expected])))[0, -1].argmax()))
+            assert ids.tolist() == expected[len(p) :] and done == (ids[-1] in stop)
+
+
+def test_a_wrong_engine_stops_the_run(toy_model, monkeypatch, tmp_path):
+    """The comparison with the slow function is not for show."""
+    corpus = corpus_of([[[0, 1], [1, 0, 1]]] * 5)
+    numbers = np.flatnonzero(np.arange(10) % 2)
+    limits = Limits(3, 4, 64)
+    got = infer(Engine(toy_model), TOY, corpus, numbers, 4, limits, 0)
+    assert (infer_thoughts.check(toy_model, TOY, corpus, numbers, got, limits, {}) < 1e-5).all()
+    s = infer_thoughts.Settings(corpus="", model="", out_dir="", max_new=4)
+    tok = type("Tok", (), vars(TOY) | {"decode": staticmethod(str)})
+    fast = infer_thoughts.draw
+    monkeypatch.setattr(infer_thoughts, "draw", lambda *a: (lambda t, p: (t, p + 0.01))(*fast(*a)))
+    with pytest.raises(UserError, match="differs from the slow function by 0.01 nats a token"):
+        infer_thoughts.run_part(tmp_path / "000000.npz", numbers, Engine(toy_model), tok, corpus, s, None)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """The real SmolLM2-135M in Hugging Face layout, with markers (needs ../shared and its package)."""
+    import subprocess
+    import sys
+
+    if not SHARED.exists():
+        pytest.skip("no ../shared here")
+    folder = tmp_path_factory.mktemp("smollm2")
+    done = subprocess.run([sys.executable, SHARED / "tools/smollm2_hf.py", folder / "hf"], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"SmolLM2 cannot be written: {done.stderr.strip().splitlines()[-1]}")
+    train.main(train.Settings(init_from=str(folder / "hf"), max_steps=0, out_dir=str(folder / "marked")))
+    return folder / "marked"
+
+
+def gsm8k_prompts(tok, n: int) -> list:
+    import json
+
+    lines = (SHARED / "data/gsm8k/test.jsonl").read_text().splitlines()[: 3 * n : 3]
+    problems = [json.loads(line) for line in lines]
+    return [tok.encode_array(p["question"] + ("\n" + p["answer"]) * (i % 2)) for i, p in enumerate(problems)]  # short ones and long ones
+
+
+@pytest.mark.slow
+def test_smollm2_decodes_as_transformers(smollm2):
+    """50 GSM8K prompts of mixed length, batched: the same greedy tokens as transformers one by one, log_q within 1e-3 nats a token."""
+    transformers = pytest.importorskip("transformers")
+    model, tok = train.load_model(smollm2)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    prompts, worst = gsm8k_prompts(tok, 50), 0.0
+    ours = Engine(model).generate(prompts, np.arange(50), 1, 32, {tok.eos}, 0, greedy=True)
+    for prompt, [(ids, _, log_q)] in zip(prompts, ours):
+        out = reference.generate(torch.from_numpy(prompt[None].astype(np.int64)), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=32, do_sample=False,
+                                 eos_token_id=tok.eos, pad_token_id=0, output_scores=True, return_dict_in_generate=True)  # fmt: skip
+        assert ids.tolist() == out.sequences[0, len(prompt) :].tolist()
+        scores = reference.compute_transition_scores(out.sequences, out.scores, normalize_logits=True).double().sum().item()
+        worst = max(worst, abs(log_q - scores) / len(ids))
+    print(f"largest difference of log_q: {worst:.2e} nats a token")
+    assert worst < 1e-3
+
+
+@pytest.mark.slow
+def test_memory_stays_within_the_plan(smollm2):
+    """64 thoughts of a 2,048-token prompt: the peak beyond the weights is below the planned figure."""
+    import subprocess
+    import sys
+
+    code = f"""
+import resource, sys, numpy as np; sys.path.insert(0, {str(train.Path(train.__file__).parent)!r})
+from infer_thoughts import Engine; from train import load_model
+model, tok = load_model({str(smollm2)!r}); engine = Engine(model)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+engine.score([np.arange(10)], [[np.arange(10)]])
+before = peak()
+rows, planned, free = engine.plan(64, 2047, 128)
+prompt = np.random.default_rng(0).integers(0, 40000, 2048)
+drawn = engine.generate([prompt], [0], 64, 128, {{tok.eol}}, 0)
+engine.score([prompt], [[ids for ids, _, _ in drawn[0]]])
+print(planned, peak() - before)
+"""
+    planned, used = map(int, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    print(f"planned {planned / 1e9:.2f} GB, used {used / 1e9:.2f} GB")
+    assert used < planned
