@@ -12,6 +12,7 @@ E-step draws z from close to p(z | x) by importance sampling, and the M-step max
 
     python em.py                                     # the toy corpus, about 4 minutes on 2 CPU cores
     python em.py --iterations=1 --samples=1          # one round without a choice of thoughts
+    python em.py --infer="--select=uniform" --out_dir=out/no-weights          # the E-step without weights; or argmax, or mcmc
     python em.py --corpus=out/gsm8k --train="--n_layer=6 --n_embd=192 --n_head=6" --out_dir=out/gsm8k-em
 
 Each stage is a command, printed as it starts; copy it, edit it, run it by hand. A stage that is complete is skipped, one that was cut
@@ -135,6 +136,8 @@ def run_all(s: Settings, out_dir: Path, lock: tuple) -> list[dict]:
     for t in range(1, s.iterations + 1):
         thoughts = out_dir / f"E{t}"
         flags = {"corpus": data / "raw", "model": model, "out_dir": thoughts, "samples": s.samples, "max_new": s.max_new} | common
+        if t > 1 and "--select=mcmc" in shlex.split(s.infer):
+            flags["previous"] = out_dir / f"E{t - 1}"
         stage(f"E{t}", "infer_thoughts.py", thoughts, "timing.json", flags, s.infer, lock)
         model = train(f"M{t}", data / "raw", thoughts)
         evaluate(f"M{t}", "latent", thoughts)

@@ -198,7 +198,10 @@ class Engine:
         self.device, self.shape, self.rope, self.graphs = model.embed_tokens.weight.device, None, None, {}
         if self.device.type == "mps":
             raise UserError("--device=mps: the engine adds up in float64, which mps lacks; --device=cpu")
-        self.burst = burst or (8 if self.device.type == "cuda" else 1)
+        self.rounded = self.device.type == "cuda"
+        self.burst = burst or (8 if self.rounded else 1)
+        self.pool = torch.cuda.graph_pool_handle() if self.rounded else None
+        self.stops = {}  # sets of tokens that end a sample, on the device
         self.layers = [self.join(layer) for layer in model.layers]
         self.head = model.head()
         if self.device.type != "cuda":
@@ -256,17 +259,17 @@ class Engine:
     # ---- memory
 
     def slot_bytes(self, C: int, prompt_len: int, max_new: int) -> int:
-        """What one slot takes: keys and values, and what a step allocates for its cells (logits twice, scores, the widest layer)."""
+        """What one slot takes: keys and values, and what a step allocates for its cells (logits twice, scores, the widest layer;
+        twice where steps are captured, for those have memory of their own)."""
         c, size = self.config, self.layers[0].qkv.itemsize
         cache = 2 * c.n_layer * c.n_kv_head * c.head_dim * size * (prompt_len + C * max_new)
-        return cache + C * (10 * c.n_vocab + 8 * max_new + 4 * size * (c.n_head * (prompt_len + max_new) + 2 * c.n_hidden + 4 * c.n_embd))
+        return cache + (2 if self.rounded else 1) * C * (10 * c.n_vocab + 8 * max_new + 4 * size * (c.n_head * (prompt_len + max_new) + 2 * c.n_hidden + 4 * c.n_embd))
 
     def plan(self, samples: int, prompt_len: int, max_new: int, sharers: int = 1) -> tuple[int, int, int]:
         """(cells side by side, bytes they take with all that comes with them, bytes free), beyond the weights. UserError when not even one prompt fits."""
         c, size, C = self.config, self.layers[0].qkv.itemsize, min(samples, self.CELLS)
-        token = size * (6 * c.n_embd + 6 * c.n_hidden) + 8 * size * c.n_head * c.head_dim  # of a layer at its widest
-        longest = prompt_len + max_new + self.SCORED  # a tail is scored whole, however long
-        fixed = longest * token + 2 * longest * self.config.n_layer * 0 + (192 << 20)
+        tokens = prompt_len + max_new + self.SCORED  # at once in a layer: a tail is scored whole, however long
+        fixed = tokens * size * (8 * c.n_embd + 6 * c.n_hidden + 8 * c.n_head * c.head_dim) + (192 << 20)  # 192 MB: scored logits
         each, free = self.slot_bytes(C, prompt_len, max_new), free_memory(self.device) // sharers
         slots = min(-(-(self.n_rows or 1024) // C), int((0.8 * free - fixed) // each) - 1)
         if slots < 1:
@@ -278,7 +281,7 @@ class Engine:
         """Allocate the cache, unless the one that is there will do."""
         c, n_rows = self.config, self.plan(samples, prompt_len, max_new)[0]
         C = min(samples, max(self.CELLS, n_rows // n_prompts))  # few prompts: more cells each
-        round_up = 64 if self.device.type == "cuda" else 1
+        round_up = 64 if self.rounded else 1
         prompt_len, max_new = (-(-max(1, n) // round_up) * round_up for n in (prompt_len, max_new))
         if self.shape and self.shape[1] >= prompt_len and self.shape[2] >= max_new and self.shape[3] == C and self.n_prompts >= n_prompts:
             return
@@ -387,34 +390,34 @@ class Engine:
         now = torch.where(ended, ENDED, torch.where(age + 1 >= max_new, CUT_OFF, 0))
         self.state[:, cells] = torch.stack((tokens, age + alive, noise, torch.where(alive, now, done)))
 
-    def advance(self, n: int, slots: int, P: int, S: int, stop, max_new: int, greedy: bool, piece) -> None:
-        """`burst` steps; on a GPU from captured graphs, but for those that take in prompts."""
-        if self.device.type != "cuda":
-            self.step(n, slots, P, S, stop, max_new, greedy, piece)
-            for b in range(1, self.burst if n else 1):
-                self.step(n, slots, P, min(S + b, self.shape[2]), stop, max_new, greedy)
-            return
-        P, S = (min(-(-size // 64) * 64, cap) for size, cap in ((P, self.shape[1]), (S + self.burst, self.shape[2])))
-        full = min(-(-n // 32) * 32, len(self.cells))  # cell 0 fills up: its slot belongs to no prompt
-        self.cells[n:full] = 0
-        slots = min(-(-slots // 8) * 8, self.shape[0])
-        left = self.burst if n else 1
-        if piece:
-            self.step(full if n else 0, slots, P, S, stop, max_new, greedy, piece)
-            left -= 1
-        key = full, slots, P, S, max_new, greedy, tuple(stop.shape)
-        for _ in range(left):
-            if key not in self.graphs:  # the first time as it is, which warms up; the second time captured
-                self.step(full, slots, P, S, stop, max_new, greedy)
-                self.graphs[key] = None
-                continue
-            if self.graphs[key] is None:
-                torch.cuda.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    self.step(full, slots, P, S, self.stop, max_new, greedy)
-                self.graphs[key] = graph
-            self.graphs[key].replay()
+    def advance(self, n: int, slots: int, P: int, S: int, max_new: int, greedy: bool, piece) -> None:
+        """`burst` steps, the first of which may take in prompts. On a GPU (`rounded`) sizes are rounded up, so that few different steps occur; those
+        without prompts are captured as CUDA graphs."""
+        if self.rounded and n:
+            full = min(-(-n // 32) * 32, len(self.cells))
+            self.cells[n:full] = 0  # a cell of slot 0, which has ended: computed, and never counted
+            n, slots = full, min(-(-slots // 8) * 8, self.shape[0])
+            P, S = min(-(-P // 64) * 64, self.shape[1]), min(-(-(S + self.burst) // 64) * 64, self.shape[2])
+        for b in range(self.burst if n else 1):
+            step = (n, slots, P, S if self.rounded else min(S + b, self.shape[2]), self.stop, max_new, greedy)
+            if piece and b == 0:
+                self.step(*step, piece)
+            elif self.device.type == "cuda":
+                self.replay(step)
+            else:
+                self.step(*step)
+
+    def replay(self, step: tuple) -> None:
+        """A step from its CUDA graph. The first of its kind runs as it is, which also warms up; the second is captured. All share one pool of memory."""
+        if step not in self.graphs:
+            self.graphs[step] = None
+            return self.step(*step)
+        if self.graphs[step] is None:
+            torch.cuda.synchronize()
+            self.graphs[step] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[step], pool=self.pool):
+                self.step(*step)
+        self.graphs[step].replay()
 
     @torch.inference_mode()
     def generate(self, prompts, keys, samples: int, max_new: int, stop: set[int], seed: int, *, first: int = 0, purpose: int = DRAW,
@@ -432,7 +435,7 @@ class Engine:
         prompts, keys = [np.asarray(p, dtype=np.int64) for p in prompts], np.asarray(keys)
         self.reserve(samples, max(map(len, prompts)) - 1, max_new, len(prompts))
         n_slots, C, results = self.shape[0], self.shape[3], [[None] * samples for _ in prompts]
-        self.stop = torch.tensor(sorted(stop), device=self.device)
+        self.stop = self.stops.setdefault(frozenset(stop), torch.tensor(sorted(stop), device=self.device))
         noise = hash_state(purpose, seed, keys[:, None], first + np.arange(samples)).astype(np.int64)  # [n_prompts, samples]
         todo = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))  # longest first, for little padding
         free = list(range(1, n_slots))  # a heap: low slots first, so that the ones in use lie close together
@@ -440,6 +443,7 @@ class Engine:
         sample, cells, piece = np.zeros(n_slots * C, np.int64), np.zeros(0, np.int64), None
         state, base, log_q = (x.numpy() if self.device.type == "cpu" else x.cpu().numpy() for x in (self.state, self.base, self.log_q))
         state[DONE], base[:] = 0, 0
+        state[DONE, 0] = ENDED  # for ever
 
         def begin(cell: int) -> None:
             """Let the slot's next sample grow in the cell."""
@@ -488,7 +492,7 @@ class Engine:
             if self.device.type != "cpu":
                 self.state.copy_(torch.from_numpy(state)), self.base.copy_(torch.from_numpy(base)), self.log_q.copy_(torch.from_numpy(log_q))
             before = int(state[AGE, cells].sum())
-            self.advance(len(cells), slots, P, S, self.stop, max_new, greedy, piece if piece and piece.ids.shape[1] else None)
+            self.advance(len(cells), slots, P, S, max_new, greedy, piece if piece and piece.ids.shape[1] else None)
             if self.device.type != "cpu":
                 state[:], log_q[:] = self.state.cpu().numpy(), self.log_q.cpu().numpy()
             if on_tokens and len(cells):
@@ -1026,7 +1030,8 @@ def helpers(s: Settings, n_workers: int, threads: int):
     """Start the other workers: this same command, quiet; each ends when we do."""
     flags = [f"--{k}={v}" for k, v in asdict(s).items() if v != ""]
     env = os.environ | {"EM_CHILD": "1", "INFER_WORKER": str(threads), "OMP_NUM_THREADS": str(threads)}
-    return [subprocess.Popen([sys.executable, __file__, *flags], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=env) for _ in range(n_workers - 1)]
+    return [subprocess.Popen([sys.executable, __file__, *flags], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=env, start_new_session=True)
+            for _ in range(n_workers - 1)]  # fmt: skip
 
 
 def main(s: Settings) -> None:
@@ -1071,6 +1076,10 @@ def main(s: Settings) -> None:
     engine, work = Engine(model), Path(s.out_dir + ".parts")
     work.mkdir(parents=True, exist_ok=True)
     with hold(work / "lock"):  # the cells are planned once, for all who work on this folder: shapes decide the last bits
+        if Path(s.out_dir).exists():  # joined a moment ago
+            shutil.rmtree(work, ignore_errors=True)
+            print(f"{s.out_dir}: complete")
+            return
         claim(work, s, free)
         if not (work / "plan.json").exists():
             engine.n_rows = s.rows
@@ -1087,18 +1096,24 @@ def main(s: Settings) -> None:
     paths = [work / f"{n:06d}.npz" for n in range(len(parts))]
     try:
         do_parts(list(zip(paths, parts)), engine, tok, corpus, s, work)
+        with hold(work / "lock"):
+            if alone and not Path(s.out_dir).exists():
+                for path in paths:  # whoever wrote the part may still be at its line of metrics.jsonl
+                    with hold(path.with_suffix(".lock")):
+                        pass
+                merge(paths, corpus, tok, s, counts)
+                shutil.rmtree(work, ignore_errors=True)
+    except FileNotFoundError:
+        if not Path(s.out_dir).exists():
+            raise
+        # else another worker was first to join the parts, and has removed them
     finally:
         for child in others:
             child.stdin.close()  # ends it, if it has not ended
             child.wait()
-    if not alone:
-        return
-    with hold(work / "lock"):
-        if not Path(s.out_dir).exists():  # the first to come here joins
-            meta = merge(paths, corpus, tok, s, counts)
-            print(report(meta))
-        shutil.rmtree(work, ignore_errors=True)
-    show(s)
+    if alone:
+        print(report(read_json(Path(s.out_dir) / "meta.json")))
+        show(s)
 
 
 def show(s: Settings) -> None:

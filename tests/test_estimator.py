@@ -143,7 +143,6 @@ def test_pick_follows_the_weights():
     np.testing.assert_allclose(counts, np.array([1, 0.0001, 5, 2]) / 8.0001, atol=0.006)
 
 
-@pytest.mark.parametrize("samples,n_rows", [(1, 4), (3, 2), (4, 7), (16, 512)])
 @pytest.fixture(scope="module")
 def two_chunks(toy_model):
     """Exact log p of the second chunk given each thought of the first, and of the document: [[0, 1], [1, 0]], thoughts of up to two tokens.
@@ -188,11 +187,15 @@ def test_document_estimates_are_unbiased(toy_model, two_chunks, context, K):
         forms = [form for i, (_, form) in picked.items() if i % 2 == 0]
         assert 0.4 < np.mean(np.array(forms) == PRIOR) < 0.6
         assert (infer_thoughts.check(toy_model, TOY, corpus, np.arange(20), take(got, range(20)), Limits(3, 3, 64), picked) < 1e-4).all()
-    if K == 16:  # the first chunk's picks come close to its posterior
-        index = {tuple(z): i for i, z in enumerate(thoughts)}
-        chosen = [index[tuple(got.chosen(row).tolist())] for row in range(0, 2 * n, 2) if got.pick[row] >= 0]
-        posterior = np.exp(first) / np.exp(first).sum()
-        assert np.abs(np.bincount(chosen, minlength=len(posterior)) / len(chosen) - posterior).sum() / 2 < 0.1
+    if K > 1:  # the first chunk's picks are closer to its posterior than single samples are
+        index, posterior = {tuple(z): i for i, z in enumerate(thoughts)}, np.exp(first) / np.exp(first).sum()
+
+        def distance(chosen):
+            return np.abs(np.bincount([index[tuple(z)] for z in chosen], minlength=len(posterior)) / len(chosen) - posterior).sum() / 2
+
+        rows = [row for row in range(0, 2 * n, 2) if got.pick[row] >= 0]
+        single = distance([got.thoughts[row][got.finished[row].argmax()].tolist() for row in rows])
+        assert distance([got.chosen(row).tolist() for row in rows]) < (0.95 if K == 4 else 0.6) * single
 
 
 def take(got, rows):
@@ -249,6 +252,7 @@ def test_added_samples_are_as_if_drawn_at_once():
     assert add_samples(np.array([-1]), nothing, np.array([-1]), nothing, np.array([0.5]))[0] == -1
 
 
+@pytest.mark.parametrize("samples,n_rows", [(1, 4), (3, 2), (4, 7), (16, 512)])
 def test_cached_decoding_equals_teacher_forcing(toy_model, samples, n_rows):
     """Whatever the number of rows, refills and prompts of different lengths: the sampler's own log_q is the teacher-forced one."""
     rng = np.random.default_rng(1)
