@@ -30,7 +30,7 @@ import numpy as np
 
 from data.cli import Progress, UserError, claim, opt, replacing, run, write_json
 from data.corpus import PICK, PRIOR, RAW, TEST_DRAW, Corpus, hash_uniform, open_corpus, open_thoughts
-from infer_thoughts import NOTHING, Engine, Limits, bound, context_of, ess, infer, pick, write_chunk
+from infer_thoughts import NOTHING, Engine, Limits, bound, context_of, ess, infer, pick, rank_in_group, write_chunk
 from train import load_model, pick_device
 
 BOUNDS = (1, 4, 16)
@@ -46,7 +46,7 @@ class Settings:
     samples: int = opt(4, "thoughts a chunk (K) for the effective sample size and the share of right picks", low=1)
     max_new: int = opt(128, "longest thought in tokens, its EOL included", low=1)
     max_answer: int = opt(32, "longest answer in tokens", low=1)
-    context: Literal["bare", "thoughts"] = opt("bare", "earlier chunks as plain text, or (latent mode) with thoughts that the model infers for them")
+    context: Literal["bare", "thoughts"] = opt("thoughts", "earlier chunks as plain text, or (latent mode) with thoughts that the model infers for them")
     before: int = opt(3, "chunks before a chunk that are given", low=0)
     bound_docs: int = opt(250, "documents for the likelihood, the first ones; 0: all", low=0)
     rows: int = opt(0, "sequences generated side by side, at most; 0: 1024, fewer where memory is short", low=0)
@@ -121,10 +121,10 @@ def accuracy(records: list[dict]) -> dict:
 # ----------------------------------------------------------------------------------------------- likelihood
 
 
-def text_nll(engine: Engine, tok, corpus: Corpus, numbers, s: Settings) -> np.ndarray:
-    """-log p(chunk | up to s.before chunks before it) as plain text, in nats, for each chunk in `numbers`."""
+def text_nll(engine: Engine, tok, corpus: Corpus, numbers, s: Settings, picked=NOTHING) -> np.ndarray:
+    """-log p(chunk | up to s.before chunks before it, with the thoughts in `picked`), in nats, for each chunk in `numbers` as plain text."""
     limits = Limits(s.before, 0, engine.config.seq_len)
-    written = [write_chunk(tok, corpus, i, context_of(corpus, i, limits), None, RAW) for i in numbers]
+    written = [write_chunk(tok, corpus, i, context_of(corpus, i, limits, picked), None, RAW, picked) for i in numbers]
     scores = engine.score([ids[: part.chunk[0]] for ids, part in written], [[ids[part.chunk[0] :]] for ids, part in written])
     return -np.array([row[0].sum() for row in scores])
 
@@ -137,19 +137,23 @@ def likelihood(engine: Engine, tok, corpus: Corpus, s: Settings, truth, on_token
     counts = {"bound_docs": n_docs, "bytes": n_bytes}
     if s.mode == "raw":
         return {"nll": float(text_nll(engine, tok, corpus, numbers, s).sum() / n_bytes)} | counts
-    latent = numbers[~corpus.questions[numbers]]
-    given = text_nll(engine, tok, corpus, numbers[corpus.questions[numbers]], s).sum()
+    latent, asked = numbers[~corpus.questions[numbers]], numbers[corpus.questions[numbers]]
     limits = Limits(s.before, s.max_new, engine.config.seq_len)
 
     def inferred(K: int):
-        return infer(engine, tok, corpus, latent, K, limits, s.seed, context=s.context, purpose=TEST_DRAW, on_tokens=on_tokens)
+        """(samples, nats of the questions), the latter in the context of the former's picks."""
+        picked = {}
+        got = infer(engine, tok, corpus, latent, K, limits, s.seed, context=s.context, purpose=TEST_DRAW, on_tokens=on_tokens, picked=picked)
+        return got, text_nll(engine, tok, corpus, asked, s, picked).sum()
 
-    K = s.samples if s.context == "thoughts" else max(s.samples, *BOUNDS)
-    got = inferred(K)
-    # With thoughts in the context, the sum over a document's chunks is a bound only if each chunk's picks came from the same K.
-    bounds = {k: bound(got.log_w if s.context == "bare" or k == K else inferred(k).log_w, k) for k in BOUNDS}
+    # With thoughts in the context, the sum over a document's chunks is a bound only if all of its picks came from the same K.
+    alike = s.context == "bare" or not rank_in_group(corpus.doc_of(latent)).any()  # no chunk with a thought stands before another
+    K = max(s.samples, *BOUNDS) if alike else s.samples
+    got, given = inferred(K)
+    runs = {k: (got, given) if alike or k == K else inferred(k) for k in BOUNDS}
+    bounds = {k: bound(of.log_w, k) for k, (of, _) in runs.items()}
     counts["unbounded"] = int((~np.isfinite(bounds[1])).sum())  # chunks with all thoughts cut off: left out of the bounds
-    nll_bound = {str(k): float((given - v[np.isfinite(v)].sum()) / n_bytes) for k, v in bounds.items()}
+    nll_bound = {str(k): float((runs[k][1] - v[np.isfinite(v)].sum()) / n_bytes) for k, v in bounds.items()}
     groups = got.log_w[:, : K // s.samples * s.samples].reshape(-1, s.samples)  # each group of K samples is one E-step
     picks = got.pick if K == s.samples else pick(groups, hash_uniform(PICK, s.seed, np.arange(len(groups))))
     right = None
@@ -168,6 +172,7 @@ def thoughts_before(engine: Engine, tok, corpus: Corpus, s: Settings) -> dict:
     if s.context == "thoughts" and s.mode == "latent":
         limits = Limits(s.before, s.max_new, engine.config.seq_len)
         numbers = np.flatnonzero(~corpus.questions & (sizes > 0) & (sizes + 6 + s.max_new <= limits.seq_len))
+        numbers = numbers[np.append(np.diff(corpus.doc_of(numbers)) == 0, False)]  # a document's last one stands before none
         infer(engine, tok, corpus, numbers, s.samples, limits, s.seed, context=s.context, purpose=TEST_DRAW, picked=picked)
     return picked
 

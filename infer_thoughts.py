@@ -15,13 +15,13 @@ For a chunk x with the chunks c before it, and a model that was trained on thoug
 K = 1, and tighter with every K (IWAE, Burda et al. 2016). The pick tends to the exact posterior p(z | c, x) as K grows. A thought
 that was cut off at --max_new has no EOL, thus weight 0; a chunk with all K cut off gets no thought. Both are counted.
 
-    --context=bare      c is up to --before earlier chunks as plain text (the paper's choice)
-    --context=thoughts  they carry the thoughts that were picked for them, as they do in training. Documents advance chunk by chunk:
-                        sequential importance sampling, whose product of a document's (1/K) sum_k w_k is unbiased for it.
+    --context=thoughts  c is up to --before earlier chunks with the thoughts that were picked for them, as in training. Documents advance chunk
+                        by chunk: sequential importance sampling, whose product of a document's (1/K) sum_k w_k is unbiased for it.
+    --context=bare      c is plain text: the paper's choice, and far worse (README) unless train.py --bare has shown the model such contexts.
 
     python infer_thoughts.py --model=out/M0 --corpus=out/digits/raw --out_dir=out/E1 --samples=4 --show=3      # a CPU, or one GPU
     torchrun --nproc_per_node=8 infer_thoughts.py --model=M0 --corpus=C --out_dir=E1 --max_new=1024            # eight
-    python infer_thoughts.py ... --samples=16 --add_to=out/E1 --out_dir=out/E1-16                             # 12 more samples a chunk
+    python infer_thoughts.py ... --context=bare --samples=16 --add_to=out/E1 --out_dir=out/E1-16              # 12 more samples a chunk
 
 Writes a thoughts folder (data/corpus.py). Work is done in parts, each written once, by any number of these commands at the same time,
 on any machines that share --out_dir; one that is killed costs the part it was at, and the last to finish joins the parts.
@@ -79,7 +79,7 @@ class Settings:
     out_dir: str = opt(help="thoughts folder to write")
     samples: int = opt(4, "thoughts sampled a chunk (K)", low=1)
     max_new: int = opt(128, "longest thought in tokens, its EOL included", low=1)
-    context: Literal["bare", "thoughts"] = opt("bare", "earlier chunks as plain text, or with their picked thoughts")
+    context: Literal["bare", "thoughts"] = opt("thoughts", "earlier chunks as plain text, or with their picked thoughts")
     before: int = opt(3, "chunks before the chunk that are given", low=0)
     select: Literal["resample", "argmax", "uniform", "mcmc"] = opt("resample", "the pick: by weight (the paper's), the heaviest, any that ended, "
         "or the thought in --previous unless a new one is accepted by the ratio of weights (TRICE)")  # fmt: skip
@@ -668,7 +668,7 @@ def infer(engine: Engine, tok: Tokenizer, corpus: Corpus, numbers, samples: int,
     numbers, picked = np.asarray(numbers), {} if picked is None else picked
     wave = rank_in_group(corpus.doc_of(numbers)) if context == "thoughts" else np.zeros(len(numbers), np.int64)
     rows, waves = [], []
-    for turn in range(wave.max(initial=-1) + 1):
+    for turn in range(wave.max(initial=0) + 1):
         rows.append(np.flatnonzero(wave == turn))
         here = numbers[rows[-1]]
         got = infer_wave(engine, tok, corpus, here, samples, limits, seed, select, previous or {}, first, purpose, on_tokens, picked)
@@ -677,7 +677,7 @@ def infer(engine: Engine, tok: Tokenizer, corpus: Corpus, numbers, samples: int,
             z = got.chosen(row)
             if z is not None and len(z):  # an empty one is written as in training: as no thought
                 picked[int(i)] = z, PRIOR if hash_uniform(CONTEXT_FORM, seed, i)[0] < 0.5 else POSTERIOR
-    order = np.argsort(np.concatenate(rows)) if rows else np.zeros(0, np.int64)
+    order = np.argsort(np.concatenate(rows))
     whole = {}
     for name in Samples.__dataclass_fields__:
         values = [getattr(got, name) for got in waves]
@@ -1045,9 +1045,6 @@ def main(s: Settings) -> None:
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     model, tok = load_model(s.model, device, s.dtype if s.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32")
-    for name, p in model.named_parameters():
-        if not torch.isfinite(p).all():
-            raise UserError(f"{s.model}: {name} holds numbers that are not finite; train it again, or take an earlier checkpoint")
     corpus = open_corpus(s.corpus, tok)
     check_settings(s, corpus)
     free = ("device", "workers", "show")
