@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -138,12 +139,19 @@ SAME = ("tokens.bin", "chunks.npy", "meta.json", "samples.npz", "examples.txt")
 
 def kill_until_done(digits, model, tmp_path, kills: int) -> None:
     """Two workers, started by hand, killed at random moments and started again, until `kills` are spent; then left to end."""
-    script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "whole"), "--workers=1")
+    script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "whole"), "--workers=1", env={"OMP_NUM_THREADS": "1"})
     rng = random.Random(kills)
     command = [sys.executable, str(ROOT / "infer_thoughts.py"), *run_infer(digits, model, tmp_path / "killed"), "--workers=1"]
 
     def start():
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=open(tmp_path / "stderr", "a"), env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    def compare():
+        for worker in workers:
+            assert worker.wait() in (0, -signal.SIGKILL), (tmp_path / "stderr").read_text()
+        for name in SAME:
+            assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "stderr", "whole"], "nothing is left lying about"
 
     workers, done = [start(), start()], 0
     while done < kills:
@@ -152,18 +160,16 @@ def kill_until_done(digits, model, tmp_path, kills: int) -> None:
         if workers[victim].poll() is None:
             workers[victim].kill()
             done += 1
-        workers[victim].communicate()
-        if (tmp_path / "killed").exists():  # they were quicker: once more from the start
-            [w.communicate() for w in workers]
+        workers[victim].wait()
+        if (tmp_path / "killed").exists() and done < kills:  # they were quicker: once more from the start
+            compare()
             shutil.rmtree(tmp_path / "killed")
             workers = [start(), start()]
-            continue
-        workers[victim] = start()
+        else:
+            workers[victim] = start()
     for worker in workers:
-        assert worker.wait() == 0, worker.stderr.read()
-    for name in SAME:
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"], "nothing is left lying about"
+        assert worker.wait() == 0, (tmp_path / "stderr").read_text()
+    compare()
 
 
 def test_killed_runs_go_on(digits, model, tmp_path):
