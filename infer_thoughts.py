@@ -265,29 +265,34 @@ class Engine:
         cache = 2 * c.n_layer * c.n_kv_head * c.head_dim * size * (prompt_len + C * max_new)
         return cache + (2 if self.rounded else 1) * C * (10 * c.n_vocab + 8 * max_new + 4 * size * (c.n_head * (prompt_len + max_new) + 2 * c.n_hidden + 4 * c.n_embd))
 
-    def plan(self, samples: int, prompt_len: int, max_new: int, sharers: int = 1) -> tuple[int, int, int]:
-        """(cells side by side, bytes they take with all that comes with them, bytes free), beyond the weights. UserError when not even one prompt fits."""
-        c, size, C = self.config, self.layers[0].qkv.itemsize, min(samples, self.CELLS)
+    def wanted(self, samples: int, n_prompts: int) -> tuple[int, int]:
+        """(cells side by side, cells of a slot), were memory no matter. Few prompts: more cells each."""
+        rows = min(self.n_rows or 1024, samples * n_prompts)
+        return rows, min(samples, max(self.CELLS, rows // n_prompts))
+
+    def plan(self, samples: int, prompt_len: int, max_new: int, n_prompts: int, sharers: int = 1) -> tuple[int, int, int, int]:
+        """(slots, cells of a slot, bytes that all of it takes beside the weights, bytes free). UserError when not even one prompt fits."""
+        c, size = self.config, self.layers[0].qkv.itemsize
+        rows, C = self.wanted(samples, n_prompts)
         tokens = prompt_len + max_new + self.SCORED  # at once in a layer: a tail is scored whole, however long
         fixed = tokens * size * (8 * c.n_embd + 6 * c.n_hidden + 8 * c.n_head * c.head_dim) + (192 << 20)  # 192 MB: scored logits
         each, free = self.slot_bytes(C, prompt_len, max_new), free_memory(self.device) // sharers
-        slots = min(-(-(self.n_rows or 1024) // C), int((0.8 * free - fixed) // each) - 1)
+        slots = min(-(-rows // C), int((0.8 * free - fixed) // each) - 1)
         if slots < 1:
             raise UserError(f"one prompt of {prompt_len} tokens with {C} samples of {max_new} needs {(fixed + 2 * each) / 1e9:.1f} GB, "
-                            f"and 80% of {free / 1e9:.1f} GB free are to be had: lower --max_new, --before or --workers")  # fmt: skip
-        return slots * C, int(fixed + (slots + 1) * each), free
+                            f"and 80% of {free / 1e9:.1f} GB free are to be had: lower --max_new, --before, --rows or --workers")  # fmt: skip
+        return slots, C, int(fixed + (slots + 1) * each), free
 
     def reserve(self, samples: int, prompt_len: int, max_new: int, n_prompts: int) -> None:
         """Allocate the cache, unless the one that is there will do."""
-        c, n_rows = self.config, self.plan(samples, prompt_len, max_new)[0]
-        C = min(samples, max(self.CELLS, n_rows // n_prompts))  # few prompts: more cells each
-        round_up = 64 if self.rounded else 1
+        c, C, round_up = self.config, self.wanted(samples, n_prompts)[1], 64 if self.rounded else 1
         prompt_len, max_new = (-(-max(1, n) // round_up) * round_up for n in (prompt_len, max_new))
         if self.shape and self.shape[1] >= prompt_len and self.shape[2] >= max_new and self.shape[3] == C and self.n_prompts >= n_prompts:
             return
-        self.n_prompts, self.graphs = n_prompts, {}
-        self.prompt = self.own = None  # given back first
-        n_slots = 1 + min(n_prompts, max(1, n_rows // C))
+        self.n_prompts, self.graphs, self.prompt, self.own = n_prompts, {}, None, None  # given back first
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        n_slots = self.plan(samples, prompt_len, max_new, n_prompts)[0] + 1  # one for padding
         self.shape, dtype, where = (n_slots, prompt_len, max_new, C), self.layers[0].qkv.dtype, dict(device=self.device)
         self.prompt = torch.zeros(c.n_layer, 2, n_slots, c.n_kv_head, prompt_len, c.head_dim, dtype=dtype, **where)
         self.own = torch.zeros(c.n_layer, 2, n_slots, c.n_kv_head, C, max_new, c.head_dim, dtype=dtype, **where)
@@ -1080,7 +1085,8 @@ def main(s: Settings) -> None:
         claim(work, s, free)
         if not (work / "plan.json").exists():
             engine.n_rows = s.rows
-            rows, planned, memory = engine.plan(s.samples, longest, s.max_new, n_workers)
+            slots, cells, planned, memory = engine.plan(s.samples, longest, s.max_new, max(map(len, parts)), n_workers)
+            rows = slots * cells
             write_json(work / "plan.json", {"rows": rows, "prompt_len": longest, "bytes": planned, "threads": max(1, threads // n_workers)})
             print(f"plan: {rows} thoughts side by side, prompts of up to {longest} tokens: {planned / 1e9:.2f} GB a worker beside the weights, "
                   f"{memory / 1e9:.1f} GB free")  # fmt: skip
