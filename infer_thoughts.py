@@ -305,6 +305,7 @@ class Engine:
 
     def extend_rope(self, length: int) -> None:
         if self.rope is None or len(self.rope[0]) < length:
+            self.graphs, length = {}, max(length, self.config.seq_len)  # graphs would read the old tables
             cos, sin = rope_table(torch.arange(length, device=self.device)[None], self.config)  # [1, 1, length, head_dim]
             self.rope = cos[0, 0], sin[0, 0, :, : self.config.head_dim // 2]
 
