@@ -94,7 +94,7 @@ def model(digits, tmp_path_factory):
 
 
 def run_infer(digits, model, out, *flags):
-    return [f"--corpus={digits}/raw", f"--model={model}", f"--out_dir={out}", "--max_new=24", "--part_size=7", *flags]
+    return [f"--corpus={digits}/raw", f"--model={model}", f"--out_dir={out}", "--max_new=24", "--part_size=7", "--workers=1", *flags]
 
 
 def test_thoughts_folder(digits, model, tmp_path):
@@ -139,9 +139,9 @@ SAME = ("tokens.bin", "chunks.npy", "meta.json", "samples.npz", "examples.txt")
 
 def kill_until_done(digits, model, tmp_path, kills: int) -> None:
     """Two workers, started by hand, killed at random moments and started again, until `kills` are spent; then left to end."""
-    script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "whole"), "--workers=1", env={"OMP_NUM_THREADS": "1"})
+    script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "whole"), env={"OMP_NUM_THREADS": "1"})
     rng = random.Random(kills)
-    command = [sys.executable, str(ROOT / "infer_thoughts.py"), *run_infer(digits, model, tmp_path / "killed"), "--workers=1"]
+    command = [sys.executable, str(ROOT / "infer_thoughts.py"), *run_infer(digits, model, tmp_path / "killed")]
 
     def start():
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=open(tmp_path / "stderr", "a"), env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -174,7 +174,7 @@ def kill_until_done(digits, model, tmp_path, kills: int) -> None:
 
 def test_killed_runs_go_on(digits, model, tmp_path):
     kill_until_done(digits, model, tmp_path, kills=4)
-    assert "complete" in script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "killed"), "--workers=1").stdout
+    assert "complete" in script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "killed")).stdout
     assert "--seed=0 became 1" in script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "killed"), "--seed=1", code=1).stderr
 
 
@@ -186,8 +186,8 @@ def test_fifty_kills_with_two_workers(digits, model, tmp_path):
 def test_workers_and_torchrun_write_the_same_bytes(digits, model, tmp_path):
     """Helper processes of its own, or ranks of torchrun: the parts are shared out, the folder is the same."""
     env = {"OMP_NUM_THREADS": "1"}
-    script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "a"), "--workers=1", env=env)
-    script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "b"), "--workers=3", env=env)
+    script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "a"), env=env)
+    script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "b")[:-1], "--workers=3", env=env)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "infer_thoughts.py")]
     done = subprocess.run([*torchrun, *run_infer(digits, model, tmp_path / "c")], capture_output=True, text=True, env=os.environ | env)
     assert done.returncode == 0, done.stderr
@@ -322,13 +322,13 @@ def test_a_full_disk_loses_nothing(digits, model, tmp_path):
     def limited():
         resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
 
-    flags = [*run_infer(digits, model, tmp_path / "E"), "--workers=1"]
+    flags = run_infer(digits, model, tmp_path / "E")
     command = [sys.executable, str(ROOT / "infer_thoughts.py"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited)
     assert done.returncode == 1 and "infer_thoughts.py: error: " in done.stderr and done.stderr.strip().count("\n") == 0, done.stderr
     assert not (tmp_path / "E").exists() and not list((tmp_path / "E.parts").glob("*.tmp"))
     script("infer_thoughts.py", *flags)
-    script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "whole"), "--workers=1")
+    script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "whole"))
     for name in SAME:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "E" / name).read_bytes(), name
 
