@@ -1226,6 +1226,7 @@ def main(s: Settings) -> None:
     except torch.OutOfMemoryError as e:
         raise UserError(f"{device}: out of memory; lower --micro_batch or --seq_len, use --recompute, or more devices ({str(e).splitlines()[0]})") from None
     if dist.is_initialized():  # not after an error: the other ranks may wait for this one, and it would wait for them
+        dist.barrier()  # gloo's threads can abort a process whose peer is already leaving
         dist.destroy_process_group()
 
 
