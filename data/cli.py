@@ -117,7 +117,7 @@ def run(main, settings: type, presets: dict[str, dict] | None = None) -> None:
 
 
 def _die_with_parent() -> None:
-    """em.py holds the other end of our stdin: when it ends, however it ends, so do we (no orphan goes on writing)."""
+    """Who started us (em.py, or the first of the E-step's workers) holds the other end of our stdin: when it ends, however it ends, so do we."""
     while os.read(0, 4096):
         pass
     os._exit(1)
