@@ -123,7 +123,7 @@ def run_all(s: Settings, out_dir: Path, lock: tuple) -> list[dict]:
 
     def evaluate(name: str, mode: str, e_step: Path | None = None) -> None:
         model, folder = out_dir / name, out_dir / name / "eval"
-        flags = {"corpus": data / "heldout", "model": model, "mode": mode, "out_dir": folder} | common
+        flags = {"corpus": data / "heldout", "model": model, "mode": mode, "out_dir": folder, "k": 1, "temperature": 1.0, "top_p": 1.0} | common
         if mode == "latent":
             flags |= {"thoughts": truth, "samples": s.samples, "max_new": s.max_new}
         stage(f"{name} eval", "eval_math.py", folder, "results.json", flags, s.eval, lock)
@@ -165,7 +165,7 @@ def make_row(name: str, model: Path, e_step: Path | None, data: Path) -> dict:
     row |= {"nll": results["nll"]} if "nll" in results else {"nll_bound": results["nll_bound"]}
     row |= {"ess": results.get("ess"), "pick_right": results.get("pick_right"), "cut_off": results.get("cut_off_share")}
     row |= {"tokens_per_s": training["tokens_per_s"], "train_tokens": training["train_tokens"]}
-    row["seconds"] = training["seconds"] + results["seconds"]
+    row["seconds"] = training["seconds"] + read_json(model / "eval" / "timing.json")["seconds"]
     if e_step:  # what the model's own training thoughts were like
         meta, timing = read_json(e_step / "meta.json"), read_json(e_step / "timing.json")
         figures = {"ess": meta["ess"], "cut_off": meta["cut_off"], "all_cut_off": meta["all_cut_off"], "nll_bound": meta["nll_bound"]}

@@ -130,13 +130,32 @@ LAST, AGE, NOISE, DONE = range(4)
 ENDED, CUT_OFF = 1, 2
 
 
-def draw(logits: torch.Tensor, uniform: torch.Tensor, greedy: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+    """logits [n, n_vocab] with -inf for all but the likeliest tokens whose probabilities add up to top_p, or just beyond (Holtzman et al. 2020)."""
+    V, total = logits.shape[1], torch.logsumexp(logits, dim=-1, keepdim=True)
+    k = V if logits.is_cuda else min(V, 64)  # few tokens nearly always do; a GPU's captured step cannot look whether they did
+    while True:
+        values = logits.topk(k, dim=-1).values  # [n, k], falling
+        mass = (values - total).exp().cumsum(dim=-1)
+        if k == V or bool((mass[:, -1] >= top_p).all()):
+            break
+        k = min(V, 8 * k)
+    kept = (mass < top_p).sum(dim=-1, keepdim=True).clamp(max=k - 1)
+    return logits.masked_fill(logits < values.gather(1, kept), -torch.inf)
+
+
+def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0, top_p: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """One token for each row of fp32 logits [n, n_vocab] by inverting the cumulated probabilities at uniform [n] in [0, 1), float64.
 
-    (tokens [n], their log-probabilities [n], float64). greedy: the likeliest token instead. The cumulated sum is made of blocks: their
-    masses first, then only the chosen block's tokens.
+    (tokens [n], their log-probabilities [n], float64, among what they were drawn from). temperature 0: the likeliest token. The cumulated
+    sum is made of blocks: their masses first, then only the chosen block's tokens.
     """
     n, V = logits.shape
+    greedy = temperature == 0
+    if temperature not in (0, 1):
+        logits = logits / temperature
+    if top_p < 1 and not greedy:
+        logits = nucleus(logits, top_p)
     best = logits.amax(dim=-1, keepdim=True)
     mass = torch.exp(logits - best)  # [n, V]
     size = math.isqrt(V)
@@ -370,7 +389,7 @@ class Engine:
 
     # ---- sampling
 
-    def step(self, n: int, slots: int, P: int, S: int, stop: torch.Tensor, max_new: int, greedy: bool, piece=None) -> None:
+    def step(self, n: int, slots: int, P: int, S: int, stop: torch.Tensor, max_new: int, how: tuple[float, float], piece=None) -> None:
         """Sample a token in each of the first n of self.cells, and take in a piece of prompts. All on the device, nothing comes back."""
         cells = self.cells[:n]
         last, age, noise, done = self.state[:, cells]
@@ -378,7 +397,7 @@ class Engine:
         attend = decode = self.decoding(cells, slots, P, S) if n else None
         if piece:
             prefill = self.prefilling(piece.slots, piece.start, piece.ids.shape[1])
-            ids = torch.cat((ids, piece.ids.view(-1)))
+            ids = torch.cat((ids, piece.ids.reshape(-1)))
             positions = torch.cat((positions, torch.arange(piece.start, piece.start + piece.ids.shape[1], device=self.device).repeat(len(piece.slots))))
 
             def attend(layer, q, k, v):
@@ -388,7 +407,7 @@ class Engine:
         hidden = self.forward(ids, positions, attend)
         if not n:
             return
-        tokens, log_p = draw(self.logits(hidden[:n]), keyed_uniform(noise, age), greedy)
+        tokens, log_p = draw(self.logits(hidden[:n]), keyed_uniform(noise, age), *how)
         alive = done == 0
         self.ids[cells, age] = tokens
         self.log_q[cells] += torch.where(alive, log_p, 0.0)
@@ -396,7 +415,7 @@ class Engine:
         now = torch.where(ended, ENDED, torch.where(age + 1 >= max_new, CUT_OFF, 0))
         self.state[:, cells] = torch.stack((tokens, age + alive, noise, torch.where(alive, now, done)))
 
-    def advance(self, n: int, slots: int, P: int, S: int, max_new: int, greedy: bool, piece) -> None:
+    def advance(self, n: int, slots: int, P: int, S: int, max_new: int, how: tuple[float, float], piece) -> None:
         """`burst` steps, the first of which may take in prompts. On a GPU (`rounded`) sizes are rounded up, so that few different steps occur; those
         without prompts are captured as CUDA graphs."""
         if self.rounded and n:
@@ -405,7 +424,7 @@ class Engine:
             n, slots = full, min(-(-slots // 8) * 8, self.shape[0])
             P, S = min(-(-P // 64) * 64, self.shape[1]), min(-(-(S + self.burst) // 64) * 64, self.shape[2])
         for b in range(self.burst if n else 1):
-            step = (n, slots, P, S if self.rounded else min(S + b, self.shape[2]), self.stop, max_new, greedy)
+            step = (n, slots, P, S if self.rounded else min(S + b, self.shape[2]), self.stop, max_new, how)
             if piece and b == 0:
                 self.step(*step, piece)
             elif self.device.type == "cuda":
@@ -427,14 +446,16 @@ class Engine:
 
     @torch.inference_mode()
     def generate(self, prompts, keys, samples: int, max_new: int, stop: set[int], seed: int, *, first: int = 0, purpose: int = DRAW,
-                 greedy: bool = False, on_tokens=None) -> list[list[tuple]]:  # fmt: skip
+                 temperature: float = 1.0, top_p: float = 1.0, on_tokens=None, ends=None) -> list[list[tuple]]:  # fmt: skip
         """Continue each prompt `samples` times until a token of `stop` or `max_new` tokens.
 
         prompts: lists of ids; keys: an integer each, which seeds its noise, as does the sample's number (from `first` on). Returns for each
         prompt its samples (ids with the stop token if there is one, finished, sum of the ids' log-probabilities: sample_slowly's).
-        on_tokens(n) is told of every n sampled tokens.
+        on_tokens(n) is told of every n sampled tokens. temperature 0: the likeliest tokens. top_p: of the likeliest tokens only, see nucleus.
+        ends(ids) is asked every 8 tokens whether a sample has ended by what it says; it then counts as finished.
 
-        A prompt's slot holds all of it but the last token, with which each of its samples begins.
+        A prompt's slot holds all of it but the last token, with which each of its samples begins. A start that all prompts share (few-shot
+        examples) is computed once, in slot 0, and copied.
         """
         if not len(prompts):
             return []
@@ -450,6 +471,10 @@ class Engine:
         state, base, log_q = (x.numpy() if self.device.type == "cpu" else x.cpu().numpy() for x in (self.state, self.base, self.log_q))
         state[DONE], base[:] = 0, 0
         state[DONE, 0] = ENDED  # for ever
+        shared = shared_length(prompts)
+        for start in range(0, shared, self.PIECE):
+            ids = torch.from_numpy(prompts[0][None, start : min(start + self.PIECE, shared)]).to(self.device)
+            self.step(0, 1, 1, 1, self.stop, max_new, (temperature, top_p), SimpleNamespace(slots=torch.tensor([0], device=self.device), start=start, ids=ids))
 
         def begin(cell: int) -> None:
             """Let the slot's next sample grow in the cell."""
@@ -466,15 +491,20 @@ class Engine:
             if not todo or (len(cells) and 8 * len(free) < n_slots):
                 return None
             width = len(prompts[todo[0]]) - 1
-            batch = [todo.popleft() for _ in range(max(1, min(len(free), len(todo), self.PIECE // max(1, width))))]
+            batch = [todo.popleft() for _ in range(max(1, min(len(free), len(todo), self.PIECE // max(1, width - shared))))]
             slots, ids = [heapq.heappop(free) for _ in batch], np.zeros((len(batch), width), np.int64)
             for row, i, slot in zip(ids, batch, slots):
                 row[: len(prompts[i]) - 1] = prompts[i][:-1]
                 base[slot], left[slot], begun[slot], holder[slot] = len(prompts[i]) - 1, samples, 0, i
-            ids = torch.from_numpy(ids).to(self.device)
-            return SimpleNamespace(slots=torch.tensor(slots, device=self.device), start=0, all=ids, ids=ids[:, : self.PIECE])
+            ids, slots = torch.from_numpy(ids).to(self.device), torch.tensor(slots, device=self.device)
+            if shared:
+                self.prompt[:, :, slots, :, :shared] = self.prompt[:, :, :1, :, :shared]
+            return SimpleNamespace(slots=slots, start=shared, all=ids, ids=ids[:, shared : shared + self.PIECE])
 
         while True:
+            for cell in cells[(state[DONE, cells] == 0) & (state[AGE, cells] % 8 == 0) & (state[AGE, cells] > 0)].tolist() if ends else ():
+                if ends(self.ids[cell, : state[AGE, cell]].cpu().numpy()):
+                    state[DONE, cell] = ENDED
             gone = []
             for cell in cells[state[DONE, cells] > 0].tolist():
                 slot, length = cell // C, state[AGE, cell]
@@ -498,7 +528,7 @@ class Engine:
             if self.device.type != "cpu":
                 self.state.copy_(torch.from_numpy(state)), self.base.copy_(torch.from_numpy(base)), self.log_q.copy_(torch.from_numpy(log_q))
             before = int(state[AGE, cells].sum())
-            self.advance(len(cells), slots, P, S, max_new, greedy, piece if piece and piece.ids.shape[1] else None)
+            self.advance(len(cells), slots, P, S, max_new, (temperature, top_p), piece if piece and piece.ids.shape[1] else None)
             if self.device.type != "cpu":
                 state[:], log_q[:] = self.state.cpu().numpy(), self.log_q.cpu().numpy()
             if on_tokens and len(cells):
@@ -582,6 +612,16 @@ class Engine:
                            for i in range(0, len(where), size)]).double().cpu().numpy()  # fmt: skip
         values = iter(np.split(log_p, np.cumsum([len(t) for t in flat_tails])[:-1]))
         return [[next(values) for _ in group] for group in tails]
+
+
+def shared_length(prompts: list[np.ndarray]) -> int:
+    """How many tokens all prompts begin with alike, short of any prompt's last; 0 where they are too few to matter."""
+    n = min(map(len, prompts)) - 1
+    first = prompts[0][:n]
+    for p in prompts[1:]:
+        differ = np.flatnonzero(p[:n] != first[:n])
+        n = int(differ[0]) if len(differ) else n
+    return n if n >= 32 and len(prompts) > 1 else 0
 
 
 def free_memory(device: torch.device) -> int:

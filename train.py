@@ -6,7 +6,8 @@ forms, by a coin flip drawn anew in each epoch (data/corpus.py lays both out):
     prior      before SOL PRI z EOL x              teaches  p(z, x | before): think, then write
     posterior  before SOL EOL x SOL POS z EOL      teaches  q(z | before, x): read, then recover the thought
 
-A chunk without a thought is written as x alone. The loss is the mean cross-entropy of all tokens.
+A chunk without a thought is written as x alone. The loss is the mean cross-entropy of all tokens (--loss=completion: of
+those that answer a question).
 
     python train.py --corpus=out/digits/warm --thoughts=out/digits/warm_thoughts --out_dir=out/M0            # the toy, on a CPU
     python train.py --preset=tinyllama-1.1b --init_from=TinyLlama_v1.1 --corpus=C --thoughts=T --out_dir=M   # one GPU
@@ -85,6 +86,7 @@ class Settings:
     seq_len: int = opt(512, "tokens a row", low=8)
     attention: Literal["padded", "packed", "document"] = opt("padded", "a document a row, its end cut off beyond --seq_len; rows packed full, "
         "attention across documents (the paper's); packed, attention within documents")  # fmt: skip
+    loss: Literal["all", "completion"] = opt("all", "of all tokens; of what follows a question, thoughts in the prior form: fine-tuning")
     batch_size: int = opt(32, "rows an optimiser step, over all devices", low=1)
     micro_batch: int = opt(0, "rows that a device computes at once: fewer rows, less memory; 0: --batch_size / devices", low=0)
     # optimisation
@@ -1022,7 +1024,7 @@ def open_stream(corpora: str, thoughts: str, s: Settings, tok: Tokenizer | None,
     for folder, corpus in zip(folders, opened):
         if corpus.n_docs == 0:
             raise UserError(f"{folder}: has no documents")
-    return Stream(opened, [open_thoughts(t, c) if t else None for t, c in zip(spans, opened)], tok, s.seq_len, seed, s.attention, shares, s.bare)
+    return Stream(opened, [open_thoughts(t, c) if t else None for t, c in zip(spans, opened)], tok, s.seq_len, seed, s.attention, shares, s.bare, s.loss == "completion")
 
 
 def open_all(s: Settings) -> tuple[Config, Config | None, Tokenizer | None, Stream | None]:
@@ -1033,6 +1035,8 @@ def open_all(s: Settings) -> tuple[Config, Config | None, Tokenizer | None, Stre
         raise UserError("--corpus=... is required: the corpus folder to train on")
     if s.bare > 1:
         raise UserError(f"--bare={s.bare}: expected a share, at most 1")
+    if s.loss == "completion" and (s.attention != "padded" or not stream or not all(c.questions.any() for c in stream.corpora)):
+        raise UserError("--loss=completion: needs --attention=padded, and corpora with questions (questions.npy), for instance data/gsm8k.py's")
     if not s.out_dir and not s.plan:
         raise UserError("--out_dir=... is required: the model folder to write")
     if not stream and not source and not s.n_vocab:

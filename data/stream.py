@@ -19,6 +19,8 @@ import torch
 from data.corpus import FORM_COIN, POSTERIOR, PRIOR, RAW, Corpus, Thoughts, hash_uniform, layout
 from data.tokenizer import Tokenizer
 
+GIVEN = -2  # a token that is read but not learned stands as GIVEN - id in a row
+
 
 class Batch(NamedTuple):
     """A micro-batch, all [B, T]."""
@@ -43,12 +45,15 @@ class Stream:
     An epoch is one seeded permutation of documents. With several corpora it takes from each what its weight allows, so that none is
     used up more than once, and each goes on in its own permutation in the next epoch. Row n is document n (padded), or tokens
     n * seq_len to (n + 1) * seq_len of all documents end to end, and the token after (packed).
+
+    completion: fine-tuning on (question, answer). Questions and the markers behind them are given, not learned; thoughts take the prior form.
+    Only padded rows.
     """
 
     def __init__(self, corpora: list[Corpus], thoughts: list[Thoughts | None], tok: Tokenizer, seq_len: int, seed: int,
-                 attention: str = "padded", weights: list[float] = (), bare: float = 0.0):  # fmt: skip
+                 attention: str = "padded", weights: list[float] = (), bare: float = 0.0, completion: bool = False):  # fmt: skip
         self.corpora, self.thoughts, self.tok = corpora, thoughts, tok
-        self.seq_len, self.seed, self.attention, self.bare = seq_len, seed, attention, bare
+        self.seq_len, self.seed, self.attention, self.bare, self.completion = seq_len, seed, attention, bare, completion
         self.thought_counts = [(int((np.diff(t.chunks) > 0).sum()), len(t.tokens)) if t else (0, 0) for t in thoughts]  # (thoughts, tokens)
         sizes = np.array([self.mean_length(c) * corpora[c].n_docs for c in range(len(corpora))])
         passes = np.array(weights or sizes) / sizes  # how often each is read, but for a common factor
@@ -95,6 +100,8 @@ class Stream:
     def forms(self, c: int, turn: int, first: int, last: int) -> np.ndarray:
         """The form that each of the chunks first to last-1 takes in a pass, if it has a thought: RAW with probability `bare`, else one of the
         two others by a fair coin; drawn anew in each pass, for each chunk by itself."""
+        if self.completion:
+            return np.full(last - first, PRIOR)
         uniform = hash_uniform(FORM_COIN, self.seed, turn, np.arange(first, last))
         return np.where(uniform < self.bare, RAW, np.where(uniform < (1 + self.bare) / 2, PRIOR, POSTERIOR))
 
@@ -119,7 +126,15 @@ class Stream:
         chunks = [corpus.chunk(i).tolist() for i in range(first, last)]
         spans = [thoughts.span(i).tolist() if thoughts else [] for i in range(first, last)]
         forms = [form if len(z) else RAW for z, form in zip(spans, self.forms(c, turn, first, last).tolist())]
-        return layout(self.tok, chunks, spans, forms)[0]
+        ids, parts = layout(self.tok, chunks, spans, forms)
+        if self.completion:
+            given = np.ones(len(ids), dtype=bool)
+            given[-1] = False  # EOS
+            for part, asked in zip(parts, corpus.questions[first:last]):
+                if not asked:
+                    given[slice(*part.thought)] = given[slice(*part.chunk)] = False
+            ids = np.where(given, GIVEN - ids, ids)
+        return ids
 
     def find(self, position: int) -> tuple[int, int]:
         """(epoch, place in it) of a row (padded) or token (packed)."""
@@ -180,13 +195,15 @@ class Stream:
 
     def n_targets(self, first: int, n: int) -> int:
         """Tokens that rows first to first+n-1 predict."""
+        if self.completion:
+            return sum(int((self.padded_row(row)[1:] >= 0).sum()) for row in range(first, first + n))
         return n * self.seq_len if self.attention != "padded" else sum(min(self.whole_length(row), self.seq_len) - 1 for row in range(first, first + n))
 
 
 def pad(sequences: list[np.ndarray], device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences as inputs [B, T] and targets [B, T], shifted by one; -1 marks targets that are padding."""
+    """Sequences as inputs [B, T] and targets [B, T], shifted by one; -1 marks targets that are padding, or only given (GIVEN - id)."""
     ids = np.full((len(sequences), max(map(len, sequences))), -1, dtype=np.int64)
     for row, sequence in zip(ids, sequences):
         row[: len(sequence)] = sequence
     ids = torch.from_numpy(ids).to(device)
-    return ids[:, :-1].clamp(min=0), ids[:, 1:]
+    return torch.where(ids <= GIVEN, GIVEN - ids, ids)[:, :-1].clamp(min=0), ids[:, 1:].clamp(min=-1)

@@ -141,7 +141,7 @@ def limit() -> str:
     prompts = [write_chunk(tok, corpus, i, context_of(corpus, i, HELD["limits"]), None, POSTERIOR)[0] for i in HELD["numbers"]]
     steps, step = [], engine.step
     engine.step = lambda n, slots, P, S, *rest: (steps.append((n, P, S, rest[3].ids.numel() if len(rest) > 3 and rest[3] else 0)), step(n, slots, P, S, *rest))
-    graph, engine.advance = engine.advance, lambda n, slots, P, S, max_new, greedy, piece: engine.step(n, slots, P, S, engine.stop, max_new, greedy, piece)
+    graph, engine.advance = engine.advance, lambda n, slots, P, S, max_new, how, piece: engine.step(n, slots, P, S, engine.stop, max_new, how, piece)
     engine.generate(prompts, HELD["numbers"], s.samples, s.max_new, {tok.eol}, 0)
     engine.step, engine.advance = step, graph
     matrices = sum(p.numel() for layer in engine.model.layers for p in layer.parameters() if p.ndim == 2)

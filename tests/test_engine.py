@@ -95,7 +95,7 @@ def test_draw_inverts_the_cumulated_probabilities(n_vocab):
     slack = 1e-6  # masses are fp32
     assert (upto[here, tokens] > uniform - slack).all() and (upto[here, tokens] - exact.exp()[here, tokens] <= uniform + slack).all()
     torch.testing.assert_close(log_p, exact[here, tokens], atol=1e-5, rtol=0)
-    assert (tokens != 1).all() and draw(logits, uniform, greedy=True)[0].equal(logits.argmax(-1))
+    assert (tokens != 1).all() and draw(logits, uniform, 0.0)[0].equal(logits.argmax(-1))
 
 
 def test_noise_on_the_device_is_hash_uniform():
@@ -123,7 +123,7 @@ def test_memory_is_planned_and_refused_in_one_line(monkeypatch):
 def test_greedy_and_stop_sets(toy_model):
     prompts = prompts_of(9, n_vocab=8)
     for stop in ({TOY.eol}, {TOY.eol, 0, 1}, {7}):
-        for p, [(ids, done, _)] in zip(prompts, Engine(toy_model).generate(prompts, np.arange(9), 1, 9, stop, 0, greedy=True)):
+        for p, [(ids, done, _)] in zip(prompts, Engine(toy_model).generate(prompts, np.arange(9), 1, 9, stop, 0, temperature=0.0)):
             expected = list(p)
             while len(expected) < len(p) + 9 and (len(expected) == len(p) or expected[-1] not in stop):
                 expected.append(int(toy_model.logits(toy_model(torch.tensor([expected])))[0, -1].argmax()))
@@ -177,7 +177,7 @@ def test_smollm2_decodes_as_transformers(smollm2):
     model, tok = train.load_model(smollm2)
     reference = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     prompts, worst = gsm8k_prompts(tok, 50), 0.0
-    ours = Engine(model).generate(prompts, np.arange(50), 1, 32, {tok.eos}, 0, greedy=True)
+    ours = Engine(model).generate(prompts, np.arange(50), 1, 32, {tok.eos}, 0, temperature=0.0)
     for prompt, [(ids, _, log_q)] in zip(prompts, ours):
         out = reference.generate(torch.from_numpy(prompt[None].astype(np.int64)), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=32, do_sample=False,
                                  eos_token_id=tok.eos, pad_token_id=0, output_scores=True, return_dict_in_generate=True)  # fmt: skip

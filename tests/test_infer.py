@@ -31,7 +31,7 @@ def test_greedy_decoding_equals_transformers(tmp_path):
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 256, rng.integers(1, 40)) for _ in range(20)]
-    ours = Engine(model, 6).generate(prompts, np.arange(20), 1, 24, {tok.eos}, 0, greedy=True)
+    ours = Engine(model, 6).generate(prompts, np.arange(20), 1, 24, {tok.eos}, 0, temperature=0.0)
     for prompt, [(ids, _, log_q)] in zip(prompts, ours):
         out = reference.generate(torch.tensor(prompt[None]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=24, do_sample=False, eos_token_id=tok.eos, pad_token_id=0,
                                  output_scores=True, return_dict_in_generate=True)  # fmt: skip
