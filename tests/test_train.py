@@ -255,6 +255,30 @@ def test_forms_are_fair_coins_drawn_anew_each_epoch():
     assert abs(share - 0.5) < 0.03 and abs((form[0] == form[1]).mean() - 0.5) < 0.15
 
 
+def test_completion_loss_is_of_what_answers_a_question():
+    """--loss=completion: targets are the thought with its EOL, the answer and EOS; questions and markers are read; the form is always the prior."""
+    corpus = corpus_of([[[0, 1], [1, 1, 0]], [[1], [0]]], questions=[True, False, True, False])
+    for thoughts in ([carried([[], [0], [], []])], [None]):
+        data = Stream([corpus], thoughts, TOY, 64, 0, completion=True)
+        for row in range(4):
+            ids, targets, _ = data.micro_batch([row])
+            whole = [*ids[0].tolist(), int(targets[0, -1])]
+            learned = [t for t in targets[0].tolist() if t >= 0]
+            if whole[1:3] == [0, 1]:
+                middle = [TOY.sol, TOY.pri, 0, TOY.eol] if thoughts[0] else []
+                assert whole == [TOY.bos, 0, 1, *middle, 1, 1, 0, TOY.eos] and learned == [*middle[2:], 1, 1, 0, TOY.eos]
+            else:
+                assert whole == [TOY.bos, 1, 0, TOY.eos] and learned == [0, TOY.eos]
+            assert data.n_targets(row, 1) == len(learned)
+    first, _, _ = data.micro_batch([0, 1])
+    assert first.min() >= 0  # padding and given tokens are ids again
+
+
+def test_completion_loss_needs_questions(tmp_path, digits):
+    done = script("train.py", f"--corpus={digits}/warm", "--loss=completion", "--attention=packed", f"--out_dir={tmp_path}/m", code=1)
+    assert "--loss=completion: needs" in done.stderr
+
+
 def test_bare_chunks():
     """--bare: that share of the chunks with a thought is written without it; the others stay fair coins, and lengths stay exact."""
     data = padded_stream(200)
