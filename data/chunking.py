@@ -17,7 +17,7 @@ any order and any number of processes.
 import hashlib
 import math
 import re
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 
 LONG, LIMIT = 1000, 4000  # characters: where a sentence without an end is cut if it can be, and where it is in any case
 MEAN, MOST = 8, 20  # sentences a chunk
@@ -27,12 +27,12 @@ MEAN, MOST = 8, 20  # sentences a chunk
 # $ starts a formula that ends at the next $ in the same paragraph. Two backslashes are a line break in LaTeX: \\[2pt] opens nothing.
 # Patterns begin with a set of characters, which re looks for quickly; what may follow each of these comes behind a (?<=...).
 # "$5 each and $3 ...": a price, and the next $ does not close it: two plain words in a row are no formula.
-PRICE = r"\d[\d,.]*(?:[ -][^$]*)?(?<![\\\w])[a-z]{2,}[,.]? [A-Za-z][a-z]*\b[^$]*\$"
-MATH = re.compile(
-    rf"[$\\](?:(?<=\\)(?:[\\$]|\[.{{0,{LIMIT}}}?\\\]|\(.{{0,{LIMIT}}}?\\\)|begin\{{(\w+\*?)\}}.{{0,{LIMIT}}}?\\end\{{\1\}})"
-    rf"|(?<=\$)(?:\$(?!\$).{{1,{LIMIT}}}?\$\$|(?!{PRICE})[^$\\\n]*(?:(?:\\.|\n(?!\s*\n))[^$\\\n]*)*(?<!\$)\$))",
-    re.DOTALL,
+PRICE = r"\d[\d,.]*(?:[ -][^$]*?)?(?<![\\\w])[a-z]{2,}[,.]? [A-Za-z][a-z]*\b[^$]*\$"
+IN_MATH = (  # what follows $ and what follows a backslash
+    rf"(?<=\$)(?:\$(?!\$).{{1,{LIMIT}}}?\$\$|(?!{PRICE})[^$\\\n]*(?:(?:\\.|\n(?!\s*\n))[^$\\\n]*)*(?<!\$)\$)"
+    rf"|(?<=\\)(?:[\\$]|\[.{{0,{LIMIT}}}?\\\]|\(.{{0,{LIMIT}}}?\\\)|begin\{{(?P<name>\w+\*?)\}}.{{0,{LIMIT}}}?\\end\{{(?P=name)\}})"
 )
+MATH = re.compile(rf"[$\\](?:{IN_MATH})", re.DOTALL)
 CODE = re.compile(rf"^[ \t]*(```|~~~)[^\n]*\n.{{0,{LIMIT}}}?^[ \t]*\1[^\n]*$|(?<!`)`[^`\n]+`(?!`)|<(pre|table|code)\b.{{0,{LIMIT}}}?</\2>", re.DOTALL | re.MULTILINE)
 INDENTED = re.compile(r"(?:\A|(?<=\n)[ \t\r]*\n)((?:(?: {4}|\t)[^\n]*(?:\n|\Z)|[ \t\r]*\n(?= {4}|\t))+)")
 CODE_SIGN = re.compile(r"[={};<>_]|\w\(|^\s*(?:def|for|if|while|import|return|print|class|\$|>>>)\b", re.MULTILINE)
@@ -42,6 +42,7 @@ TABLE_SIGN = re.compile(r"\|[ \t:]*-|-[ \t:]*\||(?:\A|\n)[ \t]*\|")
 
 
 def code_spans(text: str) -> list[tuple[int, int]]:
+    """Code and tables, in order."""
     spans = []
     if "`" in text or "~~~" in text or "</" in text:
         spans += [m.span() for m in CODE.finditer(text)]
@@ -49,16 +50,13 @@ def code_spans(text: str) -> list[tuple[int, int]]:
         spans += [m.span(1) for m in INDENTED.finditer(text) if CODE_SIGN.search(m[1])]
     if "|" in text and TABLE_SIGN.search(text):
         spans += [m.span() for m in TABLE.finditer(text)]
-    return spans
+    return [span for span in join_spans(spans) if span[1] - span[0] <= LIMIT] if spans else spans
 
 
 def whole_spans(text: str) -> list[tuple[int, int]]:
-    """Ranges of characters inside which no sentence ends, in order, none within another or longer than LIMIT."""
-    code = [span for span in code_spans(text) if span[1] - span[0] <= LIMIT]
-    for start, end in code:  # a $ in code opens no formula
-        text = text[:start] + "x" * (end - start) + text[end:]
-    spans = [m.span() for m in MATH.finditer(text)] if "$" in text or "\\" in text else []
-    return [span for span in (join_spans(code + spans) if code else spans) if span[1] - span[0] <= LIMIT]
+    """Ranges of characters inside which no sentence ends, in order, none within another."""
+    code = code_spans(text)
+    return join_spans(code + [m.span() for m in MATH.finditer(masked(text, code))])
 
 
 def join_spans(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -74,60 +72,73 @@ def join_spans(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 CLOSERS = r"""["'”’»)\]}*_$]"""
 ITEM = r"[ \t]*(?:[-*+•] |\(?(?:\d{1,3}|[a-z])[.)] |#{1,6} )"
-END = re.compile(
-    rf"[.!?…\n。！？](?:(?<=[.!?…])[.!?…]*(?:\s*(?:\\\\)?\s*(?:\\[\])]|\\end\{{\w+\*?\}}|\$\$))?{CLOSERS}*(?=\s+([^\sa-z,;:)\]}}]))"  # formulas close after it
-    rf"|(?<=\n)(?:(?:[ \t\r]*\n)+|(?={ITEM}))|(?<=[。！？])[」』”’）]*)"
-)
+AFTER = rf"{CLOSERS}*(?=\s+([^\sa-z,;:)\]}}]))"  # what a sentence ends with, and how the next one may begin
+STOP = rf"(?<=[.!?…])[.!?…]*{AFTER}|(?<=\n)(?:(?:[ \t\r]*\n)+|(?={ITEM}))|(?<=[。！？])[」』”’）]*"
+# Formulas are matched as well, so that nothing inside them is.
+END = re.compile(rf"[.!?…\n。！？$\\](?:{STOP}|{IN_MATH})", re.DOTALL)
+AFTER_MATH = re.compile(AFTER)
+STOP_IN_MATH = re.compile(r"[.!?…](?:\s*\\\\)?\s*(?:\$\$?|\\[\])]|\\end\{\w+\*?\})\Z")
 NEVER = {  # no sentence ends behind these, whatever follows
     *"dr mr mrs ms prof st rev hon gen col capt lt sgt gov sen rep pres messrs mme mlle fr".split(),
     *"fig figs eq eqs eqn eqns thm prop cor def lem al cf viz vs resp approx ca esp incl ibid op ed eds trans".split(),
 }
 NUMBERED = set("no nos p pp vol vols sec secs sect ch chap art ex exs ref refs ver v pt par app tab vers nr jan feb mar apr jun jul aug sep sept oct nov dec".split())
+TAILS = {word[-4:] for word in NEVER | NUMBERED if len(word) >= 4}  # most stops follow four letters that are none of these
 DOTTED = re.compile(r"(?:[A-Za-z]{1,2}\.)+[A-Za-z]{1,2}")  # e.g  i.e  U.S  Ph.D
-MARKER = re.compile(r"(?:\A|\n)[ \t>*#(]*(?:\d{1,3}|[A-Za-z]|[ivxIVX]{1,5}|\d{1,2}(?:\.\d{1,2})+)\Z")
+MARKER = re.compile(r"[ \t>*#(]*(?:\d{1,3}|[A-Za-z]|[ivxIVX]{1,5}|\d{1,2}(?:\.\d{1,2})+)")
 SPACE = re.compile(r"\s+(?=\S)")
 OPENERS = "([{\"'“‘«*_$"
 
 
 def is_stop(text: str, at: int, after: str) -> bool:
     """Whether the "." at text[at] ends a sentence; `after` is the next character that is no white space."""
-    words = text[max(at - 16, 0) : at].split()
-    if not words or text[at - 1].isspace():
+    last = text[at - 1] if at else " "
+    if last.isdigit():
+        return not after.isdigit() and not is_marker(text, at)
+    if not last.isalpha():
         return True
-    word = words[-1].lstrip(OPENERS)
+    word = text[max(at - 16, 0) : at].split()[-1].lstrip(OPENERS)
     low = word.lower()
-    if low in NEVER or DOTTED.fullmatch(word):
-        return False
-    if low in NUMBERED and (after.isdigit() or after in "$\\("):
+    if low in NEVER or DOTTED.fullmatch(word) or low in NUMBERED and (after.isdigit() or after in "$\\("):
         return False
     if len(word) == 1 and word.isupper() and word != "I":  # an initial
         return False
-    if word[-1:].isdigit() and after.isdigit():
-        return False
-    return len(word) > 8 or not MARKER.search(text, max(at - 24, 0), at) or not starts_line(text, at)
+    return len(word) > 5 or not is_marker(text, at)
 
 
-def starts_line(text: str, at: int) -> bool:
-    """Whether what MARKER found before `at` truly begins a line: its window may begin in the middle of one."""
-    line = text[text.rfind("\n", 0, at) + 1 : at]
-    return len(line) < 20 and bool(MARKER.search(line))
+def is_marker(text: str, at: int) -> bool:
+    """Whether the line begins with what stands before `at`, and that is the number of a list item."""
+    start = text.rfind("\n", max(at - 24, 0), at) + 1
+    return bool((start or at < 24) and MARKER.fullmatch(text, start, at))
 
 
 def candidate_ends(text: str) -> list[int]:
+    """Where sentences may end; none lies in a formula."""
     ends = []
     for m in END.finditer(text):
-        after, at = m[1], m.start()
-        # Most stops follow a word of seven letters and more, or a formula; only what is shorter can be an abbreviation or a number.
-        if after and (after.islower() or text[at] == "." and not text[at - 7 : at].isalpha() and not is_stop(text, at, after)):
+        at = m.start()
+        if after := m[1]:
+            tail = text[at - 4 : at]
+            if (not tail.isalpha() or tail.lower() in TAILS) and text[at] == "." and not is_stop(text, at, after):
+                continue
+            if after > "z" and after.islower():
+                continue
+            ends.append(m.end())
             continue
-        ends.append(m.end())
+        end, kind = m.end(), text[at]
+        if kind not in "$\\":
+            ends.append(end)
+        elif kind == "$" and text[end - 2] not in ".!?…$ ":  # most formulas
+            continue
+        elif STOP_IN_MATH.search(text, end - 24, end) and (m := AFTER_MATH.match(text, end)) and not m[1].islower():
+            ends.append(m.end())  # "$y = 3.$ Then": the stop is in the formula
     return ends
 
 
 def sentence_ends(text: str) -> list[int]:
     """Positions at which sentences end, rising; the last is len(text) (none for an empty text)."""
-    ends, before = [], 0
-    for end in outside([*candidate_ends(text), len(text)], whole_spans(text)) if text else ():
+    code, ends, before = code_spans(text), [], 0
+    for end in [*candidate_ends(masked(text, code)), len(text)] if text else ():
         if text[end - 1].isspace() and text[before:end].isspace():  # goes to the sentence before, if there is one
             if ends:
                 ends[-1] = before = end
@@ -141,12 +152,17 @@ def sentence_ends(text: str) -> list[int]:
     return ends
 
 
+def masked(text: str, code: list[tuple[int, int]]) -> str:
+    """The text without its code: a $ there opens no formula."""
+    for start, end in code:
+        text = text[:start] + "x" * (end - start) + text[end:]
+    return text
+
+
 def outside(ends: list[int], spans: list[tuple[int, int]]) -> list[int]:
     """The ends that lie in none of the spans; on the border of one is outside."""
-    if not spans:
-        return ends
-    starts = [start for start, _ in spans]
-    return [end for end in ends if not (i := bisect_left(starts, end)) or spans[i - 1][1] <= end]
+    borders = [border for start, end in spans if end - start <= LIMIT for border in (start + 1, end)]
+    return [end for end in ends if not bisect_right(borders, end) % 2] if borders else ends
 
 
 def cuts(text: str, start: int, end: int) -> list[int]:

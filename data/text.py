@@ -324,8 +324,7 @@ def encode(s: Settings, work: Path, number: int, parts: list[Path], borders: np.
             sizes.append(len(raw))
             if second % CHECKED == 0:
                 checked, differ = checked + 1, differ + (b"".join(tok.decode_bytes(i) for i in ids) != raw)
-        dtype = token_dtype(tok.n_vocab)
-        put(name.with_suffix(".bin"), (np.asarray(ids, dtype=dtype).tobytes() for ids in tokens))
+        put(name.with_suffix(".bin"), [np.concatenate(tokens).astype(token_dtype(tok.n_vocab)).tobytes()] if tokens else [])
         arrays = io.BytesIO()
         np.savez(arrays, lengths=np.array(lengths, np.uint32), chunks=np.array(chunks, np.uint32), bytes=np.array(sizes, np.uint32),
                  counts=np.array([copies, checked, differ]))  # fmt: skip
@@ -431,7 +430,8 @@ def spread(function: Callable, tasks: list[tuple], workers: int) -> Iterator[tup
     if workers <= 1 or len(tasks) <= 1:
         yield from ((number, result) for number, task in enumerate(tasks) for result in function(*task))
         return
-    context, waiting, busy, processes = multiprocessing.get_context("spawn"), list(enumerate(tasks))[::-1], {}, []
+    waiting, busy, processes = list(enumerate(tasks))[::-1], {}, []
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")  # a fork has the tokenizer already
     try:
         for _ in range(min(workers, len(tasks))):
             ours, theirs = context.Pipe()
