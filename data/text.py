@@ -59,7 +59,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 
 PART = 32 << 20  # bytes of text a part of the scan holds, and of input a task begins with
 RANGES, RANGE_LOW, RANGE_HIGH = 64, 4 << 20, 32 << 20  # into how many ranges of hashes the text is cut, and how many bytes one may have
-BATCH = 1 << 20  # bytes of text that are decontaminated at a time
+BATCH = 1 << 20  # bytes of text that are decontaminated or encoded at a time
 TO_THE_END = 1 << 62
 CHECKED = 100  # every how many-th document is decoded again and compared
 
@@ -173,17 +173,12 @@ class Part:
             self.dropped.append([piece, line, bad.reason, str(bad)])
 
     def decontaminate(self, finder: Finder) -> None:
-        kept, first = [], 0
-        while first < len(self.raws):
-            last, size = first, 0
-            while last < len(self.raws) and size < BATCH:
-                size += len(self.raws[last])
-                last += 1
+        kept = []
+        for first, last in batches([len(raw) for raw in self.raws]):
             found = finder.find([raw.decode() for raw in self.raws[first:last]])
             for i, (_, words) in sorted(found.items()):
                 self.drop(*self.places[first + i], Bad("contaminated", words))
             kept += [raw for i, raw in enumerate(self.raws[first:last]) if i not in found]
-            first = last
         self.raws = kept
 
     def write(self, name: Path, s: Settings, state: dict) -> None:
@@ -308,28 +303,50 @@ def encode(s: Settings, work: Path, number: int, parts: list[Path], borders: np.
     """Write the tokens of one range of hashes; yields how many bytes of text it was."""
     name = work / f"tokens-{number:05d}"
     if not name.with_suffix(".npz").exists():
-        tok, before = tokenizer_of(s.tokenizer), None
-        tokens, lengths, chunks, sizes, checked, differ, copies = [], [], [], [], 0, 0, 0
-        for first, second, raw in documents_of(parts, borders):
-            if s.dedup and raw == before:
-                copies += 1
-                continue
-            before = raw
-            digest = first.to_bytes(8, "big") + second.to_bytes(8, "big")
-            pieces = chunk(raw.decode(), digest)
-            ids = [tok.encode_array(piece) for piece in pieces]
-            tokens += ids
-            lengths += [len(i) for i in ids]
-            chunks.append(len(ids))
-            sizes.append(len(raw))
-            if second % CHECKED == 0:
-                checked, differ = checked + 1, differ + (b"".join(tok.decode_bytes(i) for i in ids) != raw)
-        put(name.with_suffix(".bin"), [np.concatenate(tokens).astype(token_dtype(tok.n_vocab)).tobytes()] if tokens else [])
+        documents = documents_of(parts, borders)
+        n_found = len(documents)
+        if s.dedup:  # copies have one hash, so they are neighbours
+            documents = [doc for i, doc in enumerate(documents) if not i or doc != documents[i - 1]]
+        sizes = [len(raw) for _, _, raw in documents]
+        coded = [encode_batch(s, documents[a:b]) for a, b in batches(sizes)]
+        tokens, lengths, chunks, tests = zip(*coded) if coded else ([], [], [], [])
+        put(name.with_suffix(".bin"), tokens)
         arrays = io.BytesIO()
-        np.savez(arrays, lengths=np.array(lengths, np.uint32), chunks=np.array(chunks, np.uint32), bytes=np.array(sizes, np.uint32),
-                 counts=np.array([copies, checked, differ]))  # fmt: skip
+        np.savez(arrays, lengths=join_arrays(lengths), chunks=join_arrays(chunks), bytes=np.array(sizes, np.uint32),
+                 counts=np.array([n_found - len(documents), *np.sum(tests or [[0, 0]], axis=0)]))  # fmt: skip
         put(name.with_suffix(".npz"), [arrays.getvalue()])
     yield int((borders[:, 1, 1] - borders[:, 0, 1]).sum())
+
+
+def join_arrays(arrays) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.uint32), *arrays])
+
+
+def batches(sizes: list[int]) -> list[tuple[int, int]]:
+    """[(first, last + 1), ...]: runs of documents of about BATCH bytes."""
+    borders, room = [0], BATCH
+    for i, size in enumerate(sizes):
+        room -= size
+        if room <= 0 or i + 1 == len(sizes):
+            borders.append(i + 1)
+            room = BATCH
+    return list(zip(borders, borders[1:]))
+
+
+def encode_batch(s: Settings, documents: list[tuple[int, int, bytes]]) -> tuple[bytes, np.ndarray, np.ndarray, tuple[int, int]]:
+    """Their tokens as bytes, how many each chunk has, how many chunks each document has, and (checked, not given back by decoding)."""
+    tok, pieces, chunks = tokenizer_of(s.tokenizer), [], []
+    for first, second, raw in documents:
+        mine = chunk(raw.decode(), first.to_bytes(8, "big") + second.to_bytes(8, "big"))
+        pieces += mine
+        chunks.append(len(mine))
+    ids, lengths = tok.encode_pieces(pieces)
+    ends, of_doc, checked, differ = np.cumsum(lengths), np.cumsum([0, *chunks]), 0, 0
+    for i, (_, second, raw) in enumerate(documents):
+        if second % CHECKED == 0:
+            spans = [ids[ends[j] - lengths[j] : ends[j]] for j in range(of_doc[i], of_doc[i + 1])]
+            checked, differ = checked + 1, differ + (b"".join(map(tok.decode_bytes, spans)) != raw)
+    return ids.astype(token_dtype(tok.n_vocab)).tobytes(), lengths.astype(np.uint32), np.array(chunks, np.uint32), (checked, differ)
 
 
 # ----------------------------------------------------------------------------------------------------------- join
