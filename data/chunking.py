@@ -26,8 +26,8 @@ MEAN, MOST = 8, 20  # sentences a chunk
 
 # $ starts a formula that ends at the next $ in the same paragraph. Two backslashes are a line break in LaTeX: \\[2pt] opens nothing.
 # Patterns begin with a set of characters, which re looks for quickly; what may follow each of these comes behind a (?<=...).
-# "$5 each and $3 ...": a price, and the next $ does not close it: two plain words in a row are no formula.
-PRICE = r"\d[\d,.]*(?:[ -][^$]*?)?(?<![\\\w])[a-z]{2,}[,.]? [A-Za-z][a-z]*\b[^$]*\$"
+# "$5. He bought 3 for $10": prices; the second $ closes nothing. Two plain words in a row are no formula, and a digit does not follow one.
+PRICE = r"\d(?:[^$]*\$\d|[\d,.]*(?:[ -][^$]*?)?(?<![\\\w])[A-Za-z][a-z]+[,.]? [A-Za-z][a-z]*\b[^$]*\$)"
 IN_MATH = (  # what follows $ and what follows a backslash
     rf"(?<=\$)(?:\$(?!\$).{{1,{LIMIT}}}?\$\$|(?!{PRICE})[^$\\\n]*(?:(?:\\.|\n(?!\s*\n))[^$\\\n]*)*(?<!\$)\$)"
     rf"|(?<=\\)(?:[\\$]|\[.{{0,{LIMIT}}}?\\\]|\(.{{0,{LIMIT}}}?\\\)|begin\{{(?P<name>\w+\*?)\}}.{{0,{LIMIT}}}?\\end\{{(?P=name)\}})"
@@ -47,7 +47,7 @@ def code_spans(text: str) -> list[tuple[int, int]]:
     if "`" in text or "~~~" in text or "</" in text:
         spans += [m.span() for m in CODE.finditer(text)]
     if "\n    " in text or "\n\t" in text or text.startswith(("    ", "\t")):
-        spans += [m.span(1) for m in INDENTED.finditer(text) if CODE_SIGN.search(m[1])]
+        spans += [(m.start(1), m.start(1) + len(m[1].rstrip())) for m in INDENTED.finditer(text) if CODE_SIGN.search(m[1])]
     if "|" in text and TABLE_SIGN.search(text):
         spans += [m.span() for m in TABLE.finditer(text)]
     return [span for span in join_spans(spans) if span[1] - span[0] <= LIMIT] if spans else spans
@@ -139,6 +139,8 @@ def sentence_ends(text: str) -> list[int]:
     """Positions at which sentences end, rising; the last is len(text) (none for an empty text)."""
     code, ends, before = code_spans(text), [], 0
     for end in [*candidate_ends(masked(text, code)), len(text)] if text else ():
+        if end == before:  # the text ends where a sentence does
+            continue
         if text[end - 1].isspace() and text[before:end].isspace():  # goes to the sentence before, if there is one
             if ends:
                 ends[-1] = before = end

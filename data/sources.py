@@ -7,7 +7,6 @@
 """
 
 import glob
-import gzip
 import io
 import json
 import os
@@ -75,28 +74,34 @@ def kind_of(path: str, given: str = "auto") -> tuple[str, str]:
     return kind, codec
 
 
-class ZstdFile(io.RawIOBase):
-    """A .zst file as a stream. zstandard's own reader ends silently where a file was cut off; this one does not."""
+class Unpacked(io.RawIOBase):
+    """A .gz or .zst file as a stream that gives all there is before a damage, and says so where the file was cut off. (gzip loses what it
+    had unpacked last, zstandard's own reader ends silently.)"""
 
-    def __init__(self, raw, path: str):
-        self.raw, self.zstd, self.left, self.frame = raw, optional("zstandard", path), b"", None
+    def __init__(self, raw, path: str, codec: str):
+        self.raw, self.left, self.frame = raw, b"", None
+        if codec == ".gz":
+            self.start, self.error = lambda: zlib.decompressobj(wbits=31), zlib.error
+        else:
+            zstd = optional("zstandard", path)
+            self.start, self.error = lambda: zstd.ZstdDecompressor().decompressobj(), zstd.ZstdError
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
         while not self.left:
-            packed = self.frame.unused_data if self.frame and self.frame.eof else b""
+            packed = self.frame.unused_data.lstrip(b"\0") if self.frame and self.frame.eof else b""  # zeros may follow gzip's data
             packed = packed or self.raw.read(1 << 14)
             if not packed:
                 if self.frame and not self.frame.eof:
-                    raise EOFError("the file ends within a frame")
+                    raise EOFError("the file ends before its data do")
                 return 0
             if not self.frame or self.frame.eof:
-                self.frame = self.zstd.ZstdDecompressor().decompressobj()
+                self.frame = self.start()
             try:
                 self.left = self.frame.decompress(packed)
-            except self.zstd.ZstdError as e:
+            except self.error as e:
                 raise EOFError(str(e)) from None
         n = min(len(buffer), len(self.left))
         buffer[:n], self.left = self.left[:n], self.left[n:]
@@ -106,11 +111,7 @@ class ZstdFile(io.RawIOBase):
 def open_stream(path: str, codec: str):
     """(the unpacked stream, the file on disk, whose tell() says how far we are)"""
     raw = open(path, "rb")
-    if codec == ".gz":
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 18), raw
-    if codec == ".zst":
-        return io.BufferedReader(ZstdFile(raw, path), 1 << 18), raw
-    return raw, raw
+    return (io.BufferedReader(Unpacked(raw, path, codec), 1 << 16) if codec else raw), raw
 
 
 def lines(stream, start: int, end: int, limit: int) -> Iterator[tuple[int, bytes | None]]:
@@ -190,12 +191,8 @@ def texts(path: str, form: Format, start: int, end: int, line: int = 0) -> Itera
                 line += 1
                 text = too_long(form) if content is None else None if content.isspace() else parse(content, form)
                 yield Found(line, after, raw.tell() if form.codec else after, text)
-    except (EOFError, zlib.error) as e:
+    except EOFError as e:
         raise Damaged(f"damaged after line {line} ({e})") from None
-    except OSError as e:
-        if e.errno is not None:
-            raise
-        raise Damaged(f"damaged after line {line} ({e})") from None  # gzip.BadGzipFile
 
 
 def rows(path: str, form: Format, start: int, end: int) -> Iterator[Found]:
@@ -213,7 +210,9 @@ def rows(path: str, form: Format, start: int, end: int) -> Iterator[Found]:
                     row += 1
                     if start < row <= end:
                         yield Found(row, row, size * row // file.metadata.num_rows, string_text(value, form))
-    except (arrow.ArrowException, UnicodeDecodeError) as e:
+    except (arrow.ArrowException, UnicodeDecodeError, OSError) as e:
+        if getattr(e, "errno", None) is not None:  # the disk's own trouble
+            raise
         raise Damaged(f"damaged after row {row} ({str(e).splitlines()[0][:100]})") from None
 
 
@@ -278,7 +277,7 @@ def read_jsonl(path: str, parse: Callable, skip_bad: bool = False, hint: str = "
         raise UserError(f"{path}: no such file{hint}") from None
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 ({e.reason} at byte {e.start})") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+    except EOFError as e:
         raise UserError(f"{path}: damaged ({e}); fetch it again") from None
     if bad:
         print(f"{path}: {bad} lines left out")

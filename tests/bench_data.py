@@ -6,7 +6,8 @@
 
 The text is the calculus book and GSM8K over and over, one page or ten problems a document, half and half by bytes, each time with other numbers and
 some words exchanged. Against tiktoken alone: encode_ordinary_batch() with as many threads as text.py has workers, on the same documents in memory; and,
-harder, as many processes as workers, each with its share of documents, encode_to_numpy(). Memory is the largest sum of what all processes hold
+harder, as many processes as workers, each with its share of documents, encode_to_numpy(). Beside wall time stands CPU time, which another load on
+the machine changes less. Memory is the largest sum of what all processes hold
 (Pss in /proc, so shared pages count once), looked at every 50 ms.
 """
 
@@ -15,6 +16,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -88,27 +90,34 @@ def held(pid: int) -> int:
     return total
 
 
-def run_text(s: Settings, text: Path, out: Path) -> tuple[float, float]:
-    """(seconds, bytes at the peak) of data/text.py."""
+def cpu(who: int = resource.RUSAGE_SELF) -> float:
+    usage = resource.getrusage(who)
+    return usage.ru_utime + usage.ru_stime
+
+
+def run_text(s: Settings, text: Path, out: Path) -> tuple[float, float, float]:
+    """(seconds, CPU seconds, bytes at the peak) of data/text.py."""
     shutil.rmtree(out, ignore_errors=True)
-    peak, begin = 0, time.perf_counter()
+    peak, begin, before = 0, time.perf_counter(), cpu(resource.RUSAGE_CHILDREN)
     flags = [f"--tokenizer={s.tokenizer}", f"--out_dir={out}", f"--workers={s.workers}", *s.flags.split()]
     process = subprocess.Popen([sys.executable, str(ROOT / "data/text.py"), str(text), *flags])
     while process.poll() is None:
         peak = max(peak, held(process.pid))
-        time.sleep(0.05)
+        time.sleep(0.05 if s.what == "memory" else 0.25)
     seconds = time.perf_counter() - begin
     if process.returncode:
         sys.exit("data/text.py failed")
-    return seconds, peak
+    return seconds, cpu(resource.RUSAGE_CHILDREN) - before, peak
 
 
-def encode_share(barrier, folder: str, path: Path, number: int, of: int) -> None:
-    encoding, texts = load_tokenizer(folder), documents(path)[number::of]
-    texts = [encoding.prepare(text) for text in texts]
+def encode_share(barrier, spent, folder: str, path: Path, number: int, of: int) -> None:
+    tok = load_tokenizer(folder)
+    texts = [tok.prepare(text) for text in documents(path)[number::of]]
     barrier.wait()
+    begin = cpu()
     for text in texts:
-        encoding.encoding.encode_to_numpy(text)
+        tok.encoding.encode_to_numpy(text)
+    spent[number] = cpu() - begin
     barrier.wait()
 
 
@@ -116,9 +125,9 @@ def documents(path: Path) -> list[str]:
     return read(path, "text")
 
 
-def tiktoken_processes(s: Settings, text: Path) -> float:
-    barrier = multiprocessing.Barrier(s.workers + 1)
-    processes = [multiprocessing.Process(target=encode_share, args=(barrier, s.tokenizer, text, i, s.workers)) for i in range(s.workers)]
+def tiktoken_processes(s: Settings, text: Path) -> tuple[float, float]:
+    barrier, spent = multiprocessing.Barrier(s.workers + 1), multiprocessing.Array("d", s.workers)
+    processes = [multiprocessing.Process(target=encode_share, args=(barrier, spent, s.tokenizer, text, i, s.workers)) for i in range(s.workers)]
     for process in processes:
         process.start()
     barrier.wait()
@@ -127,18 +136,18 @@ def tiktoken_processes(s: Settings, text: Path) -> float:
     seconds = time.perf_counter() - begin
     for process in processes:
         process.join()
-    return seconds
+    return seconds, sum(spent)
 
 
-def tiktoken_threads(s: Settings, text: Path) -> float:
+def tiktoken_threads(s: Settings, text: Path) -> tuple[float, float]:
     """In pieces of 4,096 documents, so that its lists of ids need not fit in memory all together."""
-    tok, seconds, texts = load_tokenizer(s.tokenizer), 0.0, documents(text)
+    tok, seconds, spent, texts = load_tokenizer(s.tokenizer), 0.0, 0.0, documents(text)
     for i in range(0, len(texts), 4096):
         prepared = [tok.prepare(t) for t in texts[i : i + 4096]]
-        begin = time.perf_counter()
+        begin, before = time.perf_counter(), cpu()
         tok.encoding.encode_ordinary_batch(prepared, num_threads=s.workers)
-        seconds += time.perf_counter() - begin
-    return seconds
+        seconds, spent = seconds + time.perf_counter() - begin, spent + cpu() - before
+    return seconds, spent
 
 
 def speed(s: Settings) -> None:
@@ -148,13 +157,12 @@ def speed(s: Settings) -> None:
     make_text(Path(s.data), text, s.mb * 10**6)
     n_bytes = sum(len(t.encode()) for t in documents(text)) if s.what == "speed" else s.mb * 10**6
     for _ in range(s.repeats if s.what == "speed" else 1):
-        seconds, peak = run_text(s, text, out / "corpus")
-        line = f"text.py {n_bytes / seconds / 1e6:.1f} MB/s ({seconds:.1f} s), {peak / 1e6:,.0f} MB at the peak"
-        if s.what == "speed":
-            threads, processes = tiktoken_threads(s, text), tiktoken_processes(s, text)
-            line += f" | tiktoken, threads: {n_bytes / threads / 1e6:.1f} MB/s: {threads / seconds:.0%}"
-            line += f" | tiktoken, processes: {n_bytes / processes / 1e6:.1f} MB/s: {processes / seconds:.0%}"
-        print(line, flush=True)
+        seconds, spent, peak = run_text(s, text, out / "corpus")
+        print(f"text.py {n_bytes / seconds / 1e6:.1f} MB/s ({seconds:.1f} s, CPU {spent:.1f} s), {peak / 1e6:,.0f} MB at the peak", flush=True)
+        for name, measure in (("threads", tiktoken_threads), ("processes", tiktoken_processes)) if s.what == "speed" else ():
+            theirs, their_cpu = measure(s, text)
+            print(f"  tiktoken, {s.workers} {name}: {n_bytes / theirs / 1e6:.1f} MB/s ({theirs:.1f} s, CPU {their_cpu:.1f} s): "
+                  f"{theirs / seconds:.0%} of its speed, {their_cpu / spent:.0%} by CPU time", flush=True)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------- the promises
