@@ -44,9 +44,9 @@ TABLE_SIGN = re.compile(r"\|[ \t:]*-|-[ \t:]*\||(?:\A|\n)[ \t]*\|")
 def code_spans(text: str) -> list[tuple[int, int]]:
     """Code and tables, in order."""
     spans = []
-    if "`" in text or "~~~" in text or "</" in text:
+    if "`" in text or "~" in text and "~~~" in text or "<" in text and "</" in text:  # one character is found much faster than two
         spans += [m.span() for m in CODE.finditer(text)]
-    if "\n    " in text or "\n\t" in text or text.startswith(("    ", "\t")):
+    if "\n    " in text or "\t" in text and "\n\t" in text or text.startswith(("    ", "\t")):
         spans += [(m.start(1), m.start(1) + len(m[1].rstrip())) for m in INDENTED.finditer(text) if CODE_SIGN.search(m[1])]
     if "|" in text and TABLE_SIGN.search(text):
         spans += [m.span() for m in TABLE.finditer(text)]

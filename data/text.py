@@ -59,7 +59,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 
 PART = 32 << 20  # bytes of text a part of the scan holds, and of input a task begins with
 RANGES, RANGE_LOW, RANGE_HIGH = 64, 4 << 20, 32 << 20  # into how many ranges of hashes the text is cut, and how many bytes one may have
-BATCH = 1 << 20  # bytes of text that are decontaminated or encoded at a time
+BATCH = 2 << 20  # bytes of text that are decontaminated or encoded at a time
 TO_THE_END = 1 << 62
 CHECKED = 100  # every how many-th document is decoded again and compared
 
@@ -384,9 +384,8 @@ class SplitWriter:
         self.tokens, self.chunks, self.docs = open(folder / "tokens.bin", "wb"), Offsets(folder / "chunks.npy"), Offsets(folder / "docs.npy")
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray, chunks: np.ndarray, n_bytes: int) -> None:
-        raw = tokens.tobytes()
-        self.digest.update(raw)
-        self.tokens.write(raw)
+        self.digest.update(tokens)
+        self.tokens.write(tokens)
         self.chunks.add(lengths)
         self.docs.add(chunks)
         self.n_bytes += n_bytes

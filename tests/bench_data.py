@@ -199,8 +199,8 @@ def chunks(s: Settings) -> None:
         print(f"punkt, untrained: {sum(map(len, theirs)):,} sentences; torn: {total(map(torn, pages, theirs))}")
     except ImportError:
         print("punkt: nltk is not installed")
-    per_chunk = [n for page, ends in zip(pages * 20, ours * 20) for n in sentences_a_chunk(page, ends, len(ends))]
-    print(f"calculus, 20 seeds' worth of chunks: {sum(per_chunk) / len(per_chunk):.2f} sentences a chunk, {max(per_chunk)} at most")
+    counts = [n for seed in range(20) for page, ends in zip(pages, ours) for n in sentences_a_chunk(page, ends, seed)]
+    print(f"calculus page by page, 20 seeds: {sum(counts) / len(counts):.2f} sentences a chunk, {max(counts)} at most")
     long, n = "\n\n".join(pages), 40
     counts = [n for seed in range(n) for n in sentences_a_chunk(long, sentence_ends(long), seed)]
     print(f"the whole book as one text, {n} seeds: {sum(counts) / len(counts):.2f} sentences a chunk, {max(counts)} at most")
