@@ -226,7 +226,7 @@ def jsonl_text(line: bytes, form: Format) -> bytes | Bad:
     if not isinstance(record, dict):
         return Bad("damaged", "expected a JSON object")
     if form.field not in record:
-        return Bad("damaged", f"no field {form.field!r}; it has {', '.join(list(record)[:8])}")
+        return Bad("damaged", f"no field {form.field!r} (--text_field); there are {', '.join(list(record)[:8])}")
     return string_text(record[form.field], form)
 
 

@@ -575,16 +575,21 @@ def main(s: Settings) -> None:
         try:
             build(s, out, work, files)
         except UserError:
-            if fresh and not list(work.glob("scan-*.json")):  # nothing to go on from: the flags may be mended and tried again
-                shutil.rmtree(work)
-                (out / "settings.json").unlink()
-                with contextlib.suppress(OSError):
-                    out.rmdir()
+            if fresh and not any(name.stat().st_size for name in work.glob("scan-*.text")):
+                clear(out, work)  # nothing to go on from: the flags may be mended and tried again
             raise
         except OSError as e:
             if e.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise UserError(f"{out}: the disk is full; make room, and the same command goes on: finished parts are kept") from None
+
+
+def clear(out: Path, work: Path) -> None:
+    shutil.rmtree(work)
+    for name in ("settings.json", "dropped.jsonl.tmp"):
+        (out / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # there are other files in it
+        out.rmdir()
 
 
 @contextlib.contextmanager
@@ -616,7 +621,9 @@ def build(s: Settings, out: Path, work: Path, files: list[str]) -> None:
     parts = sorted(name.with_suffix("") for name in work.glob("scan-*.json"))
     n_bytes = sum(part.with_suffix(".text").stat().st_size for part in parts)
     if not n_bytes:
-        raise UserError(f"{', '.join(s.files)}: no document left; {out}/work/*.json say why")
+        counts = summary(tasks, parts, [], out)
+        why = ", ".join(f"{n:,} {reason}" for reason, n in counts["dropped"].items() if n)
+        raise UserError(f"{', '.join(s.files)}: no document is left of {counts['documents_in']:,} documents" + f" ({why})" * bool(why))
     borders = borders_of(parts)
     ranges = [work / f"tokens-{i:05d}.npz" for i in range(borders.shape[1] - 1)]
     follow("encode", encode, [(s, work, i, parts, borders[:, i : i + 2]) for i in range(len(ranges))], n_bytes, workers)

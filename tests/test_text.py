@@ -361,7 +361,7 @@ def test_a_run_that_goes_on_refuses_other_input_and_other_settings(tok, tmp_path
 
 def test_flags_can_be_mended_when_nothing_was_made(tok, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS, "content")
-    with pytest.raises(UserError, match=r"a\.jsonl:1: no field 'text'; it has id, content"):
+    with pytest.raises(UserError, match=r"a\.jsonl:1: no field 'text' .--text_field.; there are id, content"):
         build(tok, tmp_path / "out", path)
     assert not (tmp_path / "out").exists()
     build(tok, tmp_path / "out", path, text_field="content")
@@ -565,9 +565,11 @@ def test_help():
 
 
 def test_empty_input_is_refused(tok, tmp_path):
-    (tmp_path / "a.jsonl").write_text("\n\n")
-    with pytest.raises(UserError, match="no document left"):
-        build(tok, tmp_path / "out", tmp_path / "a.jsonl")
+    for content, why in (("\n\n", "of 0 documents"), ('{"text": " "}\n{"text": ""}', "of 2 documents .2 empty")):
+        (tmp_path / "a.jsonl").write_text(content)
+        with pytest.raises(UserError, match=f"no document is left {why}"):
+            build(tok, tmp_path / "out", tmp_path / "a.jsonl")
+        assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------ sources
