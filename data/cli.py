@@ -65,16 +65,22 @@ def convert(flag: str, text: str, kind: type, low: float | None):
 def read_settings(settings: type, argv: list[str], presets: dict[str, dict] | None = None):
     """`--name=value ...` as an instance of the dataclass `settings`; a bare `--name` sets a bool. UserError otherwise.
 
+    Words without -- are refused, or, if the dataclass has a field of type list, gathered there: `files: list = opt(help=...)`.
     With presets, --preset names one; what it holds takes the place of the defaults.
     """
     fields = {f.name: f for f in dataclasses.fields(settings)}
+    words = next((name for name, f in fields.items() if f.type is list), None)
+    flags = [name for name in fields if name != words]
     values = {}
     for word in argv:
         name, has_value, text = word.removeprefix("--").partition("=")
         if not word.startswith("--"):
+            if words:
+                values.setdefault(words, []).append(word)
+                continue
             raise UserError(f"{word}: settings are written --name=value; --help lists them")
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+        if name not in flags:
+            near = difflib.get_close_matches(name, flags, n=1, cutoff=0.5)
             raise UserError(f"--{name}: no such setting; " + (f"did you mean --{near[0]}?" if near else "--help lists them"))
         field = fields[name]
         if not has_value and field.type is not bool:
@@ -82,8 +88,13 @@ def read_settings(settings: type, argv: list[str], presets: dict[str, dict] | No
         values[name] = convert(f"--{name}", text if has_value else "true", field.type, field.metadata["low"])
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING:
-            raise UserError(f"--{name}=... is required: {field.metadata['help']}")
+            raise UserError(f"{word_name(field) if name == words else f'--{name}=...'} is required: {field.metadata['help']}")
     return settings(**(presets[values["preset"]] if "preset" in values else {}) | values)
+
+
+def word_name(field) -> str:
+    """What the words of a list field are called in help and errors: `files` are FILE ..."""
+    return f"{field.name.removesuffix('s').upper()} ..."
 
 
 def help_text(settings: type, doc: str) -> str:
@@ -91,8 +102,9 @@ def help_text(settings: type, doc: str) -> str:
     lines = [doc.strip(), "", "Settings (--name=value):"]
     for f in dataclasses.fields(settings):
         kind = "|".join(typing.get_args(f.type)) or f.type.__name__
+        flag = word_name(f) if f.type is list else f"--{f.name}={kind}"
         default = "required" if f.default is dataclasses.MISSING else f"default {f.default!r}"
-        lines.append(f"  --{f.name}={kind}".ljust(34) + f"  {f.metadata['help']} ({default})")
+        lines.append(f"  {flag}".ljust(34) + f"  {f.metadata['help']} ({default})")
     return "\n".join(lines)
 
 

@@ -260,10 +260,15 @@ def write_corpus(folder, documents, tok: Tokenizer, source: dict) -> None:
         np.save(temporary / "docs.npy", np.array(docs, dtype=np.int64))
         if any(questions):
             np.save(temporary / "questions.npy", np.array(questions, dtype=bool))
-        tok.save(temporary)
         counts = {"n_docs": len(docs) - 1, "n_chunks": docs[-1], "n_tokens": offsets[-1], "n_bytes": n_bytes}
-        meta = {"kind": "corpus", "tokenizer": tok.sha256, "n_vocab": tok.n_vocab, "sha256": sha256, "questions": any(questions)}
-        write_json(temporary / "meta.json", meta | counts | {"source": source})
+        finish_corpus(temporary, tok, sha256, any(questions), counts, source)
+
+
+def finish_corpus(folder: Path, tok: Tokenizer, sha256: str, questions: bool, counts: dict, source: dict) -> None:
+    """The last files of a corpus folder: the tokenizer and meta.json."""
+    tok.save(folder)
+    meta = {"kind": "corpus", "tokenizer": tok.sha256, "n_vocab": tok.n_vocab, "sha256": sha256, "questions": questions}
+    write_json(folder / "meta.json", meta | counts | {"source": source})
 
 
 def write_thoughts(folder, corpus: Corpus, spans, meta: dict, samples: dict | None = None, files=()) -> None:

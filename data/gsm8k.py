@@ -29,6 +29,7 @@ if not __package__:  # run as `python data/gsm8k.py`: the package is the folder 
 
 from data.cli import UserError, claim, opt, run
 from data.corpus import write_parts
+from data.sources import read_jsonl
 from data.tokenizer import load_tokenizer, make_tokenizer
 
 
@@ -63,22 +64,7 @@ def read_problem(line: str) -> tuple[str, str, str]:
 
 def read_problems(path: str, skip_bad: bool) -> list[tuple[str, str, str]]:
     """All problems of a jsonl file. UserError for the first bad line, or, with skip_bad, a printed count."""
-    problems, bad = [], 0
-    try:
-        with open(path, encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
-                try:
-                    problems.append(read_problem(line))
-                except ValueError as e:
-                    if not skip_bad:
-                        raise UserError(f"{path}:{number}: {e}; mend it or give --skip_bad") from None
-                    bad += 1
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; download train.jsonl and test.jsonl of openai/grade-school-math") from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8 ({e.reason} at byte {e.start})") from None
-    if bad:
-        print(f"{path}: {bad} lines left out")
+    problems = read_jsonl(path, read_problem, skip_bad, hint="; download train.jsonl and test.jsonl of openai/grade-school-math")
     if not problems:
         raise UserError(f"{path}: holds no problem")
     return problems

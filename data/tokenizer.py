@@ -29,6 +29,7 @@ from data.cli import UserError, read_json, replacing
 
 MARKERS = ("<|START_OF_LATENT|>", "<|END_OF_LATENT|>", "<|PRIOR_PREFIX|>", "<|POSTERIOR_PREFIX|>")
 BOS, EOS = "<|BOS|>", "<|EOS|>"
+NEVER = "<|never|>"  # tiktoken's only special token: no text is ever searched for it, but for encode_pieces(), which puts it there itself
 
 # Words with the space before them, single digits (arithmetic is learned digit by digit), runs of signs, white space.
 WORDS = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -142,6 +143,24 @@ class Tokenizer:
         if self.odd and not usual and np.maximum.reduce(ids, initial=0) >= self.n_vocab:
             ids = [j for i in ids.tolist() for j in self.odd.get(i, (i,))] if self.spaced else self._encode_without_odd(text)
         return np.asarray(ids, dtype=np.uint32)
+
+    def encode_pieces(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of several texts, end to end, and how many each has: encode_array of each, but in one call for all.
+
+        A special token of tiktoken's, which the vocabulary knows nothing of, stands behind each text: what lies between two of them is encoded alone.
+        """
+        joined = NEVER.join([*map(self.prepare, texts), ""])
+        if joined.count(NEVER) == len(texts):
+            ids = self.encoding.encode_to_numpy(joined, allowed_special={NEVER}, disallowed_special=())
+            is_end = ids == self.encoding.encode_single_token(NEVER)
+            lengths = np.diff(np.flatnonzero(is_end), prepend=-1) - 1
+            ids = ids[~is_end]
+            if self.table is not None:
+                ids = self.table.take(ids)
+            if not self.odd or np.maximum.reduce(ids, initial=0) < self.n_vocab:
+                return ids, lengths
+        each = [self.encode_array(text) for text in texts]
+        return np.concatenate([np.zeros(0, np.uint32), *each]), np.array([len(ids) for ids in each], dtype=np.int64)
 
     def _encode_without_odd(self, text: str) -> list[int]:
         """The ids of a text with bytes that the vocabulary lacks: as in `tokenizers`, they vanish from their word before it is merged.
@@ -359,7 +378,7 @@ def rising(ids: dict[bytes, int]) -> bool:
 
 
 def tiktoken_of(pattern: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
-    never = {"<|never|>": 1 + max(ranks.values())}  # without any special token, encode_to_numpy is slow
+    never = {NEVER: 1 + max(ranks.values())}  # without any special token, encode_to_numpy is slow
     return tiktoken.Encoding("latent", pat_str=pattern, mergeable_ranks=ranks, special_tokens=never)
 
 
