@@ -1,0 +1,221 @@
+"""A careful client of OpenAI's chat completions, as many servers speak them; standard library only. data/teacher.py asks through it.
+
+What comes from a server is not trusted: bounded in size and time, parsed as JSON and nothing else, and cleared of the key before anyone sees it. The key
+goes into one header of requests to --base_url, and nowhere else: redirections are not followed.
+"""
+
+import contextlib
+import email.utils
+import http.client
+import json
+import os
+import random
+import re
+import socket
+import threading
+import time
+from urllib.parse import SplitResult, urlsplit
+
+from data.cli import UserError
+
+MAX_BODY = 4 << 20  # bytes read of a response; a long answer is a few hundred kB
+MAX_WAIT = 600.0  # seconds that a server may ask us to wait
+MAX_PAUSE = 60.0  # seconds between two attempts of our own accord
+
+
+class Trouble(Exception):
+    """A request without an answer: whether it may have been paid for, whether to try again, whether the run shall end, and how long to wait."""
+
+    def __init__(self, why: str, detail: str = "", paid: bool = False, again: bool = True, fatal: bool = False, wait: float = 0.0):
+        super().__init__(why + (f": {detail}" if detail else ""))
+        self.why, self.paid, self.again, self.fatal, self.wait = why, paid, again, fatal, wait
+
+
+def tokens_about(text: str) -> int:
+    """More tokens than a text is likely to have: most tokenizers need one for four bytes."""
+    return len(text.encode(errors="replace")) // 3 + 16
+
+
+def read_answer(body) -> dict:
+    """{"text", "finish", "in", "out"} of a chat completion's JSON, which may hold anything. in, out: the tokens it says it took, else None."""
+    choices = body.get("choices") if isinstance(body, dict) else None
+    if not isinstance(choices, list) or len(choices) != 1:
+        raise Trouble("an answer with not one choice", paid=True)
+    message = choices[0].get("message") if isinstance(choices[0], dict) else None
+    text = message.get("content") if isinstance(message, dict) else 0
+    if not isinstance(text, str | None):
+        raise Trouble("an answer without a message", paid=True)
+    finish, usage = choices[0].get("finish_reason"), body.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
+    finish = "refusal" if message.get("refusal") or finish == "content_filter" else "length" if finish == "length" else "stop"
+    used = [n if type(n) is int and 0 <= n < 1 << 40 else None for n in (usage.get("prompt_tokens"), usage.get("completion_tokens"))]
+    return {"text": text or "", "finish": finish, "in": used[0], "out": used[1]}
+
+
+class Meter:
+    """What is spent and in flight, and when the next request may go; one for all threads. Tokens are pairs: in, out."""
+
+    def __init__(self, s, spent):
+        self.s, self.spent, self.flying, self.ready, self.why = s, list(spent), [0, 0], 0.0, ""
+        self.changed, self.stop = threading.Condition(), threading.Event()
+
+    def usd(self, tokens) -> float:
+        return (tokens[0] * self.s.usd_in + tokens[1] * self.s.usd_out) / 1e6
+
+    def over(self, tokens) -> bool:
+        s = self.s
+        return bool(s.budget_tokens and sum(tokens) >= s.budget_tokens or s.budget_usd and self.usd(tokens) >= s.budget_usd)
+
+    def pace(self, tokens: int) -> float:
+        """Seconds that so many tokens take under --tpm."""
+        return 60 * tokens / self.s.tpm if self.s.tpm else 0.0
+
+    def halt(self, why: str) -> None:
+        self.why = self.why or why
+        self.stop.set()
+
+    def begin(self, size) -> bool:
+        """Wait until a request may go, and set aside the most it can take. False: none may go any more.
+
+        What is in flight counts as spent. So the last request before the budget's end goes alone, and it alone can pass it.
+        """
+        with self.changed:
+            while not self.stop.is_set():
+                if self.over(self.spent):
+                    self.halt("the budget is spent")
+                    break
+                wait = self.ready - time.monotonic()
+                if wait <= 0 and not self.over([a + b for a, b in zip(self.spent, self.flying)]):
+                    self.flying = [a + b for a, b in zip(self.flying, size)]
+                    self.ready = max(time.monotonic(), self.ready) + max(60 / self.s.rpm if self.s.rpm else 0, self.pace(sum(size)))
+                    return True
+                self.changed.wait(min(wait, 0.5) if wait > 0 else 0.5)
+        return False
+
+    def end(self, size, used, wait: float = 0.0) -> None:
+        """A request has ended. wait: the server asks for a rest, which is meant for all threads."""
+        with self.changed:
+            self.flying = [a - b for a, b in zip(self.flying, size)]
+            self.spent = [a + b for a, b in zip(self.spent, used)]
+            self.ready = max(self.ready + min(self.pace(sum(used) - sum(size)), MAX_PAUSE), time.monotonic() + wait)
+            self.changed.notify_all()
+
+
+class Endpoint:
+    """The server of --base_url."""
+
+    def __init__(self, s, spent):
+        self.s, self.url, self.key, self.meter, self.reached = s, read_url(s.base_url), read_key(s.key_env), Meter(s, spent), False
+        if self.key and self.url.scheme == "http" and self.url.hostname not in ("localhost", "127.0.0.1", "::1"):
+            print(f"note: --base_url={s.base_url} is not https: the key in {s.key_env} travels unencrypted")
+
+    def clean(self, text: str) -> str:
+        """The text without the key, which a server can send back. Short ones ("none", "EMPTY") are no secrets, and are words."""
+        return text.replace(self.key, "[key]") if len(self.key) >= 12 else text
+
+    def said(self, raw: bytes) -> str:
+        """What the server says of an error, fit for a terminal."""
+        text = raw.decode(errors="replace")
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            text = str(json.loads(raw)["error"]["message"])
+        return "".join(c if c.isprintable() else " " for c in self.clean(text)[:200]).strip()
+
+    def post(self, body: bytes) -> tuple[int, str | None, bytes]:
+        """(status, Retry-After, at most MAX_BODY + 1 bytes of the body)."""
+        connect = http.client.HTTPSConnection if self.url.scheme == "https" else http.client.HTTPConnection
+        connection = connect(self.url.hostname, self.url.port, timeout=self.s.timeout)
+        try:
+            connection.connect()
+        except (OSError, ValueError) as e:
+            reason = getattr(e, "strerror", None) or e
+            raise Trouble("no connection", f"cannot connect to {self.url.netloc} ({reason})", fatal=not self.reached) from None
+        self.reached, sock = True, connection.sock
+
+        def cut() -> None:  # a socket's timeout is for each read: a server that sends a byte now and then would hold us for ever
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+        watchdog = threading.Timer(self.s.timeout, cut)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            headers = {"Content-Type": "application/json", "Connection": "close"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+            connection.request("POST", self.url.path.rstrip("/") + "/chat/completions", body, headers)
+            response = connection.getresponse()
+            return response.status, response.getheader("Retry-After"), response.read(MAX_BODY + 1)
+        except (OSError, ValueError, http.client.HTTPException):
+            raise Trouble("no answer in time, or the connection dropped", paid=True) from None
+        finally:
+            watchdog.cancel()
+            connection.close()
+
+    def ask_once(self, request: dict) -> dict:
+        """The answer to one request; Trouble when there is none."""
+        status, after, raw = self.post(json.dumps(request).encode())
+        if status != 200:
+            again = status in (408, 409, 425, 429) or status >= 500
+            fatal = not again and status not in (400, 403, 413, 422)  # these can be about the one request
+            raise Trouble(f"HTTP {status}", self.said(raw), again=again, fatal=fatal, wait=retry_after(after) if again else 0.0)
+        if len(raw) > MAX_BODY:
+            raise Trouble(f"an answer of more than {MAX_BODY >> 20} MB", paid=True)
+        try:
+            body = json.loads(raw)
+        except (ValueError, RecursionError):
+            raise Trouble("an answer that is not JSON", paid=True) from None
+        answer = read_answer(body)
+        return answer | {"text": self.clean(answer["text"])}
+
+    def ask(self, request: dict, size, store) -> Trouble | None:
+        """Ask until there is an answer. store() gets it, or {"lost", "in", "out"} for a request that broke off and may have been paid for.
+
+        Trouble: why there is no answer. None: it is stored, or the run ends.
+        """
+        for attempt in range(self.s.retries + 1):
+            if not self.meter.begin(size):
+                return None
+            used = (0, 0)
+            try:
+                record, trouble = self.ask_once(request), None
+            except Trouble as t:
+                record, trouble = {"lost": t.why, "in": None, "out": None}, t
+            if not trouble or trouble.paid:
+                guess = (size[0], size[1] if trouble else tokens_about(record["text"]))
+                used = tuple(guess[i] if record[k] is None else record[k] for i, k in enumerate(("in", "out")))
+                store(record | {"in": used[0], "out": used[1]})
+            self.meter.end(size, used, trouble.wait if trouble else 0.0)
+            if not trouble or trouble.fatal:
+                return trouble and self.meter.halt(str(trouble))
+            if not trouble.again or attempt == self.s.retries:
+                return trouble
+            if self.meter.stop.wait(min(self.s.backoff * 2**attempt, MAX_PAUSE) * random.uniform(0.5, 1)):
+                return None
+
+
+def retry_after(value: str | None) -> float:
+    """Seconds in a Retry-After header: a number, or a date."""
+    value = (value or "").strip()
+    if re.fullmatch(r"\d{1,9}(\.\d*)?", value, re.ASCII):
+        return min(float(value), MAX_WAIT)
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        return min(max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0), MAX_WAIT)
+    return 0.0
+
+
+def read_url(base_url: str) -> SplitResult:
+    try:
+        url = urlsplit(base_url)
+        good = url.scheme in ("http", "https") and url.hostname and (url.port is None or url.port > 0) and base_url.isascii() and " " not in base_url
+    except ValueError:
+        good = False
+    if not good:
+        raise UserError(f"--base_url={base_url}: expected an address such as https://api.openai.com/v1")
+    if "@" in url.netloc or url.query or url.fragment:  # the flag is written to settings.json, and a key must not be
+        raise UserError("--base_url: give it without a user, ? and #; the key belongs into the environment variable of --key_env")
+    return url
+
+
+def read_key(variable: str) -> str:
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise UserError(f"{variable}: holds characters that no key has; set it again")
+    return key
