@@ -4,6 +4,7 @@ What comes from a server is not trusted: bounded in size and time, parsed as JSO
 goes into one header of requests to --base_url, and nowhere else: redirections are not followed.
 """
 
+import collections
 import contextlib
 import email.utils
 import http.client
@@ -21,6 +22,7 @@ from data.cli import UserError
 MAX_BODY = 4 << 20  # bytes read of a response; a long answer is a few hundred kB
 MAX_WAIT = 600.0  # seconds that a server may ask us to wait
 MAX_PAUSE = 60.0  # seconds between two attempts of our own accord
+IN_A_ROW = 20  # requests given up, one after the other, that end the run
 
 
 class Trouble(Exception):
@@ -189,6 +191,49 @@ class Endpoint:
                 return trouble
             if self.meter.stop.wait(min(self.s.backoff * 2**attempt, MAX_PAUSE) * random.uniform(0.5, 1)):
                 return None
+
+    def ask_all(self, jobs, store, tick) -> collections.Counter:
+        """Ask for all jobs (an iterator; each has request and size()), --concurrency at once; store(job, record). How many have no answer, by reason."""
+        turn, failed, broken, row = threading.Lock(), collections.Counter(), [], 0
+
+        def work() -> None:
+            nonlocal row
+            while not self.meter.stop.is_set():
+                with turn:
+                    job = next(jobs, None)
+                if job is None:
+                    return
+                trouble = self.ask(job.request, job.size(), lambda record: store(job, record))
+                with turn:
+                    row = row + 1 if trouble else 0
+                    failed.update([trouble.why] if trouble else [])
+                if row >= IN_A_ROW:
+                    self.meter.halt(f"{row} requests in a row without an answer, the last: {trouble}")
+
+        def guarded() -> None:
+            try:
+                work()
+            except BaseException as e:  # a full disk, a damaged corpus: for the main thread to say
+                broken.append(e)
+                self.meter.halt("")
+
+        threads = [threading.Thread(target=guarded, daemon=True) for _ in range(self.s.concurrency)]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.2)
+                    tick(failed.total())
+        except KeyboardInterrupt:
+            self.meter.halt("interrupted")
+            print(f"\nwaiting for the requests in flight, up to {self.s.timeout:.0f} s; Ctrl-C again to leave them", flush=True)
+            for thread in threads:
+                thread.join()
+            raise
+        if broken:
+            raise broken[0]
+        return failed
 
 
 def retry_after(value: str | None) -> float:

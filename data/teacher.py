@@ -41,7 +41,7 @@ import numpy as np
 
 from data.cli import Progress, UserError, claim, hold, new_folder, opt, read_json, replacing, run, write_json
 from data.corpus import Corpus, open_corpus, write_thoughts
-from data.endpoint import Endpoint, Meter, Trouble, read_answer, tokens_about
+from data.endpoint import Endpoint, Trouble, read_answer, tokens_about
 
 PROMPT = """Below is a passage of a document, and the text that comes before it. Write out the thinking from which the passage follows: the knowledge that it \
 takes for granted, and the reasoning that leads, step by step, to each thing it says. Carry out every calculation and derivation that it leaves out.
@@ -70,7 +70,6 @@ STYLES = {  # WRAP's four (Maini et al. 2024), in our words
 WRAP_COT = ("Rewrite the text below in other words. Keep all the information that it holds, and add the reasoning behind it in detail: work out each step, "
             "calculation and argument that it leaves out. " + ONLY_TEXT)  # fmt: skip
 
-IN_A_ROW = 20  # chunks without an answer, one after the other, that end the run
 BATCH_REQUESTS, BATCH_BYTES = 50_000, 190_000_000  # what OpenAI takes in one file
 REFUSAL = re.compile(r"\W*(?:i['\u2019]?m sorry|i am sorry|sorry, |as an ai\b|(?:unfortunately, )?i (?:can['\u2019]?t|cannot|can not|won['\u2019]?t|am unable to|'m unable to)"
                      r" (?:help|assist|comply|provide|fulfil|continue|answer|do that|write))", re.IGNORECASE)  # fmt: skip
@@ -118,8 +117,12 @@ FREE = ("base_url", "key_env", "batch_out", "batch_in", "longest", "partial", "c
 
 class Job(NamedTuple):
     number: int  # of the chunk, or with a style of the document
-    key: str
+    key: str  # hash of the request
     request: dict
+
+    @property
+    def name(self) -> dict:
+        return {"chunk": self.number, "key": self.key}
 
     @property
     def prompt(self) -> str:
@@ -147,7 +150,11 @@ class Task:
         self.s, self.corpus, self.template, self.fixed = s, corpus, read_prompt(s), read_extra(s)
         has_text = np.diff(corpus.chunks) > 0
         self.numbers = np.flatnonzero(has_text & ~corpus.questions) if s.style == "thoughts" else np.arange(corpus.n_docs)
-        self.wanted = set(self.numbers.tolist())
+        self.unit, self.size = ("chunks", corpus.n_chunks) if s.style == "thoughts" else ("documents", corpus.n_docs)
+        self.wanted = np.isin(np.arange(self.size), self.numbers)
+
+    def wants(self, n: int) -> bool:
+        return n < self.size and bool(self.wanted[n])
 
     def passage(self, n: int) -> str:
         return text_of(self.corpus, [n] if self.s.style == "thoughts" else range(self.corpus.docs[n], self.corpus.docs[n + 1]))
@@ -158,17 +165,18 @@ class Task:
         return list(STYLES)[hashlib.sha256(f"{self.s.seed} {passage}".encode()).digest()[0] % len(STYLES)]
 
     def job(self, n: int) -> Job:
+        n = int(n)
         passage = self.passage(n)
         before = text_of(self.corpus, self.corpus.before(n, self.s.before)) if self.s.style == "thoughts" else ""
         template = self.template or {"thoughts": PROMPT, "wrap-cot": WRAP_COT, **STYLES}[self.style(passage)]
         content = fill(template, before or NOTHING_BEFORE, passage)
         request = {"model": self.s.model, "messages": [{"role": "user", "content": content}], "temperature": self.s.temperature, "max_tokens": self.s.max_tokens}
         request = {k: v for k, v in (request | self.fixed).items() if v is not None}
-        return Job(n, f"{n}-{hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:24]}", request)
+        return Job(n, hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16], request)
 
     def jobs(self, answers: "Answers"):
         """The jobs without an answer, in order."""
-        return (job for job in map(self.job, self.numbers.tolist()) if job.key not in answers.where)
+        return (job for job in map(self.job, self.numbers) if not answers.has(job))
 
 
 def read_prompt(s: Settings) -> str:
@@ -199,14 +207,14 @@ def read_extra(s: Settings) -> dict:
 
 
 class Answers:
-    """answers.jsonl: a line for each answer, and for each request that was lost but may have been paid for. In memory is only where each one lies."""
+    """answers.jsonl: a line for each answer, and for each request that was lost but may have been paid for. In memory is where each chunk's answer lies."""
 
-    def __init__(self, path: Path):
-        self.where, self.spent, self.lock, offset, line = {}, [0, 0], threading.Lock(), 0, b"\n"
-        self.file = open(path, "ab", buffering=0)
-        self.reader = open(path, "rb")
+    def __init__(self, path: Path, size: int):
+        self.offset, self.digest, self.n = np.full(size, -1), np.zeros(size, dtype=np.uint64), 0
+        self.spent, self.lock, offset, line = [0, 0], threading.Lock(), 0, b"\n"
+        self.file, self.reader = open(path, "ab", buffering=0), open(path, "rb")
         for line in self.reader:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short by a kill
+            with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):  # a line cut short by a kill
                 self.note(json.loads(line), offset)
             offset += len(line)
         if not line.endswith(b"\n"):
@@ -216,7 +224,9 @@ class Answers:
         self.spent[0] += record["in"]
         self.spent[1] += record["out"]
         if "text" in record:
-            self.where.setdefault(record["key"], offset)
+            n = record["chunk"]
+            self.n += int(self.offset[n] < 0)
+            self.offset[n], self.digest[n] = offset, int(record["key"], 16)
 
     def add(self, record: dict) -> None:
         raw = json.dumps(record).encode() + b"\n"
@@ -226,10 +236,13 @@ class Answers:
                 raise OSError(errno.ENOSPC, "no space left for an answer", self.file.name)
             self.note(record, offset)
 
-    def get(self, key: str) -> dict | None:
-        if key not in self.where:
+    def has(self, job: Job) -> bool:
+        return bool(self.offset[job.number] >= 0 and self.digest[job.number] == int(job.key, 16))
+
+    def get(self, job: Job) -> dict | None:
+        if not self.has(job):
             return None
-        self.reader.seek(self.where[key])
+        self.reader.seek(self.offset[job.number])
         return json.loads(self.reader.readline())
 
 
@@ -252,53 +265,17 @@ def judge(record: dict, passage: str, tok, s: Settings) -> tuple[str, str]:
 
 def ask_endpoint(s: Settings, task: Task, answers: Answers) -> tuple[collections.Counter, str]:
     """Ask an endpoint for all answers that are missing; (why chunks have none, why the run ended before its end)."""
-    endpoint, jobs, turn = Endpoint(s, answers.spent), task.jobs(answers), threading.Lock()
-    meter, failed, row, broken = endpoint.meter, collections.Counter(), collections.Counter(), []
+    endpoint, progress = Endpoint(s, answers.spent), Progress("ask", len(task.numbers), task.unit, done=answers.n)
 
-    def work() -> None:
-        while not meter.stop.is_set():
-            with turn:
-                job = next(jobs, None)
-            if job is None:
-                return
-            trouble = endpoint.ask(job.request, job.size(), lambda record: answers.add({"chunk": job.number, "key": job.key} | record))
-            row["failed"] = row["failed"] + 1 if trouble else 0
-            if trouble:
-                failed[trouble.why] += 1
-            if trouble and row["failed"] >= IN_A_ROW:
-                meter.halt(f"{IN_A_ROW} requests in a row without an answer, the last: {trouble}")
+    def tick(failed: int) -> None:
+        spent, usd = endpoint.meter.spent, endpoint.meter.usd(endpoint.meter.spent)
+        figures = {"in": f"{spent[0]:,}", "out": f"{spent[1]:,} tokens"} | ({"failed": failed} if failed else {}) | ({"cost": f"${usd:.4f}"} if usd else {})
+        progress.update(min(answers.n, progress.total - 1), **figures)
 
-    def guarded() -> None:
-        try:
-            work()
-        except BaseException as e:  # a full disk, a damaged corpus: for the main thread to say
-            broken.append(e)
-            meter.halt(str(e))
-
-    progress = Progress("ask", len(task.numbers), "chunks" if s.style == "thoughts" else "documents", done=len(answers.where))
-    threads = [threading.Thread(target=guarded, daemon=True) for _ in range(s.concurrency)]
-    try:
-        for thread in threads:
-            thread.start()
-        while any(thread.is_alive() for thread in threads):
-            next(thread for thread in threads if thread.is_alive() or thread is threads[-1]).join(0.2)
-            progress.update(min(len(answers.where), progress.total - 1), **costs(meter, sum(failed.values())))
-    except KeyboardInterrupt:
-        meter.halt("interrupted")
-        print(f"\nwaiting for the requests in flight, up to {s.timeout:.0f} s; Ctrl-C again to leave them", flush=True)
-        for thread in threads:
-            thread.join()
-        raise
-    if broken:
-        raise broken[0]
+    failed = endpoint.ask_all(task.jobs(answers), lambda job, record: answers.add(job.name | record), tick)
     if progress.live:
         print()
-    return failed, meter.why
-
-
-def costs(meter: Meter, failed: int) -> dict:
-    figures = {"in": f"{meter.spent[0]:,}", "out": f"{meter.spent[1]:,} tokens"} | ({"failed": failed} if failed else {})
-    return figures | ({"cost": f"${meter.usd(meter.spent):.4f}"} if meter.s.usd_in or meter.s.usd_out else {})
+    return failed, endpoint.meter.why
 
 
 def ask_model(s: Settings, task: Task, answers: Answers) -> tuple[collections.Counter, str]:
@@ -311,8 +288,7 @@ def ask_model(s: Settings, task: Task, answers: Answers) -> tuple[collections.Co
     model, tok = load_model(s.model, device, "bfloat16" if device.startswith("cuda") else "float32")
     task.fixed = task.fixed | {"weights": fingerprint(s.model)}  # part of the keys: the folder may hold another model tomorrow
     engine, failed, room = Engine(model), collections.Counter(), model.config.seq_len - s.max_tokens
-    progress = Progress("ask", len(task.numbers), "chunks" if s.style == "thoughts" else "documents")
-    jobs = task.jobs(answers)
+    progress, jobs = Progress("ask", len(task.numbers), task.unit, done=answers.n), task.jobs(answers)
     while batch := list(itertools.islice(jobs, 256)):
         prompts = [[tok.bos, *tok.encode(job.prompt.rstrip())] for job in batch]
         fits = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
@@ -322,8 +298,8 @@ def ask_model(s: Settings, task: Task, answers: Answers) -> tuple[collections.Co
         for i, [(ids, ended, _)] in zip(fits, drawn):
             text, blank, _ = tok.decode(ids[:-1] if ended else ids).strip().partition("\n\n")
             record = {"text": text, "finish": "stop" if ended or blank else "length", "in": len(prompts[i]), "out": len(ids)}
-            answers.add({"chunk": batch[i].number, "key": batch[i].key} | record)
-        progress.update(len(answers.where))
+            answers.add(batch[i].name | record)
+        progress.update(answers.n)
     return +failed, ""
 
 
@@ -338,7 +314,7 @@ def write_batch(s: Settings, task: Task, answers: Answers) -> None:
         number, lines, size = number + 1, [], 0
 
     for job in task.jobs(answers):
-        request = {"custom_id": job.key, "method": "POST", "url": "/v1/chat/completions", "body": job.request}
+        request = {"custom_id": f"{job.number}-{job.key}", "method": "POST", "url": "/v1/chat/completions", "body": job.request}
         line = json.dumps(request).encode() + b"\n"
         if lines and (len(lines) == BATCH_REQUESTS or size + len(line) > BATCH_BYTES):
             flush()
@@ -355,13 +331,12 @@ def read_batch(s: Settings, task: Task, answers: Answers) -> collections.Counter
     """Store the answers of batch files; how many lines brought none, and why."""
     failed = collections.Counter()
     for path in s.batch_in.split(","):
-        for number, line in read_lines(path, "--batch_in"):
-            key = line.get("custom_id")
-            n = int(key.split("-")[0]) if isinstance(key, str) and re.fullmatch(r"[0-9]{1,12}-[0-9a-f]{24}", key) else -1
-            job = task.job(n) if n in task.wanted else None
-            if not job or job.key != key:
+        for _, line in read_lines(path, "--batch_in"):
+            name = re.fullmatch(r"([0-9]{1,12})-([0-9a-f]{16})", str(line.get("custom_id")))
+            job = task.job(int(name[1])) if name and task.wants(int(name[1])) else None
+            if not job or job.key != name[2]:
                 failed["answer to another request than this command's"] += 1
-            elif key not in answers.where:
+            elif not answers.has(job):
                 response = line["response"] if isinstance(line.get("response"), dict) else {}
                 try:
                     if response.get("status_code") != 200:
@@ -371,7 +346,7 @@ def read_batch(s: Settings, task: Task, answers: Answers) -> collections.Counter
                     failed[t.why] += 1
                     continue
                 guess = {"in": tokens_about(job.prompt), "out": tokens_about(answer["text"])}
-                answers.add({"chunk": n, "key": key} | answer | {k: v for k, v in guess.items() if answer[k] is None})
+                answers.add(job.name | answer | {k: v for k, v in guess.items() if answer[k] is None})
     return failed
 
 
@@ -402,7 +377,7 @@ def read_given(s: Settings, task: Task) -> dict[int, dict]:
             i = int(docs[d]) + index
         if type(i) is not int or not 0 <= i < corpus.n_chunks or not isinstance(line.get("thought"), str):
             raise UserError(f'{where}: expected {{"chunk": 0 to {corpus.n_chunks - 1}, "thought": text}}, or "doc" and "index" for the chunk')
-        if i not in task.wanted:
+        if not task.wants(i):
             raise UserError(f"{where}: chunk {i} is a question or empty, and takes no thought; leave it out")
         if i in given:
             raise UserError(f"{where}: chunk {i} has a thought already; leave one out")
@@ -428,7 +403,7 @@ def write_output(s: Settings, task: Task, find, spent, work: Path) -> dict:
             "tokens_in": spent[0], "tokens_out": spent[1], "usd": (spent[0] * s.usd_in + spent[1] * s.usd_out) / 1e6}  # fmt: skip
     if s.style == "thoughts":
         found = texts()
-        spans = (tok.encode_array(text) if i in task.wanted and (text := next(found)[1]) else [] for i in range(corpus.n_chunks))
+        spans = (tok.encode_array(text) if task.wants(i) and (text := next(found)[1]) else [] for i in range(corpus.n_chunks))
         write_thoughts(s.out_dir, corpus, spans, meta, files=[work / "settings.json"])
         return read_json(Path(s.out_dir) / "meta.json")
     with new_folder(s.out_dir) as folder:
@@ -491,12 +466,12 @@ def main(s: Settings) -> None:
     with hold(claim(work, s, FREE) / "lock", wait=False) as held:
         if not held:
             raise UserError(f"{work}: another run is at work here; wait for it")
-        answers = Answers(work / "answers.jsonl")
+        answers = Answers(work / "answers.jsonl", task.size)
         if s.batch_out:
             return write_batch(s, task, answers)
         if given is None:
             obtain(s, task, answers)
-        find = given.get if given is not None else lambda n: answers.get(task.job(n).key)
+        find = given.get if given is not None else lambda n: answers.get(task.job(n))
         meta = write_output(s, task, find, answers.spent, work)
     if given is not None:
         shutil.rmtree(work)
