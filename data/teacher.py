@@ -41,7 +41,7 @@ import numpy as np
 
 from data.cli import Progress, UserError, claim, hold, new_folder, opt, read_json, replacing, run, write_json
 from data.corpus import Corpus, open_corpus, write_thoughts
-from data.endpoint import Endpoint, Trouble, read_answer, tokens_about
+from data.endpoint import Endpoint, Trouble, read_answer, read_key, read_url, tokens_about
 
 PROMPT = """Below is a passage of a document, and the text that comes before it. Write out the thinking from which the passage follows: the knowledge that it \
 takes for granted, and the reasoning that leads, step by step, to each thing it says. Carry out every calculation and derivation that it leaves out.
@@ -254,7 +254,7 @@ def judge(record: dict, passage: str, tok, s: Settings) -> tuple[str, str]:
         return "", "refused"
     if record["finish"] == "length":
         return "", "cut off"
-    if not text:
+    if not text.strip():
         return "", "empty"
     longest = s.longest or 1000 + 5 * len(tok.encode_array(passage))
     return ("", "too long") if len(tok.encode_array(text)) > longest else (text, "")
@@ -433,6 +433,8 @@ def check_settings(s: Settings) -> None:
         raise UserError("--batch_out and --batch_in: give one at a time")
     if s.budget_usd and not (s.usd_in or s.usd_out):
         raise UserError(f"--budget_usd={s.budget_usd}: needs prices, --usd_in and --usd_out, in dollars a million tokens")
+    if s.base_url:
+        read_url(s.base_url), read_key(s.key_env)
 
 
 def obtain(s: Settings, task: Task, answers: Answers) -> None:
@@ -463,10 +465,14 @@ def main(s: Settings) -> None:
         if not meta["counts"].get("unanswered"):
             return print(f"complete: {report(out, meta)}")
     given = read_given(s, task) if s.given else None
-    with hold(claim(work, s, FREE) / "lock", wait=False) as held:
+    work.mkdir(parents=True, exist_ok=True)
+    with hold(work / "lock", wait=False) as held:
         if not held:
             raise UserError(f"{work}: another run is at work here; wait for it")
         answers = Answers(work / "answers.jsonl", task.size)
+        if not sum(answers.spent):  # nothing was asked yet: a mistyped setting need not stay
+            (work / "settings.json").unlink(missing_ok=True)
+        claim(work, s, FREE)
         if s.batch_out:
             return write_batch(s, task, answers)
         if given is None:
