@@ -1,4 +1,4 @@
-"""A careful client of OpenAI's chat completions, as many servers speak them; standard library only. data/teacher.py asks through it.
+"""A careful client of OpenAI's chat completions, as many servers speak them, and the file of its answers. data/teacher.py asks through it.
 
 What comes from a server is not trusted: bounded in size and time, parsed as JSON and nothing else, and cleared of the key before anyone sees it. The key
 goes into one header of requests to --base_url, and nowhere else: redirections are not followed.
@@ -7,6 +7,7 @@ goes into one header of requests to --base_url, and nowhere else: redirections a
 import collections
 import contextlib
 import email.utils
+import errno
 import http.client
 import json
 import os
@@ -15,7 +16,10 @@ import re
 import socket
 import threading
 import time
+from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
+
+import numpy as np
 
 from data.cli import UserError
 
@@ -52,6 +56,46 @@ def read_answer(body) -> dict:
     finish = "refusal" if message.get("refusal") or finish == "content_filter" else "length" if finish == "length" else "stop"
     used = [n if type(n) is int and 0 <= n < 1 << 40 else None for n in (usage.get("prompt_tokens"), usage.get("completion_tokens"))]
     return {"text": text or "", "finish": finish, "in": used[0], "out": used[1]}
+
+
+class Answers:
+    """answers.jsonl: a line for each answer, and for each request that was lost but may have been paid for. In memory is where each chunk's answer lies."""
+
+    def __init__(self, path: Path, size: int):
+        self.offset, self.digest, self.n = np.full(size, -1), np.zeros(size, dtype=np.uint64), 0
+        self.spent, self.lock, offset, line = [0, 0], threading.Lock(), 0, b"\n"
+        self.file, self.reader = open(path, "ab", buffering=0), open(path, "rb")
+        for line in self.reader:
+            with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):  # a line cut short by a kill
+                self.note(json.loads(line), offset)
+            offset += len(line)
+        if not line.endswith(b"\n"):
+            self.file.write(b"\n")
+
+    def note(self, record: dict, offset: int) -> None:
+        self.spent[0] += record["in"]
+        self.spent[1] += record["out"]
+        if "text" in record:
+            n = record["chunk"]
+            self.n += int(self.offset[n] < 0)
+            self.offset[n], self.digest[n] = offset, int(record["key"], 16)
+
+    def add(self, record: dict) -> None:
+        raw = json.dumps(record).encode() + b"\n"
+        with self.lock:
+            offset = self.file.seek(0, os.SEEK_END)
+            if self.file.write(raw) != len(raw):
+                raise OSError(errno.ENOSPC, "no space left for an answer", self.file.name)
+            self.note(record, offset)
+
+    def has(self, job) -> bool:
+        return bool(self.offset[job.number] >= 0 and self.digest[job.number] == int(job.key, 16))
+
+    def get(self, job) -> dict | None:
+        if not self.has(job):
+            return None
+        self.reader.seek(self.offset[job.number])
+        return json.loads(self.reader.readline())
 
 
 class Meter:

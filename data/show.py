@@ -23,7 +23,7 @@ from data.cli import UserError, opt, run
 from data.corpus import Corpus, Thoughts, open_corpus, open_thoughts
 
 BLOCK = 1 << 22  # tokens that are checked at once
-DIM, BOLD, THOUGHT = "2", "1", "36"
+BOLD, DIM, CYAN = 1, 2, 36
 
 
 @dataclass(kw_only=True)
@@ -35,7 +35,7 @@ class Settings:
     check: bool = opt(False, "verify hashes, offsets and ids instead")
 
 
-def colour(text: str, code: str) -> str:
+def colour(text: str, code: int) -> str:
     return f"\033[{code}m{text}\033[0m" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else text
 
 
@@ -73,59 +73,52 @@ def document(corpus: Corpus, thoughts: Thoughts | None, d: int) -> str:
         lines.append(colour(f"--- chunk {i}{' (question)' if corpus.questions[i] else ''}, {len(corpus.chunk(i))} tokens", DIM))
         z = thoughts.span(i) if thoughts else ()
         if len(z):
-            lines.append(colour(f"[thought, {len(z)} tokens: {printable(tok.decode(z).strip())}]", THOUGHT))
+            lines.append(colour(f"[thought, {len(z)} tokens: {printable(tok.decode(z).strip())}]", CYAN))
         lines.append(printable(tok.decode(corpus.chunk(i))).strip("\n"))
     return "\n".join(lines)
 
 
-def check_spans(folder, meta: dict, tokens: np.ndarray, chunks: np.ndarray, special: list[int]) -> None:
-    """The hash of tokens.bin and chunks.npy, and that every id is one of text."""
+def expect(good: bool, path, otherwise: str) -> None:
+    if not good:
+        raise UserError(f"{path}: {otherwise}; make the folder again")
+
+
+def check_spans(folder, meta: dict, tokens: np.ndarray, chunks: np.ndarray, special: list[int], **counts) -> None:
+    """The counts in meta.json, that every id is one of text, and the hash of tokens.bin and chunks.npy."""
+    for name, n in (counts | {"n_tokens": len(tokens)}).items():
+        expect(meta.get(name, n) == n, folder / "meta.json", f"{name} {meta.get(name)}, but the files hold {n}")
     digest = hashlib.sha256()
     for start in range(0, len(tokens), BLOCK):
         block = np.ascontiguousarray(tokens[start : start + BLOCK])
         digest.update(block.tobytes())
-        bad = np.flatnonzero((block >= meta["n_vocab"]) | np.isin(block, special))
-        if len(bad):
-            what = f"not below {meta['n_vocab']}" if block[bad[0]] >= meta["n_vocab"] else "a special token"
-            raise UserError(f"{folder / 'tokens.bin'}: token {start + bad[0]} is {block[bad[0]]}, {what}; make the folder again")
+        bad = (block >= meta["n_vocab"]) | np.isin(block, special)
+        what = f"not below {meta['n_vocab']}" if block[bad.argmax()] >= meta["n_vocab"] else "a special token"
+        expect(not bad.any(), folder / "tokens.bin", f"token {start + bad.argmax()} is {block[bad.argmax()]}, {what}")
     digest.update(np.asarray(chunks, dtype=np.int64).tobytes())
-    if "sha256" in meta and digest.hexdigest() != meta["sha256"]:
-        raise UserError(f"{folder / 'tokens.bin'}: its bytes, or those of chunks.npy, are not those of meta.json's hash; make the folder again")
+    expect(meta.get("sha256", digest.hexdigest()) == digest.hexdigest(), folder / "tokens.bin", "its bytes, or those of chunks.npy, do not have meta.json's hash")
 
 
 def check(corpus: Corpus, thoughts: Thoughts | None) -> None:
     """UserError for the first damage. Offsets, sizes and kinds of file were checked when the folders were opened."""
-    tok, path = corpus.tokenizer, corpus.folder / "meta.json"
-    if tok.sha256 != corpus.meta["tokenizer"] or tok.n_vocab != corpus.meta["n_vocab"]:
-        raise UserError(f"{corpus.folder / 'tokenizer.json'}: not the tokenizer that meta.json names; make the folder again")
-    for name, n in (("n_docs", corpus.n_docs), ("n_chunks", corpus.n_chunks), ("n_tokens", len(corpus.tokens))):
-        if corpus.meta.get(name, n) != n:
-            raise UserError(f"{path}: {name} {corpus.meta[name]}, but the files hold {n}; make the folder again")
-    empty = np.flatnonzero(np.diff(corpus.chunks[corpus.docs]) == 0)
-    if len(empty):
-        raise UserError(f"{corpus.folder / 'docs.npy'}: document {empty[0]} is empty; make the folder again")
+    tok, meta, folder = corpus.tokenizer, corpus.meta, corpus.folder
+    expect((tok.sha256, tok.n_vocab) == (meta["tokenizer"], meta["n_vocab"]), folder / "tokenizer.json", "not the tokenizer that meta.json names")
+    empty = np.diff(corpus.chunks[corpus.docs]) == 0
+    expect(not empty.any(), folder / "docs.npy", f"document {empty.argmax() if len(empty) else 0} is empty")
     markers = [tok.bos, tok.eos, tok.sol, tok.eol, tok.pri, tok.pos]
-    check_spans(corpus.folder, corpus.meta, corpus.tokens, corpus.chunks, markers)
-    if thoughts:
-        check_thoughts(corpus, thoughts, markers)
-
-
-def check_thoughts(corpus: Corpus, thoughts: Thoughts, markers: list[int]) -> None:
-    meta, has, samples = thoughts.meta, np.diff(thoughts.chunks) > 0, thoughts.folder / "samples.npz"
-    for name, n in (("n_vocab", corpus.meta["n_vocab"]), ("n_thoughts", int(has.sum())), ("n_tokens", len(thoughts.tokens))):
-        if meta.get(name, n) != n:
-            raise UserError(f"{thoughts.folder / 'meta.json'}: {name} {meta[name]}, expected {n}; make the folder again")
-    # A sampled thought can hold any id but EOL; a teacher's holds text only.
-    check_spans(thoughts.folder, meta, thoughts.tokens, thoughts.chunks, [corpus.tokenizer.eol] if "samples" in meta else markers)
-    if (has & corpus.questions).any():
-        raise UserError(f"{thoughts.folder / 'chunks.npy'}: chunk {(has & corpus.questions).argmax()} is a question and has a thought; make the folder again")
-    if samples.exists():
+    check_spans(folder, meta, corpus.tokens, corpus.chunks, markers, n_docs=corpus.n_docs, n_chunks=corpus.n_chunks)
+    if not thoughts:
+        return
+    meta, folder, has = thoughts.meta, thoughts.folder, np.diff(thoughts.chunks) > 0
+    never = [tok.eol] if "samples" in meta else markers  # a sampled thought can hold any id but EOL; a teacher's holds text only
+    check_spans(folder, meta, thoughts.tokens, thoughts.chunks, never, n_vocab=corpus.meta["n_vocab"], n_thoughts=int(has.sum()))
+    asked = has & corpus.questions
+    expect(not asked.any(), folder / "chunks.npy", f"chunk {asked.argmax() if len(asked) else 0} is a question and has a thought")
+    if (folder / "samples.npz").exists():
         try:
-            rows = {name: len(values) for name, values in np.load(samples, allow_pickle=False).items()}
+            rows = {name: len(values) for name, values in np.load(folder / "samples.npz", allow_pickle=False).items()}
         except (ValueError, EOFError, OSError, TypeError, zipfile.BadZipFile, zlib.error) as e:
-            raise UserError(f"{samples}: damaged ({e}); make the folder again") from None
-        if set(rows.values()) - {corpus.n_chunks}:
-            raise UserError(f"{samples}: rows {rows}, expected {corpus.n_chunks} of each; make the folder again")
+            raise UserError(f"{folder / 'samples.npz'}: damaged ({e}); make the folder again") from None
+        expect(set(rows.values()) <= {corpus.n_chunks}, folder / "samples.npz", f"rows {rows}, expected {corpus.n_chunks} of each")
 
 
 def main(s: Settings) -> None:

@@ -20,8 +20,6 @@ requests go one at a time, so that one request at most passes it. One that broke
 """
 
 import collections
-import contextlib
-import errno
 import hashlib
 import itertools
 import json
@@ -29,7 +27,6 @@ import os
 import re
 import shutil
 import sys
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -41,7 +38,7 @@ import numpy as np
 
 from data.cli import Progress, UserError, claim, hold, new_folder, opt, read_json, replacing, run, write_json
 from data.corpus import Corpus, open_corpus, write_thoughts
-from data.endpoint import Endpoint, Trouble, read_answer, read_key, read_url, tokens_about
+from data.endpoint import Answers, Endpoint, Trouble, read_answer, read_key, read_url, tokens_about
 
 PROMPT = """Below is a passage of a document, and the text that comes before it. Write out the thinking from which the passage follows: the knowledge that it \
 takes for granted, and the reasoning that leads, step by step, to each thing it says. Carry out every calculation and derivation that it leaves out.
@@ -174,7 +171,7 @@ class Task:
         request = {k: v for k, v in (request | self.fixed).items() if v is not None}
         return Job(n, hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16], request)
 
-    def jobs(self, answers: "Answers"):
+    def jobs(self, answers: Answers):
         """The jobs without an answer, in order."""
         return (job for job in map(self.job, self.numbers) if not answers.has(job))
 
@@ -203,54 +200,11 @@ def read_extra(s: Settings) -> dict:
     return extra
 
 
-# ------------------------------------------------------------------------------------------------- answers
-
-
-class Answers:
-    """answers.jsonl: a line for each answer, and for each request that was lost but may have been paid for. In memory is where each chunk's answer lies."""
-
-    def __init__(self, path: Path, size: int):
-        self.offset, self.digest, self.n = np.full(size, -1), np.zeros(size, dtype=np.uint64), 0
-        self.spent, self.lock, offset, line = [0, 0], threading.Lock(), 0, b"\n"
-        self.file, self.reader = open(path, "ab", buffering=0), open(path, "rb")
-        for line in self.reader:
-            with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):  # a line cut short by a kill
-                self.note(json.loads(line), offset)
-            offset += len(line)
-        if not line.endswith(b"\n"):
-            self.file.write(b"\n")
-
-    def note(self, record: dict, offset: int) -> None:
-        self.spent[0] += record["in"]
-        self.spent[1] += record["out"]
-        if "text" in record:
-            n = record["chunk"]
-            self.n += int(self.offset[n] < 0)
-            self.offset[n], self.digest[n] = offset, int(record["key"], 16)
-
-    def add(self, record: dict) -> None:
-        raw = json.dumps(record).encode() + b"\n"
-        with self.lock:
-            offset = self.file.seek(0, os.SEEK_END)
-            if self.file.write(raw) != len(raw):
-                raise OSError(errno.ENOSPC, "no space left for an answer", self.file.name)
-            self.note(record, offset)
-
-    def has(self, job: Job) -> bool:
-        return bool(self.offset[job.number] >= 0 and self.digest[job.number] == int(job.key, 16))
-
-    def get(self, job: Job) -> dict | None:
-        if not self.has(job):
-            return None
-        self.reader.seek(self.offset[job.number])
-        return json.loads(self.reader.readline())
-
-
 def judge(record: dict, passage: str, tok, s: Settings) -> tuple[str, str]:
     """(its text, "") for an answer that can be used, else ("", why not). Special tokens that it spells out are removed: it shall not teach them as text."""
     text = re.sub("|".join(map(re.escape, tok.special)), " ", record["text"].encode(errors="ignore").decode())
     text = text if s.given else text.strip()
-    if record["finish"] == "refusal" or REFUSAL.match(text):
+    if record["finish"] == "refusal" or (REFUSAL.match(text) and not s.given):
         return "", "refused"
     if record["finish"] == "length":
         return "", "cut off"
@@ -286,14 +240,14 @@ def ask_model(s: Settings, task: Task, answers: Answers) -> tuple[collections.Co
     device = pick_device(s.device)
     device = "cpu" if device == "mps" else device
     model, tok = load_model(s.model, device, "bfloat16" if device.startswith("cuda") else "float32")
-    task.fixed = task.fixed | {"weights": fingerprint(s.model)}  # part of the keys: the folder may hold another model tomorrow
+    # The engine draws at temperature 1. Once generate() takes one, it gets s.temperature (the paper's is 0.7), and the 1.0 here goes.
+    task.fixed = task.fixed | {"weights": fingerprint(s.model), "temperature": 1.0}  # part of the keys: the folder may hold another model tomorrow
     engine, failed, room = Engine(model), collections.Counter(), model.config.seq_len - s.max_tokens
     progress, jobs = Progress("ask", len(task.numbers), task.unit, done=answers.n), task.jobs(answers)
     while batch := list(itertools.islice(jobs, 256)):
         prompts = [[tok.bos, *tok.encode(job.prompt.rstrip())] for job in batch]
         fits = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
         failed["prompt too long for the model"] += len(batch) - len(fits)
-        # The engine draws at temperature 1. Once generate() takes temperature (the paper's 0.7), it goes here.
         drawn = engine.generate([prompts[i] for i in fits], [batch[i].number for i in fits], 1, s.max_tokens, {tok.eos, tok.sol, tok.eol}, s.seed)
         for i, [(ids, ended, _)] in zip(fits, drawn):
             text, blank, _ = tok.decode(ids[:-1] if ended else ids).strip().partition("\n\n")
@@ -399,7 +353,8 @@ def write_output(s: Settings, task: Task, find, spent, work: Path) -> dict:
             counts[bad or "used"] += 1
             yield n, text
 
-    meta = {"maker": "data/teacher.py", "model": s.given or s.model, "style": s.style, "before": s.before, "counts": counts,  # filled while writing
+    meta = {"maker": "data/teacher.py", "model": s.given or s.model, "style": s.style, "before": s.before, "temperature": task.fixed.get("temperature", s.temperature),
+            "counts": counts,  # filled while writing
             "tokens_in": spent[0], "tokens_out": spent[1], "usd": (spent[0] * s.usd_in + spent[1] * s.usd_out) / 1e6}  # fmt: skip
     if s.style == "thoughts":
         found = texts()
@@ -431,6 +386,8 @@ def check_settings(s: Settings) -> None:
         raise UserError(f"--given={s.given}: goes with no model and no --style")
     if s.batch_out and s.batch_in:
         raise UserError("--batch_out and --batch_in: give one at a time")
+    if (s.budget_usd or s.budget_tokens) and not s.base_url:
+        raise UserError("--budget_usd, --budget_tokens: only for --base_url; batch files print what they can cost, a model folder costs nothing")
     if s.budget_usd and not (s.usd_in or s.usd_out):
         raise UserError(f"--budget_usd={s.budget_usd}: needs prices, --usd_in and --usd_out, in dollars a million tokens")
     if s.base_url:
@@ -459,6 +416,8 @@ def main(s: Settings) -> None:
     if out.exists() and not (out / "settings.json").exists():
         raise UserError(f"{out}: exists, and was not made by this script; give another --out_dir")
     task = Task(s, open_corpus(s.corpus))
+    if not len(task.numbers):
+        raise UserError(f"{s.corpus}: holds no chunk that takes a thought: all are questions or empty")
     if out.exists():
         claim(out, s, FREE)
         meta = read_json(out / "meta.json")
