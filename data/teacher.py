@@ -375,7 +375,7 @@ def report(out: Path, meta: dict) -> str:
     counts = dict(meta["counts"])
     used, total = counts.pop("used", 0), sum(meta["counts"].values())
     left = ", ".join(f"{n} {why}" for why, n in sorted(counts.items())) or "none"
-    cost = f" | {meta['tokens_in']:,} tokens in, {meta['tokens_out']:,} out, ${meta['usd']:.4f}" if meta["tokens_in"] else ""
+    cost = f" | {meta['tokens_in']:,} tokens in, {meta['tokens_out']:,} out" + (f", ${meta['usd']:.4f}" if meta["usd"] else "") if meta["tokens_in"] else ""
     return f"{out}: {used} of {total} {'chunks have thoughts' if meta['style'] == 'thoughts' else 'documents rewritten'} | left out: {left}{cost}"
 
 
@@ -402,12 +402,13 @@ def obtain(s: Settings, task: Task, answers: Answers) -> None:
         failed, why = (ask_endpoint if s.base_url else ask_model)(s, task, answers)
     missing = sum(1 for _ in task.jobs(answers))
     reasons = "; ".join([why] * bool(why) + [f"{n} x {reason}" for reason, n in failed.most_common()])
-    if failed or missing:
-        print(f"no answer for {missing} of {len(task.numbers)}: {reasons or 'not in the files'}", flush=True)
-    if missing and not s.partial:
+    if not missing:
+        return
+    said = f"{missing} of {len(task.numbers)} have no answer ({reasons or 'not in the files'})"
+    if not s.partial or missing == len(task.numbers):
         advice = "raise the budget to go on" if "budget" in why else "the same command goes on"
-        raise UserError(f"{s.out_dir}: not written, {missing} of {len(task.numbers)} have no answer ({reasons or 'not in the files'}); "
-                        f"{advice}, --partial writes what is there")  # fmt: skip
+        raise UserError(f"{s.out_dir}: not written, {said}; {advice}" + ", --partial writes what is there" * (missing < len(task.numbers)))
+    print(said)
 
 
 def main(s: Settings) -> None:

@@ -325,6 +325,8 @@ def test_a_server_that_always_fails_ends_the_run(corpus, tmp_path):
     with serving(special=dict.fromkeys(range(60), fail)) as server:
         done = teach(corpus, tmp_path / "T", server, "--retries=1", code=1)
         assert "20 requests in a row without an answer, the last: HTTP 500" in done.stderr and sum(server.attempts.values()) < 60
+        done = teach(corpus, tmp_path / "T", server, "--retries=0", "--partial", code=1)
+        assert "53 of 53 have no answer" in done.stderr and not (tmp_path / "T").exists(), "no folder without a thought"
     done = teach(corpus, tmp_path / "T2", SimpleNamespace(url="http://127.0.0.1:9/v1"), code=1)
     assert "cannot connect to 127.0.0.1:9" in done.stderr and done.stderr.count("\n") == 1
 
