@@ -77,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.billed[0] += len(prompt) // 4
         self.server.billed[1] += 40
         if fault in ("slow", "hang"):
-            time.sleep(0.3 if fault == "slow" else 3)
+            time.sleep(0.3 if fault == "slow" else 5)
         if fault == "drop":
             return self.connection.close()
         if fault == "no usage":
@@ -135,7 +135,8 @@ def corpus(tmp_path_factory) -> Path:
 
 
 def flags(corpus: Path, out: Path, server: Server, *more: str) -> list[str]:
-    fixed = ("--model=m", "--backoff=0.01", "--timeout=1", "--max_tokens=50", "--retries=8")
+    patience = 3 if getattr(server, "n_faults", 0) else 30  # a busy machine answers late
+    fixed = ("--model=m", "--backoff=0.01", f"--timeout={patience}", "--max_tokens=50", "--retries=8")
     return [f"--corpus={corpus}", f"--out_dir={out}", f"--base_url={server.url}", *fixed, *more]
 
 
@@ -252,12 +253,12 @@ def test_kill_9_and_resume(corpus, tmp_path):
 
 def test_ctrl_c_waits_for_what_is_in_flight(corpus, tmp_path):
     with serving(delay=0.5) as server:
-        command = [sys.executable, str(ROOT / "data/teacher.py"), *flags(corpus, tmp_path / "T", server, "--concurrency=4", "--timeout=10")]
+        command = [sys.executable, str(ROOT / "data/teacher.py"), *flags(corpus, tmp_path / "T", server, "--concurrency=4")]
         child = subprocess.Popen(command, env=os.environ | {"OPENAI_API_KEY": KEY}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         while len(server.times) < 4:
             time.sleep(0.01)
         child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=10)
+        out, err = child.communicate(timeout=60)
         assert "waiting for the requests in flight" in out and err.strip() == "teacher.py: interrupted; the same command goes on from here"
         assert len(records(tmp_path / "T")) == sum(server.whole.values()) == 4
 
@@ -298,7 +299,7 @@ def test_rate_limits(corpus, tmp_path, flag, least):
         teach(corpus, tmp_path / "T", server, flag)
     spent = server.times[-1] - server.times[0]
     least = least or (sum(server.billed) - 2 * MOST) * 60 / 200_000
-    assert 0.9 * least < spent < 3 * least + 2
+    assert 0.9 * least < spent < 3 * least + 10
     if "rpm" in flag:
         assert all(b - a > 0.04 * 20 * 0.8 for a, b in zip(server.times, server.times[20:])), "in no second more than the limit"
 
