@@ -238,7 +238,7 @@ class Endpoint:
 
     def ask_all(self, jobs, store, tick) -> collections.Counter:
         """Ask for all jobs (an iterator; each has request and size()), --concurrency at once; store(job, record). How many have no answer, by reason."""
-        turn, failed, broken, row = threading.Lock(), collections.Counter(), [], 0
+        turn, failed, broken, ended, row, started = threading.Lock(), collections.Counter(), [], [], 0, 0
 
         def work() -> None:
             nonlocal row
@@ -260,20 +260,21 @@ class Endpoint:
             except BaseException as e:  # a full disk, a damaged corpus: for the main thread to say
                 broken.append(e)
                 self.meter.halt("")
+            finally:
+                ended.append(None)
 
-        threads = [threading.Thread(target=guarded, daemon=True) for _ in range(self.s.concurrency)]
         try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(0.2)
-                    tick(failed.total())
+            for _ in range(self.s.concurrency):
+                threading.Thread(target=guarded, daemon=True).start()
+                started += 1
+            while len(ended) < started:  # not Thread.join(): Ctrl-C in the midst of it makes Python 3.11 take a running thread for ended
+                time.sleep(0.05)
+                tick(failed.total())
         except KeyboardInterrupt:
             self.meter.halt("interrupted")
             print(f"\nwaiting for the requests in flight, up to {self.s.timeout:.0f} s; Ctrl-C again to leave them", flush=True)
-            for thread in threads:
-                thread.join()
+            while len(ended) < started:
+                time.sleep(0.05)
             raise
         if broken:
             raise broken[0]
