@@ -274,14 +274,14 @@ def finish_corpus(folder: Path, tok: Tokenizer, sha256: str, questions: bool, co
 def write_thoughts(folder, corpus: Corpus, spans, meta: dict, samples: dict | None = None, files=()) -> None:
     """Write a thoughts folder: one list of ids for each chunk of the corpus (empty: no thought), and copies of `files`."""
     with new_folder(folder) as temporary:
-        offsets, _ = write_spans(temporary, spans, corpus.meta["n_vocab"])
+        offsets, sha256 = write_spans(temporary, spans, corpus.meta["n_vocab"])
         if len(offsets) != len(corpus.chunks):
             raise ValueError(f"{len(offsets) - 1} thoughts for {corpus.n_chunks} chunks")
         if samples:
             np.savez(temporary / "samples.npz", **samples)
         for file in files:
             shutil.copy(file, temporary)
-        own = {"kind": "thoughts", "corpus": corpus.meta["sha256"], "n_vocab": corpus.meta["n_vocab"]}
+        own = {"kind": "thoughts", "corpus": corpus.meta["sha256"], "n_vocab": corpus.meta["n_vocab"], "sha256": sha256}
         write_json(temporary / "meta.json", own | {"n_thoughts": int((np.diff(offsets) > 0).sum()), "n_tokens": offsets[-1]} | meta)
 
 

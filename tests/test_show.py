@@ -1,0 +1,125 @@
+"""data/show.py: what it prints, and that --check finds every kind of damage in one line."""
+
+import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, script
+
+from data.corpus import open_corpus, write_corpus, write_thoughts
+from data.show import histogram
+from data.tokenizer import make_tokenizer
+
+
+@pytest.fixture
+def made(tmp_path) -> tuple[Path, Path]:
+    tok = make_tokenizer(n_vocab=256)
+    documents = [[(f"Question {d}", True), (f"\nAnswer {d} with \033[31mcodes.", False)] for d in range(30)]
+    write_corpus(tmp_path / "C", documents, tok, {"maker": "a test"})
+    corpus = open_corpus(tmp_path / "C")
+    write_thoughts(tmp_path / "T", corpus, (tok.encode(f"because {i}") if i % 4 == 1 else [] for i in range(60)), {})
+    return tmp_path / "C", tmp_path / "T"
+
+
+def show(made, *more, code=0, env=None):
+    return script("data/show.py", f"--corpus={made[0]}", f"--thoughts={made[1]}", *more, code=code, env=env)
+
+
+def test_what_it_prints(made):
+    out = show(made, "--n=30").stdout
+    assert "30 documents, 60 chunks (30 of them questions)" in out and "15 thoughts, 147 tokens" in out
+    assert "=== document 29 ===\n--- chunk 58 (question), 11 tokens\nQuestion 29\n--- chunk 59, 27 tokens\nAnswer 29 with \ufffd[31mcodes." in out
+    assert "--- chunk 57, 27 tokens\n[thought, 10 tokens: because 57]\nAnswer 28" in out and "\033" not in out
+    few = [show(made, f"--seed={seed}").stdout for seed in (0, 0, 1)]
+    assert few[0].count("=== document") == 3 and few[0] == few[1] != few[2]
+    script("data/show.py", f"--corpus={made[0]}", "--n=1000")
+    script("data/show.py", f"--corpus={made[0]}", env={"PYTHONIOENCODING": "ascii"})
+
+
+def test_histogram():
+    text = histogram("a chunk", np.array([0, 1, 4, 5, 7, 8, 2000]))
+    assert len(text.splitlines()) == 1 + 12 and "4 to 7          3 " + "#" * 50 in text and "1,024 to 2,047          1 " in text
+    assert "longest 2,000" in text and histogram("a thought", np.array([])) == "a thought: none"
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_colour_on_a_terminal_only(made, no_color):
+    theirs, ours = pty.openpty()
+    command = [sys.executable, str(ROOT / "data/show.py"), f"--corpus={made[0]}", f"--thoughts={made[1]}", "--n=4"]
+    child = subprocess.Popen(command, stdout=ours, env=os.environ | {"NO_COLOR": no_color})
+    os.close(ours)
+    out = b""
+    while True:
+        try:
+            piece = os.read(theirs, 65536)
+        except OSError:
+            break
+        if not piece:
+            break
+        out += piece
+    assert child.wait() == 0 and b"[thought" in out
+    assert (b"\033[36m[thought" in out) == (not no_color) and b"\033[31m" not in out
+
+
+def edit(path: Path, change) -> None:
+    if path.suffix == ".npy":
+        values = np.load(path)
+        np.save(path, change(values))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    else:
+        path.write_bytes(change(path.read_bytes()))
+
+
+def put(values: np.ndarray, i: int, value) -> np.ndarray:
+    values[i] = value
+    return values
+
+
+DAMAGE = {
+    "an id out of range": ("C/tokens.bin", lambda b: b[:40] + b"\x10\x27" + b[42:], "token 20 is 10000, not below 262"),
+    "a marker": ("C/tokens.bin", lambda b: b[:40] + b"\x02\x01" + b[42:], "token 20 is 258, a special token"),
+    "a changed byte": ("C/tokens.bin", lambda b: b[:40] + b"x" + b[41:], "meta.json's hash"),
+    "a moved border": ("C/chunks.npy", lambda v: put(v, 3, v[3] + 1), "meta.json's hash"),
+    "cut off": ("C/tokens.bin", lambda b: b[:-4], "chunks.npy"),
+    "half a token": ("C/tokens.bin", lambda b: b[:-1], "whole number"),
+    "falling offsets": ("C/docs.npy", lambda v: put(v, 3, v[5]), "docs.npy"),
+    "an empty document": ("C/docs.npy", lambda v: put(v, 3, v[4]), "document 3 is empty"),
+    "a count": ("C/meta.json", lambda m: m | {"n_docs": 31}, "n_docs 31, but the files hold 30"),
+    "another tokenizer": ("C/meta.json", lambda m: m | {"tokenizer": "0"}, "tokenizer.json"),
+    "questions": ("C/questions.npy", lambda v: v[:-1], "questions.npy"),
+    "a thought's byte": ("T/tokens.bin", lambda b: b"x" + b[1:], "meta.json's hash"),
+    "a thought's id": ("T/tokens.bin", lambda b: b"\xff\xff" + b[2:], "token 0 is 65535"),
+    "thoughts of another corpus": ("T/meta.json", lambda m: m | {"corpus": "0"}, "another corpus"),
+    "a thought of a question": ("T/chunks.npy", lambda v: put(v, 1, 5), "T"),
+    "the number of thoughts": ("T/meta.json", lambda m: m | {"n_thoughts": 3}, "n_thoughts 3"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_check_finds_damage(made, name):
+    file, change, message = DAMAGE[name]
+    edit(made[0].parent / file, change)
+    done = show(made, "--check", code=1)
+    assert message in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_check_reads_samples(made):
+    assert show(made, "--check").stdout.startswith("sound: ")
+    np.savez(made[1] / "samples.npz", log_w=np.zeros((60, 4)), pick=np.zeros(60))
+    show(made, "--check")
+    np.savez(made[1] / "samples.npz", log_w=np.zeros((59, 4)), pick=np.zeros(60))
+    assert "samples.npz: rows" in show(made, "--check", code=1).stderr
+    whole = (made[1] / "samples.npz").read_bytes()
+    (made[1] / "samples.npz").write_bytes(whole[:300])
+    assert "samples.npz: damaged" in show(made, "--check", code=1).stderr
+    (made[1] / "samples.npz").write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    assert "samples.npz: damaged" in show(made, "--check", code=1).stderr
+    shutil.rmtree(made[1])
+    assert "no such thoughts folder" in show(made, code=1).stderr

@@ -1,0 +1,471 @@
+"""data/teacher.py against a server on 127.0.0.1 that does all that a server can do wrong."""
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, script
+
+from data import endpoint, teacher
+from data.cli import UserError, read_json
+from data.corpus import open_corpus, open_thoughts, write_corpus
+from data.tokenizer import make_tokenizer
+
+KEY = "sk-secret-0123456789abcdef"
+FAULTS = ("slow", "429", "500", "cut", "drop", "none", "two", "huge", "html", "deep", "hang", "drip", "no usage", "null", "list")
+MOST = 400  # no request of these tests takes more tokens: prompts have under 1,000 bytes, --max_tokens is 50
+
+
+class Server(ThreadingHTTPServer):
+    """Answers chat completions; each passage meets `n_faults` faults first, in an order of its own. What it would bill is counted in `billed`."""
+
+    daemon_threads = True
+
+    def __init__(self, n_faults: int = 0, special=None, delay: float = 0.0):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.n_faults, self.special, self.delay = n_faults, special or {}, delay
+        self.attempts, self.whole, self.met, self.billed, self.times, self.lock = Counter(), Counter(), Counter(), [0, 0], [], threading.Lock()
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+    def handle_error(self, request, address) -> None:
+        pass  # clients hang up
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *words) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        server, request = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = request["messages"][0]["content"]
+        n = int(re.findall(r"passage (\d+)", prompt)[-1])
+        with server.lock:
+            attempt = server.attempts[n]
+            server.attempts[n] += 1
+            server.times.append(time.monotonic())
+        time.sleep(server.delay)
+        if n in server.special:
+            return server.special[n](self, attempt, prompt)
+        order = random.Random(n).sample(FAULTS, len(FAULTS))
+        fault = order[attempt] if attempt < server.n_faults else ""
+        with server.lock:
+            server.met[fault] += 1
+        self.answer(n, prompt, fault)
+
+    def answer(self, n: int, prompt: str, fault: str = "", text: str | None = None, finish: str = "stop") -> None:
+        text = f"thought {n} of {KEY}" if text is None else text
+        if fault == "429":
+            return self.send(429, json.dumps({"error": {"message": f"slow down, {KEY}"}}), {"Retry-After": "0"})
+        if fault == "500":
+            return self.send(500, f"broken, {self.headers['Authorization']}")
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
+        body = {"choices": [choice] * {"none": 0, "two": 2}.get(fault, 1), "usage": {"prompt_tokens": len(prompt) // 4, "completion_tokens": 40}}
+        self.server.billed[0] += len(prompt) // 4
+        self.server.billed[1] += 40
+        if fault in ("slow", "hang"):
+            time.sleep(0.3 if fault == "slow" else 5)
+        if fault == "drop":
+            return self.connection.close()
+        if fault == "no usage":
+            body["usage"] = {"prompt_tokens": -5, "completion_tokens": "many"}
+        bodies = {"html": "<html>welcome</html>", "deep": "[" * 1_000_000, "null": "null", "list": "[1]", "huge": json.dumps(body) + " " * (5 << 20)}
+        raw = bodies.get(fault, json.dumps(body))
+        if fault == "drip":
+            return self.drip(raw)
+        if fault in ("", "slow", "no usage"):
+            with self.server.lock:
+                self.server.whole[n] += 1
+        self.send(200, raw[: len(raw) // 2] if fault == "cut" else raw, length=len(raw))
+
+    def drip(self, raw: str) -> None:
+        with contextlib.suppress(OSError):
+            for c in "HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n" + raw:
+                self.wfile.write(c.encode())
+                self.wfile.flush()
+                time.sleep(0.2)
+
+    def send(self, status: int, body: str, headers: dict | None = None, length: int | None = None) -> None:
+        raw = body.encode()
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(length or len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
+
+@contextlib.contextmanager
+def serving(**how):
+    server = Server(**how)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """20 documents of 3 chunks (and a question before the last one of each third document), numbered as their chunks are."""
+    folder, documents, n = tmp_path_factory.mktemp("teacher") / "corpus", [], 0
+    for d in range(20):
+        document = []
+        for k in range(3):
+            document.append((f"This is passage {n}. ", d % 3 == 0 and k == 1))
+            n += 1
+        documents.append(document)
+    write_corpus(folder, documents, make_tokenizer(n_vocab=256), {})
+    return folder
+
+
+def flags(corpus: Path, out: Path, server: Server, *more: str) -> list[str]:
+    patience = 3 if getattr(server, "n_faults", 0) else 30  # a busy machine answers late
+    fixed = ("--model=m", "--backoff=0.01", f"--timeout={patience}", "--max_tokens=50", "--retries=8")
+    return [f"--corpus={corpus}", f"--out_dir={out}", f"--base_url={server.url}", *fixed, *more]
+
+
+def teach(*args, code: int = 0, key: str = KEY):
+    return script("data/teacher.py", *flags(*args), env={"OPENAI_API_KEY": key, "PYTHONFAULTHANDLER": "1"}, code=code, timeout=120)
+
+
+def texts(corpus: Path, out: Path) -> list[str]:
+    c = open_corpus(corpus)
+    thoughts = open_thoughts(out, c)
+    return [c.tokenizer.decode(thoughts.span(i)) for i in range(c.n_chunks)]
+
+
+def assert_no_key(folder: Path, *outputs: str) -> None:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 3
+    for path in files:
+        assert KEY.encode() not in path.read_bytes(), path
+    assert not any(KEY in output for output in outputs)
+
+
+def all_thoughts(corpus: Path) -> list[str]:
+    return ["" if asked else f"thought {i} of [key]" for i, asked in enumerate(open_corpus(corpus).questions)]
+
+
+def records(out: Path) -> list[dict]:
+    """The whole lines of answers.jsonl."""
+    found, path = [], Path(f"{out}.answers/answers.jsonl")
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
+
+
+# --------------------------------------------------------------------------------------------- the endpoint
+
+
+def test_whatever_the_server_does_every_chunk_is_answered_once(corpus, tmp_path):
+    with serving(n_faults=4) as server:
+        done = teach(corpus, tmp_path / "T", server, "--concurrency=16")
+    assert set(server.met) == {*FAULTS, ""}, "every fault was met"
+    assert texts(corpus, tmp_path / "T") == all_thoughts(corpus)
+    stored = [r["chunk"] for r in records(tmp_path / "T") if "text" in r]
+    assert len(stored) == len(set(stored)) == 53, "60 chunks, 7 of them questions"
+    assert sum(server.whole.values()) == 53 and max(server.whole.values()) == 1, "no answer was asked for twice"
+    assert "53 of 53 chunks have thoughts" in done.stdout
+    assert_no_key(tmp_path, done.stdout, done.stderr)
+    spent = read_json(tmp_path / "T" / "meta.json")
+    assert spent["tokens_in"] + spent["tokens_out"] >= sum(server.billed), "what was billed, also for what broke off, is counted"
+
+
+def test_faults_without_end_are_counted_and_nothing_is_lost(corpus, tmp_path):
+    def broken(handler, attempt, prompt):
+        handler.answer(7, prompt, "two")
+
+    def rejected(handler, attempt, prompt):
+        handler.send(400, json.dumps({"error": {"message": f"too long \033[31m {KEY}"}}))
+
+    with serving(special={7: broken, 11: rejected}) as server:
+        done = teach(corpus, tmp_path / "T", server, "--retries=2", code=1)
+        assert server.attempts[7] == 3 and server.attempts[11] == 1
+        assert "2 of 53 have no answer" in done.stderr and "1 x an answer with not one choice" in done.stderr and "1 x HTTP 400" in done.stderr
+        assert done.stderr.count("\n") == 1 and not (tmp_path / "T").exists()
+        done = teach(corpus, tmp_path / "T", server, "--retries=0", "--partial")
+        assert "51 of 53" in done.stdout and "2 unanswered" in done.stdout and texts(corpus, tmp_path / "T")[7] == ""
+        server.special = {}
+        done = teach(corpus, tmp_path / "T", server)
+        assert texts(corpus, tmp_path / "T") == all_thoughts(corpus) and max(server.whole.values()) == 1
+        n = sum(server.attempts.values())
+        assert "complete" in teach(corpus, tmp_path / "T", server).stdout and sum(server.attempts.values()) == n
+        assert "--before=1 became 0" in teach(corpus, tmp_path / "T", server, "--before=0", code=1).stderr
+
+
+@pytest.mark.parametrize("n_faults", [0, 3])
+@pytest.mark.parametrize("budget", [300, 1500, 4000])
+def test_the_budget_is_passed_by_one_request_at_most(corpus, tmp_path, budget, n_faults):
+    with serving(n_faults=n_faults, delay=0.01) as server:
+        done = teach(corpus, tmp_path / "T", server, f"--budget_tokens={budget}", code=1)
+        assert sum(server.billed) <= budget + MOST and "the budget is spent" in done.stderr and done.stderr.count("\n") == 1
+        first = sum(server.billed)
+        teach(corpus, tmp_path / "T", server, f"--budget_tokens={budget}", code=1)
+        assert sum(server.billed) == first, "the budget counts all runs"
+        if not n_faults:
+            assert first > budget - 50
+            teach(corpus, tmp_path / "T", server, "--usd_in=100", "--usd_out=300", "--budget_usd=0.6", code=1)
+            usd = (server.billed[0] * 100 + server.billed[1] * 300) / 1e6
+            assert 0.55 < usd <= 0.6 + 0.1
+        done = teach(corpus, tmp_path / "T", server, "--usd_in=100", "--usd_out=300")
+        assert texts(corpus, tmp_path / "T") == all_thoughts(corpus) and max(server.whole.values()) == 1
+        assert f"${read_json(tmp_path / 'T' / 'meta.json')['usd']:.4f}" in done.stdout
+
+
+def test_kill_9_and_resume(corpus, tmp_path):
+    path = Path(f"{tmp_path / 'T'}.answers/answers.jsonl")
+    with serving(n_faults=1, delay=0.02) as server:
+        command = [sys.executable, str(ROOT / "data/teacher.py"), *flags(corpus, tmp_path / "T", server, "--concurrency=3")]
+        kills = 0
+        while kills < 8:
+            before = len(records(tmp_path / "T"))
+            child = subprocess.Popen(command, env=os.environ | {"OPENAI_API_KEY": KEY}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            while child.poll() is None and len(records(tmp_path / "T")) < before + 4:
+                time.sleep(0.005)
+            child.kill()
+            assert child.wait() == -9, "it was still at work"
+            kills += 1
+            with open(path, "ab") as f:
+                f.write(b'{"chunk": 3, "key": "0123')  # a line that the kill cut short
+        done = teach(corpus, tmp_path / "T", server)
+    stored = [r["chunk"] for r in records(tmp_path / "T") if "text" in r]
+    assert len(stored) == len(set(stored)) == 53 and texts(corpus, tmp_path / "T") == all_thoughts(corpus)
+    assert sum(server.whole.values()) <= 53 + 3 * kills, "a kill costs what was in flight"
+    assert_no_key(tmp_path, done.stdout)
+
+
+def test_ctrl_c_waits_for_what_is_in_flight(corpus, tmp_path):
+    with serving(delay=0.5) as server:
+        command = [sys.executable, str(ROOT / "data/teacher.py"), *flags(corpus, tmp_path / "T", server, "--concurrency=4")]
+        child = subprocess.Popen(command, env=os.environ | {"OPENAI_API_KEY": KEY}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while len(server.times) < 4:
+            time.sleep(0.01)
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=60)
+        assert "waiting for the requests in flight" in out and err.strip() == "teacher.py: interrupted; the same command goes on from here"
+        assert len(records(tmp_path / "T")) == sum(server.whole.values()) == 4
+
+
+def test_two_runs_on_one_folder_do_not_both_pay(corpus, tmp_path):
+    with serving(delay=0.3) as server:
+        command = [sys.executable, str(ROOT / "data/teacher.py"), *flags(corpus, tmp_path / "T", server)]
+        child = subprocess.Popen(command, env=os.environ | {"OPENAI_API_KEY": KEY}, stdout=subprocess.DEVNULL)
+        while not server.times:
+            time.sleep(0.01)
+        assert "another run is at work" in teach(corpus, tmp_path / "T", server, code=1).stderr
+        assert child.wait() == 0 and max(server.whole.values()) == 1
+
+
+def test_retry_after_is_meant_for_all(corpus, tmp_path):
+    def limited(handler, attempt, prompt):
+        if attempt:
+            return handler.answer(0, prompt)
+        handler.send(429, "{}", {"Retry-After": "1.5"})
+
+    with serving(special={0: limited}, delay=0.01) as server:
+        teach(corpus, tmp_path / "T", server, "--concurrency=4")
+    pauses = [b - a for a, b in zip(server.times, server.times[1:])]
+    assert max(pauses) > 1.4, "nobody asks meanwhile"
+
+
+def test_retry_after_header():
+    assert endpoint.retry_after("3") == 3 and endpoint.retry_after(" 0.25") == 0.25 and endpoint.retry_after("999999999") == endpoint.MAX_WAIT
+    soon = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30))
+    assert 28 < endpoint.retry_after(soon) <= 30 and endpoint.retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    for bad in (None, "", "nan", "-5", "inf", "soon", "1e9", "Wed, 99 Foo 20150 99:99:99", "\u0663"):
+        assert endpoint.retry_after(bad) == 0
+
+
+@pytest.mark.parametrize("flag, least", [("--rpm=1500", 52 * 0.04), ("--tpm=200000", None)])
+def test_rate_limits(corpus, tmp_path, flag, least):
+    with serving() as server:
+        teach(corpus, tmp_path / "T", server, flag)
+    spent = server.times[-1] - server.times[0]
+    least = least or (sum(server.billed) - 2 * MOST) * 60 / 200_000
+    assert 0.9 * least < spent < 3 * least + 10
+    if "rpm" in flag:
+        assert all(b - a > 0.04 * 20 * 0.8 for a, b in zip(server.times, server.times[20:])), "in no second more than the limit"
+
+
+@pytest.mark.parametrize("status", [401, 402, 404, 302])
+def test_what_no_retry_mends_ends_the_run_at_once(corpus, tmp_path, status):
+    def refuse(handler, attempt, prompt):
+        body = json.dumps({"error": {"message": f"Incorrect API key provided: {KEY} \033[2J"}})
+        handler.send(status, body, {"Location": f"{other.url}/chat/completions"})
+
+    with serving(special=dict.fromkeys(range(60), refuse)) as server, serving() as other:
+        done = teach(corpus, tmp_path / "T", server, "--concurrency=2", code=1)
+        assert 1 <= sum(server.attempts.values()) <= 2 and not other.times, "a redirection is not followed: the key would go with it"
+    assert f"HTTP {status}: Incorrect API key provided: [key]" in done.stderr and done.stderr.count("\n") == 1 and "\033" not in done.stderr
+    assert KEY not in done.stdout + done.stderr
+    for path in Path(f"{tmp_path / 'T'}.answers").iterdir():
+        assert KEY not in path.read_text()
+
+
+def test_a_server_that_always_fails_ends_the_run(corpus, tmp_path):
+    def fail(handler, attempt, prompt):
+        handler.send(500, "")
+
+    with serving(special=dict.fromkeys(range(60), fail)) as server:
+        done = teach(corpus, tmp_path / "T", server, "--retries=1", code=1)
+        assert "20 requests in a row without an answer, the last: HTTP 500" in done.stderr and sum(server.attempts.values()) < 60
+        done = teach(corpus, tmp_path / "T", server, "--retries=0", "--partial", code=1)
+        assert "53 of 53 have no answer" in done.stderr and not (tmp_path / "T").exists(), "no folder without a thought"
+    done = teach(corpus, tmp_path / "T2", SimpleNamespace(url="http://127.0.0.1:9/v1"), code=1)
+    assert "cannot connect to 127.0.0.1:9" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_bad_flags(corpus, tmp_path):
+    def fails(*more, key=KEY):
+        done = script("data/teacher.py", f"--corpus={corpus}", f"--out_dir={tmp_path / 'T'}", *more, env={"OPENAI_API_KEY": key}, code=1)
+        assert done.stderr.count("\n") == 1 and KEY not in done.stderr and not (tmp_path / "T" / "meta.json").exists()
+        return done.stderr
+
+    assert "--base_url" in fails() and "such as https" in fails("--model=m", "--base_url=ftp://x")
+    assert "without a user" in fails("--model=m", f"--base_url=https://{KEY}@x/v1") and "without a user" in fails("--model=m", f"--base_url=https://x/v1?key={KEY}")
+    assert "--usd_in" in fails("--model=m", "--base_url=http://127.0.0.1:9", "--budget_usd=3")
+    assert "characters" in fails("--model=m", "--base_url=http://127.0.0.1:9", key=f"{KEY}\nX-Evil: 1")
+    assert "no such file" in fails("--model=m", "--prompt_file=missing.txt") and "--extra" in fails("--model=m", "--extra=[1]")
+    assert "no such" in fails("--model=missing") and "did you mean --budget_usd" in fails("--budget_us=3")
+    (tmp_path / "prompt.txt").write_text("no place")
+    assert "lacks {passage}" in fails("--model=m", f"--prompt_file={tmp_path / 'prompt.txt'}")
+    (tmp_path / "T").mkdir(exist_ok=True)
+    (tmp_path / "T" / "mine.txt").write_text("dear")
+    assert "was not made by this script" in fails("--given=x.jsonl") and (tmp_path / "T" / "mine.txt").exists()
+
+
+# ------------------------------------------------------------------------------------- prompts and judgements
+
+
+def test_prompts(corpus, tmp_path):
+    assert teacher.fill("{before}|{passage}", "{passage} {0}", "{before} {x.__class__} \\1") == "{passage} {0}|{before} {x.__class__} \\1"
+    s = teacher.Settings(corpus=str(corpus), out_dir="x", model="m", before=2)
+    task = teacher.Task(s, open_corpus(corpus))
+    first, third = task.job(3).prompt, task.job(5).prompt
+    assert teacher.NOTHING_BEFORE in first and "This is passage 3. \n" in first
+    assert "This is passage 3. This is passage 4. \n\nPassage:\nThis is passage 5." in third, "the two chunks before it, in order"
+    extra = teacher.Settings(corpus=str(corpus), out_dir="x", model="m", extra='{"max_tokens": null, "max_completion_tokens": 9}')
+    job = teacher.Task(extra, open_corpus(corpus)).job(3)
+    assert "max_tokens" not in job.request and job.size()[1] == 9 and job.key != task.job(3).key
+
+
+def test_answers_that_cannot_be_used_are_counted(corpus, tmp_path):
+    def says(text, finish="stop"):
+        return lambda handler, attempt, prompt: handler.answer(0, prompt, "", text, finish)
+
+    special = {0: says(""), 2: says(None, "content_filter"), 3: says("I'm sorry, but I can't help with that."), 4: says("half of a", "length"),
+               5: says("long " * 2000), 6: says(" <|END_OF_LATENT|> a<|EOS|>b \ud800 é "), 8: says("  \n"), 9: says("<|START_OF_LATENT|>")}  # fmt: skip
+    with serving(special=special) as server:
+        done = teach(corpus, tmp_path / "T", server)
+    counts = read_json(tmp_path / "T" / "meta.json")["counts"]
+    assert counts == {"used": 46, "empty": 3, "refused": 2, "cut off": 1, "too long": 1} and "1 cut off, 3 empty" in done.stdout
+    got = texts(corpus, tmp_path / "T")
+    assert got[6] == "a b  é" and all(got[n] == "" for n in special if n != 6)
+    done = script("data/show.py", f"--corpus={corpus}", f"--thoughts={tmp_path / 'T'}", "--check")
+    assert "sound" in done.stdout
+
+
+def test_wrap_styles(corpus, tmp_path):
+    with serving() as server:
+        done = teach(corpus, tmp_path / "W", server, "--style=wrap")
+        lines = [json.loads(line) for line in open(tmp_path / "W" / "texts.jsonl", encoding="utf-8")]
+        assert len(lines) == 20 and [line["doc"] for line in lines] == list(range(20)) and all(line["text"].startswith("thought") for line in lines)
+        assert {line["style"] for line in lines} == set(teacher.STYLES) and "20 of 20 documents" in done.stdout
+        assert max(server.whole.values()) == 1
+        teach(corpus, tmp_path / "W2", server, "--style=wrap", "--seed=1")
+        others = [json.loads(line)["style"] for line in open(tmp_path / "W2" / "texts.jsonl", encoding="utf-8")]
+        assert others != [line["style"] for line in lines]
+        teach(corpus, tmp_path / "C", server, "--style=wrap-cot")
+        assert {json.loads(line)["style"] for line in open(tmp_path / "C" / "texts.jsonl", encoding="utf-8")} == {"wrap-cot"}
+
+
+# ---------------------------------------------------------------------------------- batch files, files, models
+
+
+def test_batch_files(corpus, tmp_path):
+    common = [f"--corpus={corpus}", f"--out_dir={tmp_path / 'T'}", "--model=m"]
+    done = script("data/teacher.py", *common, f"--batch_out={tmp_path / 'b.jsonl'}", env={"OPENAI_API_KEY": KEY})
+    assert "53 requests in 1 files" in done.stdout
+    requests = [json.loads(line) for line in open(tmp_path / "b-000.jsonl", encoding="utf-8")]
+    assert {r["url"] for r in requests} == {"/v1/chat/completions"} and len({r["custom_id"] for r in requests}) == 53
+    random.Random(0).shuffle(requests)
+
+    def answer(r, text="because", status=200):
+        body = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 5, "completion_tokens": 2}}
+        return {"id": "x", "custom_id": r["custom_id"], "response": {"status_code": status, "body": body}, "error": None}
+
+    foreign = [answer({"custom_id": c}) for c in ("x", None, "1-" + "0" * 16, "99999-" + "0" * 16, "-1-" + "a" * 16)]
+    lines = [answer(r) for r in requests[:50]] + [answer(requests[0], "again")] + [answer(requests[51], status=500), {"custom_id": requests[52]["custom_id"]}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines + foreign))
+    done = script("data/teacher.py", *common, f"--batch_in={tmp_path / 'in.jsonl'}", code=1)
+    assert "3 of 53 have no answer" in done.stderr and "5 x answer to another request" in done.stderr and "2 x an error" in done.stderr
+    assert "3 requests" in script("data/teacher.py", *common, f"--batch_out={tmp_path / 'c.jsonl'}").stdout
+    rest = [answer(json.loads(line)) for line in open(tmp_path / "c-000.jsonl", encoding="utf-8")]
+    (tmp_path / "in2.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rest))
+    done = script("data/teacher.py", *common, f"--batch_in={tmp_path / 'in.jsonl'},{tmp_path / 'in2.jsonl'}", "--usd_in=1", "--usd_out=1")
+    assert set(texts(corpus, tmp_path / "T")) == {"", "because"} and "53 of 53" in done.stdout and "265 tokens in, 106 out, $0.0004" in done.stdout
+    (tmp_path / "bad.jsonl").write_text('{"custom_id": ')
+    assert "bad.jsonl:1" in script("data/teacher.py", *common[:1], f"--out_dir={tmp_path / 'N'}", "--model=m", f"--batch_in={tmp_path / 'bad.jsonl'}", code=1).stderr
+
+
+def test_large_batches_are_split(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(teacher, "BATCH_REQUESTS", 20)
+    teacher.main(teacher.Settings(corpus=str(corpus), out_dir=str(tmp_path / "T"), model="m", batch_out=str(tmp_path / "b")))
+    assert [len(open(path).readlines()) for path in sorted(tmp_path.glob("b-*.jsonl"))] == [20, 20, 13] and "in 3 files" in capsys.readouterr().out
+
+
+def test_given_thoughts(corpus, tmp_path):
+    def give(lines: str, code: int = 0):
+        (tmp_path / "given.jsonl").write_text(lines)
+        return script("data/teacher.py", f"--corpus={corpus}", f"--out_dir={tmp_path / 'T'}", f"--given={tmp_path / 'given.jsonl'}", code=code)
+
+    for bad in ('{"chunk": 60, "thought": "x"}', '{"chunk": true, "thought": "x"}', '{"doc": 1, "index": 3, "thought": "x"}', '{"chunk": 2}', "[]", "{",
+                '{"chunk": 1, "thought": "x"}', '{"chunk": 5, "thought": "x"}\n{"doc": 1, "index": 2, "thought": "y"}', '{"chunk": -1, "thought": "x"}'):  # fmt: skip
+        assert f"given.jsonl:{bad.count(chr(10)) + 1}: " in give(bad, code=1).stderr
+    give('{"chunk": 3, "thought": "\\nthree"}\n\n{"doc": 1, "index": 2, "thought": "five"}\n')
+    got = texts(corpus, tmp_path / "T")
+    assert got[3] == "\nthree" and got[5] == "five" and sum(map(bool, got)) == 2
+
+
+def test_a_model_folder(digits, tmp_path):
+    script("train.py", f"--corpus={digits / 'warm'}", f"--thoughts={digits / 'warm_thoughts'}", f"--out_dir={tmp_path / 'M'}", "--max_steps=5", "--seq_len=256")
+    (tmp_path / "prompt.txt").write_text("{passage}")
+    how = [f"--corpus={digits / 'warm'}", f"--model={tmp_path / 'M'}", "--max_tokens=40", f"--prompt_file={tmp_path / 'prompt.txt'}", "--device=cpu"]
+    done = script("data/teacher.py", *how, f"--out_dir={tmp_path / 'T'}")
+    assert "of 40 chunks have thoughts" in done.stdout and len(records(tmp_path / "T")) == 40
+    lines = Path(f"{tmp_path / 'T'}.answers/answers.jsonl").read_bytes().splitlines(keepends=True)
+    script("data/teacher.py", *how, f"--out_dir={tmp_path / 'T2'}", code=0)
+    work = Path(f"{tmp_path / 'T2'}.answers")
+    shutil.rmtree(tmp_path / "T2")
+    (work / "answers.jsonl").write_bytes(b"".join(lines[:17]))  # as a kill leaves it
+    script("data/teacher.py", *how, f"--out_dir={tmp_path / 'T2'}")
+    for name in ("tokens.bin", "chunks.npy"):
+        a, b = ((tmp_path / t / name).read_bytes() for t in ("T", "T2"))
+        assert hashlib.sha256(a).digest() == hashlib.sha256(b).digest(), "the same thoughts, whatever stands beside them in the batch"
+
+
+def test_read_answer_takes_anything():
+    for body in (None, 3, [], {}, {"choices": {}}, {"choices": [3]}, {"choices": [{"message": {"content": 3}}]}, {"choices": [{"message": "x"}]}):
+        with pytest.raises(endpoint.Trouble):
+            endpoint.read_answer(body)
+    good = {"choices": [{"message": {"content": "x", "refusal": ""}, "finish_reason": ["stop"]}], "usage": {"prompt_tokens": True, "completion_tokens": 10**30}}
+    assert endpoint.read_answer(good) == {"text": "x", "finish": "stop", "in": None, "out": None}
+    with pytest.raises(UserError):
+        endpoint.read_url("http://[bad/v1")
