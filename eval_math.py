@@ -105,8 +105,6 @@ class Settings:
 # ---------------------------------------------------------------------------------------------- problems and examples
 
 N_SHOTS = {"gsm8k": 8, "math": 4, "math500": 4, "mmlu_stem": 4}
-SOURCES = {"gsm8k": "openai/grade-school-math (train.jsonl, test.jsonl)", "math": "hendrycks/math as one jsonl or parquet a split",
-           "math500": "HuggingFaceH4/MATH-500 (test.jsonl)", "mmlu_stem": "the STEM subjects of cais/mmlu (test, dev as train)"}  # fmt: skip
 UNTIL = ("Problem:", "Question:", "a line's end after \"The final answer is\"")
 END = re.compile(r"Problem:|Question:|[Tt]he final answer is[^\n]*\n")
 STRICT = re.compile(r"[Tt]he final answer is:?\s+(.+?)\.(?=\s|$)")
@@ -162,7 +160,7 @@ def read_item(row: dict, where: str) -> Item:
     elif isinstance(answer, str) and "####" in answer:
         solution, _, answer = answer.rpartition("####")
         solution = re.sub(r"<<[^<>]*>>", "", solution)
-    elif answer is None and solution:
+    elif answer is None and isinstance(solution, str) and solution:
         answer = extract_answer(solution)
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         answer = str(answer)
@@ -183,7 +181,8 @@ def find_file(s: Settings, split: str) -> Path:
     if found is None and s.benchmark not in N_SHOTS and split != "train":
         raise UserError(f"{places[0]}: no such file; --benchmark is one of {', '.join(N_SHOTS)}, or a .jsonl or .parquet file")
     if found is None:
-        source = f": put it there from {SOURCES[s.benchmark]}" if s.benchmark in SOURCES else ""
+        known = s.benchmark in N_SHOTS and (s.benchmark, split) != ("math500", "train")  # MATH-500 has no training problems
+        source = f"; get it by `python data/benchmarks.py {s.benchmark}`" if known else ""
         raise UserError(f"{places[0]}: no such file{source}, or name it by --{'train_file' if split == 'train' else 'file'}=FILE")
     return found
 

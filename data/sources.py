@@ -41,6 +41,19 @@ def optional(module: str, path: str):
         raise UserError(f"{path}: needs {module.partition('.')[0]}; pip install {module.partition('.')[0]}") from None
 
 
+def from_hub(repo: str, instead: str, call: Callable):
+    """call(huggingface_hub); whatever goes wrong there is one line, which names what else the user can do."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError(f"{repo}: fetching needs huggingface_hub; pip install huggingface_hub, or {instead}") from None
+    try:
+        return call(huggingface_hub)
+    except Exception as e:  # its own errors, its HTTP library's and the system's, other ones in each release
+        said = " ".join(str(e).split())[:150]
+        raise UserError(f"{repo}: not fetched ({type(e).__name__}: {said}); the same command goes on, or {instead}") from None
+
+
 # ---------------------------------------------------------------------------------------------------------- files
 
 

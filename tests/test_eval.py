@@ -71,7 +71,7 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(UserError, match="holds no problem"):
         read_items(tmp_path / "empty.jsonl")
-    with pytest.raises(UserError, match="put it there from"):
+    with pytest.raises(UserError, match="get it by `python data/benchmarks.py gsm8k`"):
         eval_math.find_file(settings(benchmark="gsm8k", file=str(tmp_path / "no.jsonl")), "test")
     with pytest.raises(UserError, match="is one of gsm8k"):
         eval_math.find_file(settings(benchmark="gsm9k"), "test")
