@@ -584,6 +584,10 @@ def main(s: Settings) -> None:
             raise UserError(f"{out}: the disk is full; make room, and the same command goes on: finished parts are kept") from None
 
 
+def n_workers(asked: int) -> int:
+    return asked or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+
+
 def clear(out: Path, work: Path) -> None:
     shutil.rmtree(work)
     for name in ("settings.json", "dropped.jsonl.tmp"):
@@ -613,7 +617,7 @@ def build(s: Settings, out: Path, work: Path, files: list[str]) -> None:
         return
     for left in work.glob("*.tmp"):
         left.unlink()
-    workers = s.workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+    workers = n_workers(s.workers)
     files = [save_stdin(work, s) if path == "-" else path for path in files]
     same_input(files, s, work / "input.json")
     tasks = plan(files, s)
