@@ -1,7 +1,8 @@
 """Look at a corpus folder, and at the thoughts for it: counts, lengths, and random documents in full; or check that every byte of it is sound.
 
-    python data/show.py --corpus=out/digits/warm --thoughts=out/digits/warm_thoughts --n=3
-    python data/show.py --corpus=C --thoughts=T --check      # one line about the first damage, and a non-zero exit code
+    python data/show.py out/digits/warm --n=3
+    python data/show.py out/digits/warm out/digits/warm_thoughts      # with the thoughts for it
+    python data/show.py CORPUS THOUGHTS --check                       # one line about the first damage, and a non-zero exit code
 
 In colour on a terminal, unless NO_COLOR is set. Characters that would steer the terminal are shown as a replacement character: texts come from anywhere.
 """
@@ -13,13 +14,14 @@ import sys
 import zipfile
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 if not __package__:  # run as `python data/show.py`: the package is the folder above
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import numpy as np
 
-from data.cli import UserError, opt, run
+from data.cli import UserError, opt, read_json, run
 from data.corpus import Corpus, Thoughts, open_corpus, open_thoughts
 
 BOLD, DIM, CYAN = 1, 2, 36
@@ -27,8 +29,7 @@ BOLD, DIM, CYAN = 1, 2, 36
 
 @dataclass(kw_only=True)
 class Settings:
-    corpus: str = opt(help="corpus folder")
-    thoughts: str = opt("", "a thoughts folder for it")
+    folders: list = opt(help="a corpus folder, and, if wanted, a thoughts folder for it")
     n: int = opt(3, "random documents to show", low=0)
     seed: int = opt(0, "which ones")
     check: bool = opt(False, "verify hashes, offsets and ids instead")
@@ -120,13 +121,27 @@ def check(corpus: Corpus, thoughts: Thoughts | None) -> None:
     expect(set(rows.values()) <= {corpus.n_chunks}, folder / "samples.npz", f"rows {rows}, expected {corpus.n_chunks} of each")
 
 
+def open_folders(folders: list[str]) -> tuple[Corpus, Thoughts | None]:
+    """The corpus and the thoughts that were named; UserError that says what to name instead."""
+    first = Path(folders[0])
+    if len(folders) > 2:
+        raise UserError(f"{folders[2]}: one folder too many; expected CORPUS or CORPUS THOUGHTS")
+    meta = read_json(first / "meta.json") if (first / "meta.json").exists() else {}
+    if meta.get("kind") == "thoughts":
+        raise UserError(f"{first}: holds thoughts; name the corpus they belong to first: CORPUS {first}")
+    inside = sorted(str(path.parent) for path in first.glob("*/meta.json"))
+    if meta.get("kind") != "corpus" and inside:
+        raise UserError(f"{first}: no corpus itself; name one of {', '.join(inside)}")
+    corpus = open_corpus(first)
+    return corpus, open_thoughts(folders[1], corpus) if len(folders) > 1 else None
+
+
 def main(s: Settings) -> None:
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters
-    corpus = open_corpus(s.corpus)
-    thoughts = open_thoughts(s.thoughts, corpus) if s.thoughts else None
+    corpus, thoughts = open_folders(s.folders)
     if s.check:
         check(corpus, thoughts)
-        return print(f"sound: {s.corpus}, {len(corpus.tokens):,} tokens" + (f"; {s.thoughts}, {len(thoughts.tokens):,} tokens" if thoughts else ""))
+        return print("sound: " + "; ".join(f"{part.folder}, {len(part.tokens):,} tokens" for part in (corpus, thoughts) if part))
     print(summary(corpus, thoughts))
     for d in sorted(random.Random(s.seed).sample(range(corpus.n_docs), min(s.n, corpus.n_docs))):
         print("\n" + document(corpus, thoughts, d))

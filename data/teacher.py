@@ -8,7 +8,7 @@
     export OPENAI_API_KEY=...         # sent to the endpoint, written nowhere; --key_env names another variable
     python data/teacher.py --corpus=C/warm --out_dir=T --base_url=https://api.openai.com/v1 --model=gpt-4o-mini \\
         --usd_in=0.15 --usd_out=0.6 --budget_usd=20 --rpm=500 --tpm=200000
-    python data/show.py --corpus=C/warm --thoughts=T
+    python data/show.py C/warm T
 
 Writes a thoughts folder (data/corpus.py); with --style=wrap or wrap-cot, a folder with texts.jsonl ({"text", "doc", "style"}). Every answer is appended
 to OUT_DIR.answers/answers.jsonl as it comes, under its chunk's number and a hash of the request, and never asked for again: the same command goes on
@@ -86,7 +86,7 @@ class Settings:
         "or paraphrased with reasoning added")  # fmt: skip
     prompt_file: str = opt("", "a text with {passage} and, if wanted, {before}, instead of the built-in prompt")
     before: int = opt(1, "chunks before the chunk that are shown", low=0)
-    temperature: float = opt(0.7, "of the endpoint's sampling (a model folder draws at 1)", low=0)
+    temperature: float = opt(0.7, "of the sampling; 0: the likeliest tokens", low=0)
     max_tokens: int = opt(2048, "longest answer, in the model's tokens", low=1)
     extra: str = opt("", 'JSON object merged into each request; null removes a field: {"max_tokens": null, "max_completion_tokens": 4000}')
     longest: int = opt(0, "longer answers are left out, in the corpus's tokens; 0: 1000 more than five times the passage", low=0)
@@ -240,15 +240,15 @@ def ask_model(s: Settings, task: Task, answers: Answers) -> tuple[collections.Co
     device = pick_device(s.device)
     device = "cpu" if device == "mps" else device
     model, tok = load_model(s.model, device, "bfloat16" if device.startswith("cuda") else "float32")
-    # The engine draws at temperature 1. Once generate() takes one, it gets s.temperature (the paper's is 0.7), and the 1.0 here goes.
-    task.fixed = task.fixed | {"weights": fingerprint(s.model), "temperature": 1.0}  # part of the keys: the folder may hold another model tomorrow
+    task.fixed = {"weights": fingerprint(s.model)}  # part of the keys: the folder may hold another model tomorrow
     engine, failed, room = Engine(model), collections.Counter(), model.config.seq_len - s.max_tokens
     progress, jobs = Progress("ask", len(task.numbers), task.unit, done=answers.n), task.jobs(answers)
     while batch := list(itertools.islice(jobs, 256)):
         prompts = [[tok.bos, *tok.encode(job.prompt.rstrip())] for job in batch]
         fits = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
         failed["prompt too long for the model"] += len(batch) - len(fits)
-        drawn = engine.generate([prompts[i] for i in fits], [batch[i].number for i in fits], 1, s.max_tokens, {tok.eos, tok.sol, tok.eol}, s.seed)
+        drawn = engine.generate([prompts[i] for i in fits], [batch[i].number for i in fits], 1, s.max_tokens, {tok.eos, tok.sol, tok.eol}, s.seed,
+                                temperature=s.temperature)  # fmt: skip
         for i, [(ids, ended, _)] in zip(fits, drawn):
             text, blank, _ = tok.decode(ids[:-1] if ended else ids).strip().partition("\n\n")
             record = {"text": text, "finish": "stop" if ended or blank else "length", "in": len(prompts[i]), "out": len(ids)}
@@ -384,6 +384,8 @@ def check_settings(s: Settings) -> None:
         raise UserError("--base_url=... and --model=NAME, --model=FOLDER or --given=FILE is required: where the thoughts come from")
     if s.given and (s.model or s.base_url or s.style != "thoughts"):
         raise UserError(f"--given={s.given}: goes with no model and no --style")
+    if s.extra and not (s.base_url or s.batch_out or s.batch_in):
+        raise UserError("--extra: only for an endpoint and its batch files")
     if s.batch_out and s.batch_in:
         raise UserError("--batch_out and --batch_in: give one at a time")
     if (s.budget_usd or s.budget_tokens) and not s.base_url:

@@ -10,25 +10,34 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, script
+from conftest import ROOT, inside, script
 
+import data.show
 from data.corpus import open_corpus, write_corpus, write_thoughts
 from data.show import histogram
 from data.tokenizer import make_tokenizer
 
 
-@pytest.fixture
-def made(tmp_path) -> tuple[Path, Path]:
-    tok = make_tokenizer(n_vocab=256)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    tmp_path, tok = tmp_path_factory.mktemp("show"), make_tokenizer(n_vocab=256)
     documents = [[(f"Question {d}", True), (f"\nAnswer {d} with \033[31mcodes.", False)] for d in range(30)]
     write_corpus(tmp_path / "C", documents, tok, {"maker": "a test"})
     corpus = open_corpus(tmp_path / "C")
     write_thoughts(tmp_path / "T", corpus, (tok.encode(f"because {i}") if i % 4 == 1 else [] for i in range(60)), {})
+    return tmp_path
+
+
+@pytest.fixture
+def made(whole, tmp_path) -> tuple[Path, Path]:
+    """A corpus and its thoughts, which a test may damage."""
+    for name in ("C", "T"):
+        shutil.copytree(whole / name, tmp_path / name)
     return tmp_path / "C", tmp_path / "T"
 
 
-def show(made, *more, code=0, env=None):
-    return script("data/show.py", f"--corpus={made[0]}", f"--thoughts={made[1]}", *more, code=code, env=env)
+def show(made, *more, code=0):
+    return inside(data.show, *made, *more, code=code)
 
 
 def test_what_it_prints(made):
@@ -38,8 +47,16 @@ def test_what_it_prints(made):
     assert "--- chunk 57, 27 tokens\n[thought, 10 tokens: because 57]\nAnswer 28" in out and "\033" not in out
     few = [show(made, f"--seed={seed}").stdout for seed in (0, 0, 1)]
     assert few[0].count("=== document") == 3 and few[0] == few[1] != few[2]
-    script("data/show.py", f"--corpus={made[0]}", "--n=1000")
-    script("data/show.py", f"--corpus={made[0]}", env={"PYTHONIOENCODING": "ascii"})
+    assert show(made[:1], "--n=1000").stdout.count("=== document") == 30
+    assert "=== document" in script("data/show.py", str(made[0]), env={"PYTHONIOENCODING": "ascii"}).stdout
+
+
+def test_which_folders(made, tmp_path):
+    fails = lambda *folders: show(folders, code=1).stderr  # noqa: E731
+    assert "FOLDER ... is required: a corpus folder" in fails() and "did you mean --check" in fails(made[0], "--chek")
+    assert f"name the corpus they belong to first: CORPUS {made[1]}" in fails(made[1]) and "one folder too many" in fails(*made, made[1])
+    assert f"no corpus itself; name one of {made[0]}, {made[1]}" in fails(tmp_path) and "no such corpus folder" in fails(tmp_path / "no")
+    assert "not the meta.json of a thoughts folder" in fails(made[0], made[0])
 
 
 def test_histogram():
@@ -51,7 +68,7 @@ def test_histogram():
 @pytest.mark.parametrize("no_color", ["", "1"])
 def test_colour_on_a_terminal_only(made, no_color):
     theirs, ours = pty.openpty()
-    command = [sys.executable, str(ROOT / "data/show.py"), f"--corpus={made[0]}", f"--thoughts={made[1]}", "--n=4"]
+    command = [sys.executable, str(ROOT / "data/show.py"), *map(str, made), "--n=4"]
     child = subprocess.Popen(command, stdout=ours, env=os.environ | {"NO_COLOR": no_color})
     os.close(ours)
     out = b""
