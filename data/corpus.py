@@ -16,6 +16,7 @@ every chunk may carry a thought, as in the paper. A folder appears under its nam
 import dataclasses
 import functools
 import hashlib
+import itertools
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -226,63 +227,109 @@ def token_dtype(n_vocab: int) -> np.dtype:
 # ------------------------------------------------------------------------------------------------- writing
 
 
-def write_spans(folder: Path, spans, n_vocab: int) -> tuple[list[int], str]:
-    """Stream lists of ids into tokens.bin and their offsets into chunks.npy; the offsets and a hash of the tokens."""
-    offsets, digest = [0], hashlib.sha256()
-    with open(folder / "tokens.bin", "wb") as f:
-        for span in spans:
-            raw = np.asarray(span, dtype=token_dtype(n_vocab)).tobytes()
-            digest.update(raw)
-            f.write(raw)
-            offsets.append(offsets[-1] + len(span))
-    np.save(folder / "chunks.npy", np.array(offsets, dtype=np.int64))
-    digest.update(np.array(offsets, dtype=np.int64).tobytes())
-    return offsets, digest.hexdigest()
+class Offsets:
+    """An .npy file of int64 offsets, as np.save writes it, whose length is known only when it is complete."""
+
+    HEADER = 128
+
+    def __init__(self, path: Path):
+        self.f, self.n, self.last = open(path, "wb+"), 0, 0
+        self.f.write(bytes(self.HEADER))
+        self.add([0])
+
+    def add(self, lengths) -> None:
+        offsets = self.last + np.cumsum(lengths, dtype=np.int64)
+        self.f.write(offsets.tobytes())
+        self.n, self.last = self.n + len(offsets), int(offsets[-1]) if len(offsets) else self.last
+
+    def close(self, digest=None) -> None:
+        self.f.seek(0)
+        np.lib.format.write_array_header_1_0(self.f, {"descr": "<i8", "fortran_order": False, "shape": (self.n,)})
+        assert self.f.tell() == self.HEADER
+        while digest and (block := self.f.read(1 << 20)):
+            digest.update(block)
+        self.f.close()
+
+
+class SpanWriter:
+    """tokens.bin and chunks.npy of a folder, span by span; and the hash of what is in both."""
+
+    def __init__(self, folder: Path, n_vocab: int):
+        self.dtype, self.digest, self.n_full = token_dtype(n_vocab), hashlib.sha256(), 0
+        self.tokens, self.chunks = open(folder / "tokens.bin", "wb"), Offsets(folder / "chunks.npy")
+
+    def add(self, ids, lengths) -> None:
+        """Spans of these lengths, their ids end to end."""
+        raw = np.asarray(ids, dtype=self.dtype).tobytes()
+        self.digest.update(raw)
+        self.tokens.write(raw)
+        self.chunks.add(lengths)
+        self.n_full += int(np.count_nonzero(lengths))
+
+    def close(self) -> tuple[int, int, str]:
+        """(spans, tokens, hash)."""
+        self.tokens.close()
+        self.chunks.close(self.digest)
+        return self.chunks.n - 1, self.chunks.last, self.digest.hexdigest()
+
+
+class CorpusWriter:
+    """A corpus folder that grows by whole documents."""
+
+    def __init__(self, folder: Path, tok: Tokenizer):
+        self.folder, self.tok, self.spans, self.docs = folder, tok, SpanWriter(folder, tok.n_vocab), Offsets(folder / "docs.npy")
+        self.questions, self.n_bytes = [], 0
+
+    def add(self, ids, lengths, chunks, n_bytes: int, questions=()) -> None:
+        """Documents of so many chunks, chunks of so many ids, ids end to end. questions: which chunks are some; none: no chunk of this corpus is."""
+        self.spans.add(ids, lengths)
+        self.docs.add(chunks)
+        self.questions += questions
+        self.n_bytes += n_bytes
+
+    def close(self, source: dict) -> dict:
+        """Write what is left to write; the counts."""
+        self.docs.close()
+        n_chunks, n_tokens, sha256 = self.spans.close()
+        if any(self.questions):
+            np.save(self.folder / "questions.npy", np.array(self.questions, dtype=bool))
+        self.tok.save(self.folder)
+        meta = {"kind": "corpus", "tokenizer": self.tok.sha256, "n_vocab": self.tok.n_vocab, "sha256": sha256, "questions": any(self.questions)}
+        counts = {"n_docs": self.docs.n - 1, "n_chunks": n_chunks, "n_tokens": n_tokens, "n_bytes": self.n_bytes}
+        write_json(self.folder / "meta.json", meta | counts | {"source": source})
+        return counts
 
 
 def write_corpus(folder, documents, tok: Tokenizer, source: dict) -> None:
     """Write a corpus folder from documents, each a list of (text, is_question) chunks; UserError for an empty one."""
-    docs, questions, n_bytes = [0], [], 0
-
-    def spans():
-        nonlocal n_bytes
-        for number, document in enumerate(documents):
-            if not any(text for text, _ in document):
-                raise UserError(f"{folder}: document {number} is empty; leave it out of the source")
-            for text, is_question in document:
-                n_bytes += len(text.encode())
-                questions.append(is_question)
-                yield tok.encode_array(text)
-            docs.append(docs[-1] + len(document))
-
     with new_folder(folder) as temporary:
-        offsets, sha256 = write_spans(temporary, spans(), tok.n_vocab)
-        np.save(temporary / "docs.npy", np.array(docs, dtype=np.int64))
-        if any(questions):
-            np.save(temporary / "questions.npy", np.array(questions, dtype=bool))
-        counts = {"n_docs": len(docs) - 1, "n_chunks": docs[-1], "n_tokens": offsets[-1], "n_bytes": n_bytes}
-        finish_corpus(temporary, tok, sha256, any(questions), counts, source)
-
-
-def finish_corpus(folder: Path, tok: Tokenizer, sha256: str, questions: bool, counts: dict, source: dict) -> None:
-    """The last files of a corpus folder: the tokenizer and meta.json."""
-    tok.save(folder)
-    meta = {"kind": "corpus", "tokenizer": tok.sha256, "n_vocab": tok.n_vocab, "sha256": sha256, "questions": questions}
-    write_json(folder / "meta.json", meta | counts | {"source": source})
+        writer, documents = CorpusWriter(temporary, tok), iter(documents)
+        while some := list(itertools.islice(documents, 256)):
+            for number, document in enumerate(some, writer.docs.n - 1):
+                if not any(text for text, _ in document):
+                    raise UserError(f"{folder}: document {number} is empty; leave it out of the source")
+            pieces = [text for document in some for text, _ in document]
+            ids, lengths = tok.encode_pieces(pieces)
+            questions = [is_question for document in some for _, is_question in document]
+            writer.add(ids, lengths, list(map(len, some)), sum(len(piece.encode()) for piece in pieces), questions)
+        writer.close(source)
 
 
 def write_thoughts(folder, corpus: Corpus, spans, meta: dict, samples: dict | None = None, files=()) -> None:
     """Write a thoughts folder: one list of ids for each chunk of the corpus (empty: no thought), and copies of `files`."""
     with new_folder(folder) as temporary:
-        offsets, sha256 = write_spans(temporary, spans, corpus.meta["n_vocab"])
-        if len(offsets) != len(corpus.chunks):
-            raise ValueError(f"{len(offsets) - 1} thoughts for {corpus.n_chunks} chunks")
+        writer, spans = SpanWriter(temporary, corpus.meta["n_vocab"]), iter(spans)
+        while some := [np.asarray(span, dtype=writer.dtype) for span in itertools.islice(spans, 1024)]:
+            writer.add(np.concatenate(some), list(map(len, some)))
+        n_spans, n_tokens, sha256 = writer.close()
+        if n_spans != corpus.n_chunks:
+            raise ValueError(f"{n_spans} thoughts for {corpus.n_chunks} chunks")
         if samples:
             np.savez(temporary / "samples.npz", **samples)
         for file in files:
             shutil.copy(file, temporary)
         own = {"kind": "thoughts", "corpus": corpus.meta["sha256"], "n_vocab": corpus.meta["n_vocab"], "sha256": sha256}
-        write_json(temporary / "meta.json", own | {"n_thoughts": int((np.diff(offsets) > 0).sum()), "n_tokens": offsets[-1]} | meta)
+        write_json(temporary / "meta.json", own | {"n_thoughts": writer.n_full, "n_tokens": n_tokens} | meta)
 
 
 def chunks_of(document) -> list[tuple[str, bool]]:

@@ -52,7 +52,7 @@ import numpy as np
 
 from data.chunking import chunk, text_digest
 from data.cli import Progress, UserError, claim, hold, new_folder, opt, read_json, run, write_json
-from data.corpus import finish_corpus, token_dtype
+from data.corpus import CorpusWriter, token_dtype
 from data.decontaminate import Finder
 from data.sources import Bad, Damaged, Format, expand, kind_of, read_jsonl, sizes, texts
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -352,53 +352,6 @@ def encode_batch(s: Settings, documents: list[tuple[int, int, bytes]]) -> tuple[
 # ----------------------------------------------------------------------------------------------------------- join
 
 
-class Offsets:
-    """An .npy file of int64 offsets, as np.save writes it, whose length is known only when it is complete."""
-
-    HEADER = 128
-
-    def __init__(self, path: Path):
-        self.f, self.n, self.last = open(path, "wb+"), 0, 0
-        self.f.write(bytes(self.HEADER))
-        self.add(np.zeros(1, dtype=np.int64))
-
-    def add(self, lengths: np.ndarray) -> None:
-        offsets = self.last + np.cumsum(lengths, dtype=np.int64)
-        self.f.write(offsets.tobytes())
-        self.n, self.last = self.n + len(offsets), int(offsets[-1]) if len(offsets) else self.last
-
-    def close(self, digest=None) -> None:
-        self.f.seek(0)
-        np.lib.format.write_array_header_1_0(self.f, {"descr": "<i8", "fortran_order": False, "shape": (self.n,)})
-        assert self.f.tell() == self.HEADER
-        while digest and (block := self.f.read(1 << 20)):
-            digest.update(block)
-        self.f.close()
-
-
-class SplitWriter:
-    """One corpus folder that grows by whole documents."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.digest, self.n_bytes = folder, hashlib.sha256(), 0
-        self.tokens, self.chunks, self.docs = open(folder / "tokens.bin", "wb"), Offsets(folder / "chunks.npy"), Offsets(folder / "docs.npy")
-
-    def add(self, tokens: np.ndarray, lengths: np.ndarray, chunks: np.ndarray, n_bytes: int) -> None:
-        self.digest.update(tokens)
-        self.tokens.write(tokens)
-        self.chunks.add(lengths)
-        self.docs.add(chunks)
-        self.n_bytes += n_bytes
-
-    def close(self, tok: Tokenizer, source: dict) -> dict:
-        self.tokens.close()
-        self.docs.close()
-        self.chunks.close(self.digest)
-        counts = {"n_docs": self.docs.n - 1, "n_chunks": self.chunks.n - 1, "n_tokens": self.chunks.last, "n_bytes": self.n_bytes}
-        finish_corpus(self.folder, tok, self.digest.hexdigest(), False, counts, source)
-        return counts
-
-
 def join(s: Settings, out: Path, work: Path, n_ranges: int, n_docs: int, source: dict) -> dict[str, dict]:
     """The corpus folders from the tokens of all ranges; {split: counts}."""
     shares, tok, index = read_splits(s.splits), tokenizer_of(s.tokenizer), 0
@@ -408,7 +361,7 @@ def join(s: Settings, out: Path, work: Path, n_ranges: int, n_docs: int, source:
             raise UserError(f"--splits={s.splits}: {n_docs} documents leave none for {name}; give more text or other shares")
     progress = Progress("join", n_ranges, "ranges")
     with contextlib.ExitStack() as stack:
-        writers = [SplitWriter(stack.enter_context(new_folder(out / name))) for name in names]
+        writers = [CorpusWriter(stack.enter_context(new_folder(out / name)), tok) for name in names]
         for number in range(n_ranges):
             tokens = np.fromfile(work / f"tokens-{number:05d}.bin", dtype=token_dtype(tok.n_vocab))
             with np.load(work / f"tokens-{number:05d}.npz") as arrays:
@@ -421,7 +374,7 @@ def join(s: Settings, out: Path, work: Path, n_ranges: int, n_docs: int, source:
                 writer.add(mine, lengths[of_chunk == i], chunks[of_doc == i], int(sizes[of_doc == i].sum()))
             index += len(chunks)
             progress.update(number + 1)
-        return {name: writer.close(tok, source | {"split": name}) for name, writer in zip(names, writers)}
+        return {name: writer.close(source | {"split": name}) for name, writer in zip(names, writers)}
 
 
 # ------------------------------------------------------------------------------------------------------ processes

@@ -21,7 +21,7 @@ from conftest import ROOT, SHARED, script
 import data.text as text_module
 from data.chunking import LIMIT, LONG, MOST, chunk, sentence_ends, text_digest, whole_spans
 from data.cli import UserError, help_text, opt, read_settings
-from data.corpus import open_corpus
+from data.corpus import open_corpus, write_corpus
 from data.decontaminate import Finder, fold, letters
 from data.sources import expand, lines, read_jsonl
 from data.text import Settings, split_of
@@ -207,6 +207,17 @@ def test_documents_come_back_and_are_shuffled(tok, tmp_path):
     expected = [chunk(t, text_digest(t.encode(), 0)) for t in found]
     assert [corpus.tokenizer.decode(corpus.chunk(i)) for i in range(corpus.n_chunks)] == sum(expected, [])
     assert corpus.chunk(0).tolist() == corpus.tokenizer.encode(expected[0][0])
+
+
+def test_makers_of_other_corpora_write_the_same_folder(tok, tmp_path):
+    """digits.py and gsm8k.py go through write_corpus: for the same chunks it writes what text.py writes."""
+    build(tok, tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", DOCUMENTS))
+    documents = [[(piece, False) for piece in chunk(t, text_digest(t.encode(), 0))] for t in texts_of(tmp_path / "out/train")]
+    source = json.loads((tmp_path / "out/train/meta.json").read_text())["source"]
+    write_corpus(tmp_path / "same", iter(documents), load_tokenizer(tok), source)
+    assert content(tmp_path / "same") == content(tmp_path / "out/train")
+    np.save(tmp_path / "x.npy", np.load(tmp_path / "same/chunks.npy"))
+    assert (tmp_path / "x.npy").read_bytes() == (tmp_path / "same/chunks.npy").read_bytes()
 
 
 def test_the_same_bytes_for_any_order_size_of_parts_and_number_of_workers(tok, tmp_path, monkeypatch):
