@@ -18,6 +18,7 @@ import hashlib
 import math
 import re
 from bisect import bisect_right
+from functools import lru_cache
 
 LONG, LIMIT = 1000, 4000  # characters: where a sentence without an end is cut if it can be, and where it is in any case
 MEAN, MOST = 8, 20  # sentences a chunk
@@ -156,23 +157,30 @@ def sentence_ends(text: str) -> list[int]:
 
 def masked(text: str, code: list[tuple[int, int]]) -> str:
     """The text without its code: a $ there opens no formula."""
+    pieces, at = [], 0
     for start, end in code:
-        text = text[:start] + "x" * (end - start) + text[end:]
-    return text
+        pieces += [text[at:start], "x" * (end - start)]
+        at = end
+    return "".join([*pieces, text[at:]]) if code else text
 
 
-def outside(ends: list[int], spans: list[tuple[int, int]]) -> list[int]:
-    """The ends that lie in none of the spans; on the border of one is outside."""
-    borders = [border for start, end in spans if end - start <= LIMIT for border in (start + 1, end)]
+@lru_cache(maxsize=1)
+def borders_of(text: str) -> list[int]:
+    """start + 1, end of each range that is not to be cut. Cuts are rare, so it is not looked for before; one text can need very many, so it is kept."""
+    return [border for start, end in whole_spans(text) if end - start <= LIMIT for border in (start + 1, end)]
+
+
+def outside(ends: list[int], borders: list[int]) -> list[int]:
+    """The ends that lie in none of the ranges; on the border of one is outside."""
     return [end for end in ends if not bisect_right(borders, end) % 2] if borders else ends
 
 
 def cuts(text: str, start: int, end: int) -> list[int]:
     """Where to cut text[start:end], which is longer than LONG: at white space outside formulas and between no two digits, if possible."""
-    found, spans = [], whole_spans(text)  # rare, so they are looked for again
+    found, borders = [], borders_of(text)
     while end - start > LONG:
         spaces = [m.start() for m in SPACE.finditer(text, start + 1, min(start + LIMIT, end))]
-        good = outside([at for at in spaces if not (text[at - 1].isdigit() and text[at : at + 9].lstrip()[:1].isdigit())], spans)
+        good = outside([at for at in spaces if not (text[at - 1].isdigit() and text[at : at + 9].lstrip()[:1].isdigit())], borders)
         near = good[: bisect_right(good, start + LONG)]
         if not good and end - start <= LIMIT:
             break

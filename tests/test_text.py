@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import gzip
+import io
 import json
 import os
 import random
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED, script
+from conftest import ROOT, SHARED, inside, script
 
 import data.text as text_module
 from data.chunking import LIMIT, LONG, MOST, chunk, sentence_ends, text_digest, whole_spans
@@ -119,6 +120,12 @@ def test_nothing_takes_quadratic_time():
         text = scrap * (20_000 // len(scrap))
         assert sentence_ends(text)[-1] == len(text)
     assert time.perf_counter() - begin < 30
+
+
+def test_many_cuts_in_a_long_text_are_quick():
+    begin = time.perf_counter()
+    many = ("word " * 700 + "`c. D` $x$. Then ") * 500  # 1.8 MB, each sentence of which has to be cut
+    assert len(sentence_ends(many)) > 500 and time.perf_counter() - begin < 8, "whole_spans is found once, not for each cut"
 
 
 @needs_shared
@@ -563,10 +570,11 @@ WRONG = [
 
 
 @pytest.mark.parametrize("flags,message", WRONG, ids=[" ".join(f) for f, _ in WRONG])
-def test_wrong_input_ends_in_one_line(flags, message, tok, tmp_path):
-    command = [sys.executable, "data/text.py", *flags, f"--tokenizer={tok}", f"--out_dir={tmp_path / 'out'}"]
-    done = subprocess.run(command, cwd=ROOT, input="{", capture_output=True, text=True)
-    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
+def test_wrong_input_ends_in_one_line(flags, message, tok, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"{")))
+    err = inside(text_module, *flags, f"--tokenizer={tok}", f"--out_dir={tmp_path / 'out'}", code=1).stderr
+    assert message in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
