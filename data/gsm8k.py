@@ -64,7 +64,7 @@ def read_problem(line: str) -> tuple[str, str, str]:
 
 def read_problems(path: str, skip_bad: bool) -> list[tuple[str, str, str]]:
     """All problems of a jsonl file. UserError for the first bad line, or, with skip_bad, a printed count."""
-    problems = read_jsonl(path, read_problem, skip_bad, hint="; download train.jsonl and test.jsonl of openai/grade-school-math")
+    problems = read_jsonl(path, read_problem, skip_bad, hint="; `python data/benchmarks.py gsm8k` fetches train.jsonl and test.jsonl")
     if not problems:
         raise UserError(f"{path}: holds no problem")
     return problems
