@@ -28,7 +28,7 @@ from data.cli import Progress, UserError, duration, opt, read_json, run, write_j
 from data.corpus import token_dtype
 from data.sources import Damaged, Format, expand, from_hub, kind_of, optional, texts
 
-REPO, FOLDER = "HuggingFaceTB/finemath", "finemath-4plus"
+REPO, FOLDER, SUFFIX, READER = "HuggingFaceTB/finemath", "finemath-4plus", ".parquet", "pyarrow"
 DOCUMENTS, DOWNLOAD, TOKENS, TEXT = 6_699_493, 18_365_184_633, 9.6e9, 31e9  # its card: documents, bytes of parquet; tokens; bytes of text, about
 RATE, SAMPLE = 5.5e6, 8 << 20  # bytes of text a second and worker (the README's run), until there is a file to measure with; bytes to measure with
 
@@ -62,7 +62,7 @@ def listing(s: Settings) -> dict:
     def ask(hub) -> dict:
         commit = hub.HfApi().dataset_info(REPO, revision=s.revision).sha
         entries = hub.HfApi().list_repo_tree(REPO, FOLDER, recursive=True, revision=commit, repo_type="dataset")
-        return {"commit": commit, "files": [{"file": e.path, "bytes": e.size} for e in entries if e.path.endswith(".parquet")]}
+        return {"commit": commit, "files": [{"file": e.path, "bytes": e.size} for e in entries if e.path.endswith(SUFFIX)]}
 
     try:
         return from_hub(REPO, "name files that are there by --files", ask)
@@ -132,7 +132,7 @@ def main(s: Settings) -> None:
     s = replace(s, download_dir=s.download_dir or s.out_dir.rstrip("/") + ".files")
     known = ",".join(str(p) for p in sorted(Path(__file__).with_name("benchmarks").glob("*/test.jsonl")) if p.parent.name != "mmlu_stem")
     against = {"auto": known, "none": ""}.get(s.decontaminate, s.decontaminate)
-    text.tokenizer_of(s.tokenizer), text.finder_of(against), optional("pyarrow", FOLDER)  # rather now than after the download
+    text.tokenizer_of(s.tokenizer), text.finder_of(against), s.files or optional(READER, FOLDER)  # rather now than after the download
     listed = {"files": [{"file": name, "bytes": os.path.getsize(name)} for name in expand(s.files.split(","))]} if s.files else listing(s)
     where = "" if s.files else s.download_dir
     entries = [e | {"path": os.path.join(where, e["file"])} for e in sorted(listed["files"], key=lambda e: e["file"])[: s.limit or None]]

@@ -16,7 +16,6 @@ from data.cli import UserError, read_json
 from data.corpus import open_corpus
 from data.tokenizer import make_tokenizer
 
-pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
 QUESTION = "Janet has 16 eggs per day and eats three for breakfast every morning; how many are left for the market at 2 per egg?"
 
 
@@ -27,9 +26,9 @@ def made(tmp_path_factory) -> SimpleNamespace:
     documents = [f"Page {i}. " + "And so it goes on. " * (i % 20) for i in range(300)]
     documents[150], documents[200] = documents[50], f"See this: {QUESTION.upper()} Good."
     for i in range(3):
-        path = folder / f"hub/finemath-4plus/train-0000{i}-of-00003.parquet"
+        path = folder / f"hub/finemath-4plus/train-0000{i}-of-00003.jsonl"  # the real ones are parquet, which needs a package
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table({"url": ["u"] * 100, "text": documents[100 * i : 100 * i + 100]}), path)
+        path.write_text("".join(json.dumps({"url": "u", "text": d}) + "\n" for d in documents[100 * i : 100 * i + 100]))
     (folder / "tok").mkdir()
     make_tokenizer(documents[:20], 300).save(folder / "tok")
     (folder / "benchmarks/gsm8k").mkdir(parents=True)
@@ -47,12 +46,12 @@ def hub(made, monkeypatch) -> SimpleNamespace:
     def list_repo_tree(repo, folder, *, recursive, revision, repo_type):
         assert (repo, folder, repo_type, revision) == (finemath.REPO, "finemath-4plus", "dataset", "c0ffee")
         hub.asked.append("list")
-        files = [SimpleNamespace(path=str(p.relative_to(made.folder / "hub")), size=p.stat().st_size) for p in (made.folder / "hub").rglob("*.parquet")]
+        files = [SimpleNamespace(path=str(p.relative_to(made.folder / "hub")), size=p.stat().st_size) for p in (made.folder / "hub").rglob("*.jsonl")]
         return [SimpleNamespace(path="finemath-4plus/README.md", size=3), *files[::-1]]
 
     def hf_hub_download(repo, file, *, repo_type, revision, local_dir):
         assert (repo, repo_type, revision) == (finemath.REPO, "dataset", "c0ffee")
-        hub.asked.append(file[-22:-8])
+        hub.asked.append(Path(file).stem[6:])
         if hub.fails and hub.fails in file:
             raise ConnectionError("reset")
         (Path(local_dir) / file).parent.mkdir(parents=True, exist_ok=True)
@@ -60,6 +59,8 @@ def hub(made, monkeypatch) -> SimpleNamespace:
 
     api = SimpleNamespace(dataset_info=lambda repo, revision: SimpleNamespace(sha="c0ffee"), list_repo_tree=list_repo_tree)
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(HfApi=lambda: api, hf_hub_download=hf_hub_download))
+    monkeypatch.setattr(finemath, "SUFFIX", ".jsonl")
+    monkeypatch.setattr(finemath, "READER", "json")
     monkeypatch.setattr(finemath, "__file__", str(made.folder / "finemath.py"))  # its benchmarks
     return hub
 
@@ -76,7 +77,7 @@ def test_cut_off_and_gone_on(made, hub, tmp_path, capsys):
     out, hub.fails = tmp_path / "out", "00001"
     with pytest.raises(UserError, match=r"finemath: not fetched \(ConnectionError: reset\); the same command goes on, or name files"):
         finemath.main(settings(made, out))
-    assert not out.exists() and len(list((tmp_path / "out.files").rglob("*.parquet"))) == 1
+    assert not out.exists() and len(list((tmp_path / "out.files").rglob("*.jsonl"))) == 1
     hub.fails = ""
     finemath.main(settings(made, out))
     assert hub.asked == ["list", *(f"0000{i}-of-00003" for i in (0, 1, 1, 2))], "the listing is noted, whole files are not fetched again"
@@ -91,7 +92,7 @@ def test_cut_off_and_gone_on(made, hub, tmp_path, capsys):
 
 
 def test_files_that_are_there_give_what_text_gives(made, hub, tmp_path):
-    pattern, benchmark = str(made.folder / "hub/*/*.parquet"), str(made.folder / "benchmarks/gsm8k/test.jsonl")
+    pattern, benchmark = str(made.folder / "hub/*/*.jsonl"), str(made.folder / "benchmarks/gsm8k/test.jsonl")
     finemath.main(settings(made, tmp_path / "a", files=pattern))
     how = {"tokenizer": str(made.folder / "tok"), "splits": "paper", "dedup": True, "decontaminate": benchmark}
     text.main(text.Settings(files=[pattern], out_dir=str(tmp_path / "b"), workers=1, **how))
@@ -101,8 +102,18 @@ def test_files_that_are_there_give_what_text_gives(made, hub, tmp_path):
     assert read_json(tmp_path / "c/meta.json")["counts"]["documents_out"] == 200
 
 
+def test_parquet_gives_the_same(made, hub, tmp_path, monkeypatch):
+    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    for i in range(3):
+        pq.write_table(pa.table({"url": ["u"] * 100, "text": made.documents[100 * i : 100 * i + 100]}), tmp_path / f"{i}.parquet")
+    for name, files in (("a", made.folder / "hub/*/*.jsonl"), ("b", tmp_path / "*.parquet")):
+        finemath.main(settings(made, tmp_path / name, files=str(files)))
+    for split in text.PAPER:
+        assert content(tmp_path / "a" / split) == content(tmp_path / "b" / split)
+
+
 def test_the_plan(made, hub, tmp_path, capsys):
-    finemath.main(settings(made, tmp_path / "out", files=str(made.folder / "hub/*/*.parquet"), dry_run=True))
+    finemath.main(settings(made, tmp_path / "out", files=str(made.folder / "hub/*/*.jsonl"), dry_run=True))
     out = capsys.readouterr().out
     n_text = sum(len(d) for i, d in enumerate(made.documents) if i not in (150, 200))
     assert "documents  300: validation 1, warm 15, bootstrap 60, rest 224" in out and "measured on 300 documents" in out and "2 would be dropped" in out
@@ -144,6 +155,7 @@ def test_what_is_wrong_is_said_before_anything_is_fetched(made, hub, tmp_path, m
     for flags, message in (({"tokenizer": "/no/such"}, "no such"), ({"decontaminate": "no.jsonl"}, "no.jsonl: no such file"), ({"files": "*.nothing"}, "no file fits")):
         with pytest.raises(UserError, match=message):
             finemath.main(settings(made, tmp_path / "out", **flags))
+    monkeypatch.setattr(finemath, "READER", "pyarrow")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match="needs pyarrow"):
         finemath.main(settings(made, tmp_path / "out"))
@@ -157,6 +169,6 @@ def test_a_file_of_another_size_is_refused(made, hub, tmp_path, monkeypatch):
 
 
 def test_command_line(made, tmp_path):
-    flags = [f"--tokenizer={made.folder / 'tok'}", f"--out_dir={tmp_path / 'out'}", f"--files={made.folder / 'hub/*/*.parquet'}", "--decontaminate=none", "--workers=1"]
+    flags = [f"--tokenizer={made.folder / 'tok'}", f"--out_dir={tmp_path / 'out'}", f"--files={made.folder / 'hub/*/*.jsonl'}", "--decontaminate=none", "--workers=1"]
     assert "time       0m00s" in script("data/finemath.py", *flags, "--dry_run").stdout
     assert "300 documents in = 299 out + 1 copies" in script("data/finemath.py", *flags).stdout
