@@ -672,7 +672,7 @@ def evaluate(s: Settings) -> None:
         results |= likelihood(engine, tok, corpus, s, truth, on_tokens)
         progress.update(1)
     prompts = hashlib.sha256("".join(r["prompt"] for r in records).encode()).hexdigest()[:16]
-    how = {key: getattr(s, key) for key in ("mode", "benchmark", "corpus", "model", "max_new", "max_answer", "max_thought", "temperature", "top_p", "seed")}
+    how = {key: getattr(s, key) for key in ("mode", "benchmark", "file", "shots", "limit", "corpus", "model", "max_new", "max_answer", "max_thought", "temperature", "top_p", "seed")}
     write_json(out_dir / "timing.json", timing | {"seconds": time.time() - begin, "killed": grader.killed})
     write_json(out_dir / "results.json", results | how | {"prompt_hash": prompts, "graded_by": "eval_math.py"})
     print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in results.items() if not isinstance(v, dict) and "," not in k))
