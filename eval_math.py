@@ -53,6 +53,7 @@ from sympy import E, I, Integer, Rational, Symbol, oo, pi, zoo
 
 from data.cli import Progress, UserError, claim, opt, read_json, replacing, run, write_json
 from data.corpus import PICK, PRIOR, RAW, TEST_DRAW, Corpus, hash_uniform, layout, open_corpus, open_thoughts, write_corpus, write_thoughts
+from data.tokenizer import load_tokenizer
 from infer_thoughts import NOTHING, Engine, Limits, bound, context_of, ess, infer, pick, rank_in_group, write_chunk
 from train import load_model, pick_device
 
@@ -584,7 +585,7 @@ def draw_comparison(names: list[str], results: list[dict], path: Path) -> bool:
 def finetune(s: Settings) -> None:
     """Train --seeds models on the training problems (loss on the answer, and on the thought before it), evaluate each without examples, sum up."""
     out_dir = claim(s.out_dir, s, ("device", "rows"))
-    tok = open_tokenizer(s.model)
+    tok = load_tokenizer(Path(s.model))
     items = [item for item in read_items(find_file(s, "train")) if item.solution]
     tested = {item.question for item in read_items(find_file(s, "test"))}
     kept = [item for item in items if item.question not in tested]
@@ -606,7 +607,7 @@ def finetune(s: Settings) -> None:
              "batch_size": batch, "max_steps": steps, "warmup": max(1, steps // 20), "seq_len": longest, "device": s.device}  # fmt: skip
     for seed in range(s.seed, s.seed + s.seeds):
         folder = out_dir / f"seed{seed}"
-        train(folder / "model", flags | {"seed": seed}, s.train)
+        run_train(folder / "model", flags | {"seed": seed}, s.train)
         evaluate(replace(s, finetune=False, n_shots=0, shots="", k=s.k or 16, model=str(folder / "model"), out_dir=str(folder / "eval"), seed=seed))
         rows.append(read_json(folder / "eval" / "results.json"))
     figures = {}
@@ -617,7 +618,7 @@ def finetune(s: Settings) -> None:
     write_json(out_dir / "results.json", figures | {"k": s.k or 16, "temperature": s.temperature, "top_p": s.top_p, "n": rows[0]["n"], "steps": steps})
 
 
-def train(folder: Path, flags: dict, more: str) -> None:
+def run_train(folder: Path, flags: dict, more: str) -> None:
     """Run train.py, which finds a folder complete, goes on, or begins."""
     flags = {k: v for k, v in flags.items() if v != ""} | dict(word.removeprefix("--").split("=", 1) for word in shlex.split(more))
     command = ["train.py", *(f"--{k}={v}" for k, v in (flags | {"out_dir": folder}).items())]
@@ -625,12 +626,6 @@ def train(folder: Path, flags: dict, more: str) -> None:
     child = subprocess.Popen([sys.executable, str(HERE / command[0]), *command[1:]], stdin=subprocess.PIPE, env=os.environ | {"EM_CHILD": "1"})
     if child.wait():
         raise UserError(f"{folder}: train.py ended with exit code {child.returncode} (see above); the same command goes on from there")
-
-
-def open_tokenizer(model: str):
-    from data.tokenizer import load_tokenizer
-
-    return load_tokenizer(Path(model))
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -1828,7 +1823,7 @@ def same(a, b) -> bool:
         return a.how == b.how and len(a.items) == len(b.items) and all(map(same, a.items, b.items))
     if kinds == ["seq", "seq"] and a.how == b.how:
         return len(a.items) == len(b.items) and all(map(same, a.items, b.items))
-    if kinds[0] == kinds[1] and kinds[0] in ("list", "set", "ratio"):
+    if kinds[0] == kinds[1] and kinds[0] in ("list", "set"):
         if named(a) and named(b):
             return matched(a.items, b.items)
         a, b = (tuple(bare(x, False) for x in v.items) for v in (a, b))
