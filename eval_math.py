@@ -683,6 +683,8 @@ def main(s: Settings) -> None:
         raise UserError("--model=... is required: a model folder")
     if s.max_thought and (s.mode == "raw" or s.max_new and s.max_thought > s.max_new):
         raise UserError(f"--max_thought={s.max_thought}: needs --mode=latent, and at most --max_new")
+    if s.benchmark:
+        find_file(s, "test")  # before anything is loaded
     if s.finetune and s.corpus:
         raise UserError("--finetune: needs --benchmark")
     models = s.model.split(",")
@@ -2032,7 +2034,6 @@ def alike(answers: list[str | None]) -> list[int]:
 
 def serve(pipe, megabytes: int) -> None:
     """The worker's loop. Its memory is limited where the system can do that; it ends when its parent does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -2060,7 +2061,11 @@ class Worker:
         context = multiprocessing.get_context("spawn")  # a fork would share locks of torch's threads
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, self.megabytes), daemon=True)
+        with contextlib.suppress(ValueError):  # not the main thread
+            before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child inherits that: Ctrl-C is ours alone, also while it imports
         self.process.start()
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, before or signal.SIG_DFL)
         theirs.close()
         self.fresh = True
 
