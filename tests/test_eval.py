@@ -415,7 +415,7 @@ def test_fine_tuning_learns_the_completion_and_is_evaluated(sums, models, tmp_pa
 @pytest.mark.parametrize("flags,said", [
     ([], "give one of --benchmark"), (["--benchmark=gsm8k", "--corpus=c"], "give one of"), (["--benchmark=gsm8k"], "--model=... is required"),
     (["--benchmark=gsm8k", "--model=m", "--mode=raw", "--max_thought=5"], "--max_thought=5"), (["--corpus=c", "--model=m", "--finetune"], "--finetune: needs --benchmark"),
-    (["--benchmark=gsm8k", "--model=m", "--shotz=3"], "--shots"), (["--compare=/nowhere"], "/nowhere"), (["--benchmark=gsm8k", "--model=/nowhere"], "/nowhere"),
+    (["--benchmark=gsm8k", "--model=m", "--shotz=3"], "--shots"), (["--compare=/nowhere"], "/nowhere"), (["--benchmark=gsm8k", f"--file={ROOT}/data/shots/gsm8k.jsonl", "--model=/nowhere"], "/nowhere"),
 ])  # fmt: skip
 def test_wrong_flags_end_in_one_line(flags, said, tmp_path):
     stderr = script("eval_math.py", *flags, f"--out_dir={tmp_path}/e", code=1).stderr
