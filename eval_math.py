@@ -53,6 +53,7 @@ from sympy import E, I, Integer, Rational, Symbol, oo, pi, zoo
 
 from data.cli import Progress, UserError, claim, opt, read_json, replacing, run, write_json
 from data.corpus import PICK, PRIOR, RAW, TEST_DRAW, Corpus, hash_uniform, layout, open_corpus, open_thoughts, write_corpus, write_thoughts
+from data.tokenizer import load_tokenizer
 from infer_thoughts import NOTHING, Engine, Limits, bound, context_of, ess, infer, pick, rank_in_group, write_chunk
 from train import load_model, pick_device
 
@@ -583,7 +584,7 @@ def draw_comparison(names: list[str], results: list[dict], path: Path) -> bool:
 def finetune(s: Settings) -> None:
     """Train --seeds models on the training problems (loss on the answer, and on the thought before it), evaluate each without examples, sum up."""
     out_dir = claim(s.out_dir, s, ("device", "rows"))
-    tok = open_tokenizer(s.model)
+    tok = load_tokenizer(Path(s.model))
     items = [item for item in read_items(find_file(s, "train")) if item.solution]
     tested = {item.question for item in read_items(find_file(s, "test"))}
     kept = [item for item in items if item.question not in tested]
@@ -605,7 +606,7 @@ def finetune(s: Settings) -> None:
              "batch_size": batch, "max_steps": steps, "warmup": max(1, steps // 20), "seq_len": longest, "device": s.device}  # fmt: skip
     for seed in range(s.seed, s.seed + s.seeds):
         folder = out_dir / f"seed{seed}"
-        train(folder / "model", flags | {"seed": seed}, s.train)
+        run_train(folder / "model", flags | {"seed": seed}, s.train)
         evaluate(replace(s, finetune=False, n_shots=0, shots="", k=s.k or 16, model=str(folder / "model"), out_dir=str(folder / "eval"), seed=seed))
         rows.append(read_json(folder / "eval" / "results.json"))
     figures = {}
@@ -616,7 +617,7 @@ def finetune(s: Settings) -> None:
     write_json(out_dir / "results.json", figures | {"k": s.k or 16, "temperature": s.temperature, "top_p": s.top_p, "n": rows[0]["n"], "steps": steps})
 
 
-def train(folder: Path, flags: dict, more: str) -> None:
+def run_train(folder: Path, flags: dict, more: str) -> None:
     """Run train.py, which finds a folder complete, goes on, or begins."""
     flags = {k: v for k, v in flags.items() if v != ""} | dict(word.removeprefix("--").split("=", 1) for word in shlex.split(more))
     command = ["train.py", *(f"--{k}={v}" for k, v in (flags | {"out_dir": folder}).items())]
@@ -624,12 +625,6 @@ def train(folder: Path, flags: dict, more: str) -> None:
     child = subprocess.Popen([sys.executable, str(HERE / command[0]), *command[1:]], stdin=subprocess.PIPE, env=os.environ | {"EM_CHILD": "1"})
     if child.wait():
         raise UserError(f"{folder}: train.py ended with exit code {child.returncode} (see above); the same command goes on from there")
-
-
-def open_tokenizer(model: str):
-    from data.tokenizer import load_tokenizer
-
-    return load_tokenizer(Path(model))
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -671,7 +666,7 @@ def evaluate(s: Settings) -> None:
         results |= likelihood(engine, tok, corpus, s, truth, on_tokens)
         progress.update(1)
     prompts = hashlib.sha256("".join(r["prompt"] for r in records).encode()).hexdigest()[:16]
-    how = {key: getattr(s, key) for key in ("mode", "benchmark", "corpus", "model", "max_new", "max_answer", "max_thought", "temperature", "top_p", "seed")}
+    how = {key: getattr(s, key) for key in ("mode", "benchmark", "file", "shots", "limit", "corpus", "model", "max_new", "max_answer", "max_thought", "temperature", "top_p", "seed")}
     write_json(out_dir / "timing.json", timing | {"seconds": time.time() - begin, "killed": grader.killed})
     write_json(out_dir / "results.json", results | how | {"prompt_hash": prompts, "graded_by": "eval_math.py"})
     print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in results.items() if not isinstance(v, dict) and "," not in k))
@@ -687,6 +682,8 @@ def main(s: Settings) -> None:
         raise UserError("--model=... is required: a model folder")
     if s.max_thought and (s.mode == "raw" or s.max_new and s.max_thought > s.max_new):
         raise UserError(f"--max_thought={s.max_thought}: needs --mode=latent, and at most --max_new")
+    if s.benchmark:
+        find_file(s, "test")  # before anything is loaded
     if s.finetune and s.corpus:
         raise UserError("--finetune: needs --benchmark")
     models = s.model.split(",")
@@ -728,15 +725,23 @@ HOPE = re.compile(r"I hope (?:it|this) is correct", re.IGNORECASE)
 
 # (pattern, priority): the lowest number that is found wins, of equals the right-most. The answer is what follows.
 SIGNS = (
-    (re.compile(r"final\s+answer\b[*_]*\s*(?:is|are|:|=)*", re.IGNORECASE), 0),
+    (re.compile(r"final\s+answer\b[*_}.]*\s*(?:is|are|:|=)*", re.IGNORECASE), 0),
     (re.compile(r"\\(?:f?boxed|fbox)(?![a-zA-Z])"), 1),
     (re.compile(r"(?:^|\n|\s)####(?!#)[ \t]*(?=\S)"), 1),
     (re.compile(r"<answer>", re.IGNORECASE), 1),
-    (re.compile(r"\b(?:correct|right|best)?\s*(?:answers?|choice|option)\b[*_]*\s*(?:is|are|would be|must be|:|=)+", re.IGNORECASE), 2),
+    (re.compile(r"\b(?:answers?|ans|choice|option)\b[*_\"']*\s*(?:is|are|would be|must be|:|=)+", re.IGNORECASE), 2),
+    (re.compile(r"(?:^|\n)#+[ \t]*answer[ \t]*\n|\\text(?:bf|it)\{answers?[.:]?\}|\*\*answer[.:]?\*\*", re.IGNORECASE), 2),
+    (re.compile(r"\b(?:option|choice|answer)\s+(?=\(?[A-J]\b)"), 3),
 )
-BECAUSE = re.compile(r",?\s+(?:because|since|as (?:we|it|the)|which|where|so that|when we|for which)\b", re.IGNORECASE)
+# What stands around an answer in its sentence.
+BECAUSE = re.compile(r",?\s+(?:because|since|as (?:we|it|the)|which|where|so that|when we|for which|and (?:the|so|we|this|it))\b", re.IGNORECASE)
+BEFORE = re.compile(r"^(?:[\s,:]|(?:therefore|thus|hence|indeed|simply|then|just|clearly|of course|also|exactly)\b|not\b.{1,80}?\bbut\b)+", re.IGNORECASE)
+REMARK = re.compile(r"\s*\((?:see|as|from|since|because|by|using|note|check)\b[^()]{0,200}\)$", re.IGNORECASE)
+QED = re.compile(r"[\s$.]*\\(?:blacksquare|square|qed|Box)[\s$.]*$")
+TAG = re.compile(r"</?(?:p|b|strong|div|br|span|em|i|u|code|center|li|ul)\b[^<>]{0,40}>", re.IGNORECASE)
+DOUBLED = re.compile(r"\\\\(?=(?:boxed|d?frac|sqrt|text|pi|left|cdot|times)\b)")
 FORMULA = re.compile(r"\$\$(.{1,2000}?)\$\$|(?<!\\)\$([^$]{1,2000}?)(?<!\\)\$|\\\((.{1,2000}?)\\\)|\\\[(.{1,2000}?)\\\]", re.DOTALL)
-NUMBER = re.compile(r"(?<![\w.])[-−]?\s?(?:\\?\$)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.?\d+)(?:\s?/\s?\d+)?(?:\s?\\?%)?")
+NUMBER = re.compile(r"(?<![\w.])[-−]?\s?(?:\\?\$)?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)(?::\d+)*(?:\s?/\s?\d+)?(?:\s?[¼-¾⅐-⅞])?(?:\s?\\?%)?|[-−]?[¼-¾⅐-⅞]")
 
 
 def braces(text: str, start: int) -> str | None:
@@ -750,7 +755,9 @@ def braces(text: str, start: int) -> str | None:
 
 
 def first_problem(text: str) -> str:
-    """The response up to the next made-up problem or turn, unless nothing before it could be an answer."""
+    """The response, without markup, up to the next made-up problem or turn, unless nothing before it could be an answer."""
+    text = TAG.sub(" ", text.replace("\ufeff", "").replace("\u200b", ""))
+    text = text if "\\begin" in text else DOUBLED.sub(r"\\", text)  # not the end of a matrix' row
     for n, m in enumerate(NEXT_PROBLEM.finditer(text)):
         before = text[: m.start()]
         if re.search(r"\d|\\boxed|answer", before) or (before.strip() and len(before) < 80 and not before.rstrip().endswith(":")):
@@ -764,7 +771,7 @@ def first_problem(text: str) -> str:
 
 def sentence(text: str, start: int) -> str:
     """The text from `start` to the end of its sentence: a full stop, or a line's end, outside of formulas and braces."""
-    begin, start = start, re.compile(r"[\s:*_>`]*").match(text, start).end()
+    begin, start = start, re.compile(r"[\s:*_>`}]*").match(text, start).end()
     depth, math_mode, end = 0, False, min(len(text), start + MAX_ANSWER)
     for m in re.compile(r"\\[()\[\]]|\\begin|\\end|\\.|\$\$?|[{}\n]|\.(?=\s|$|[A-Z\"*])|<", re.DOTALL).finditer(text, start, end):
         c = m[0]
@@ -782,7 +789,8 @@ def sentence(text: str, start: int) -> str:
             break
     if "**" in text[begin:start]:
         end = start + len(text[start:end].split("**")[0])
-    return text[start:end].strip(" \t\n.,;:*_`")
+    answer = text[start:end].lstrip(" \t\n,;:*_`").rstrip(" \t\n.,;:*_`")
+    return answer[1:].split('"')[0] if answer[:1] == '"' else answer  # {"answer": "5"}
 
 
 def boxed(text: str, start: int) -> str | None:
@@ -808,6 +816,10 @@ def last_boxed(text: str, starts: list[int]) -> str | None:
         end = text.find("{", start) + len(here) + 2
         if found is None:
             found = here
+        elif end > after:  # a box around the other
+            continue
+        elif here == found.split(", ")[0]:
+            break  # said again
         elif re.fullmatch(r"[\s$]*(?:,|;)?[\s$]*(?:\\text\{)?\s*(?:and|or|,)?\s*\}?[\s$]*(?:[a-z]\s*=\s*)?", text[end:after]):
             found = here + ", " + found
         else:
@@ -835,7 +847,7 @@ def extract_answer(response: str) -> str | None:
                 answer = sentence(text, m.end())
                 inner = [b.start() for b in re.finditer(r"\\(?:f?boxed|fbox)(?![a-zA-Z])", answer)]
                 answer = (last_boxed(answer, inner) if inner else None) or answer
-                answer = BECAUSE.split(answer)[0].strip(" \t\n.,;:*_")
+                answer = REMARK.sub("", BEFORE.sub("", BECAUSE.split(BEFORE.sub("", answer))[0])).rstrip(" \t\n.,;:*_")
             answer = re.sub(r"^\$?[^$]{0,99}\b(?:answer|value)\s*(?:is|:)[\s}:]*", "", answer or "").strip()
             if answer:
                 return narrowed(answer)
@@ -856,7 +868,7 @@ def narrowed(answer: str) -> str:
 
 def weak_answer(text: str, whole: bool = True) -> str | None:
     """The answer of a text that does not announce it."""
-    text = text.strip()
+    text = (text[:-40] + QED.sub("", text[-40:])).strip()
     if not text:
         return None
     if whole and len(text) <= 300 and "\n" not in text and (readable(text.rstrip(".")) or (len(text.split()) <= 3 and not re.search(r"[.!?,] |\b(?:is|are)\b", text))):
@@ -908,9 +920,9 @@ GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta i
             "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar".split())  # fmt: skip
 TWO_LETTERS = set("no so he we it if of by at on do be my us up go or an as".split())
 RELATIONS = {"=": "=", "<": "<", ">": ">", "le": "<=", "leq": "<=", "leqslant": "<=", "ge": ">=", "geq": ">=", "geqslant": ">=", "lt": "<", "gt": ">", "ne": "!=",
-             "neq": "!=", "in": "in", "approx": "=", "equiv": "=", "iff": "=", "to": "=", "rightarrow": "=", "Rightarrow": "=", "sim": "=", "cong": "=", ":": ":", "colon": ":"}  # fmt: skip
+             "neq": "!=", "in": "in", "approx": "~", "equiv": "=", "iff": "=", "to": "=", "rightarrow": "=", "Rightarrow": "=", "sim": "=", "cong": "=", ":": ":", "colon": ":"}  # fmt: skip
 KNOWN = set(UNITS) | set(FUNCTIONS) | set("pi infty infinity inf sqrt floor ceil max min gcd lcm and or".split())
-IGNORED = set("left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle limits quad qquad hspace vspace thinspace , ! ; : middle".split()) | {" "}
+IGNORED = set("left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle limits therefore implies noindent quad qquad hspace vspace thinspace , ! ; : middle".split()) | {" "}
 TEXT = set("text|textbf|textrm|textit|texttt|textsf|textnormal|mbox|hbox|mathrm|operatorname|rm|emph|mathsf|mathit|mathbf|boldsymbol|bf|bm|mathcal|underline".split("|"))
 UNICODE = {
     "−": "-", "–": "-", "—": "-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "∙": "\\cdot ", "÷": "/", "∕": "/", "⁄": "/", "π": "\\pi ", "∞": "\\infty ", "√": "\\sqrt ",
@@ -938,6 +950,14 @@ MODULO = re.compile(r"\(?\s{0,9}(?:\\(?:text|mathrm|operatorname)\{\s*mod\s*\}|\
 SET_BUILDER = re.compile(r"\\(?:\{|lbrace)\s*([a-zA-Z])\s*(?:\\in\s*\\mathbb\s*\{?\s*R\s*\}?|\\in\s*\\R)?\s*(?:\||:|\\mid|\\vert)(.*)\\(?:\}|rbrace)", re.DOTALL)
 
 
+SPELLINGS = [(re.compile(pattern), plain) for pattern, plain in (
+    (r"\\(?:begin|end)\s*\{(?:aligned|align|split|gathered|equation)\*?\}", ""), (r"&\s*=", "="), (r"\\\\\s*$", ""), (r"\\[dtc]frac", r"\\frac"), (r"\\(?:text)?color\s*\{[^{}]*\}", ""), (r"\^\s*\{?\s*(?:\\text\s*\{)?\s*(?:st|nd|rd|th)\b\s*\}{0,2}", ""),
+    (r"\b(sq|cu|in|ft|hr|min|sec|oz|lb)\.(?=\s|$)", r"\1"), (r"(?:\\[,;:! ]|\s)+$", ""),
+    (r"(?<=\d)\s*(?:\\text\s*\{)?\s*thousand\b\s*\}?", r"\\cdot 10^{3}"), (r"(?<=\d)\s*(?:\\text\s*\{)?\s*million\b\s*\}?", r"\\cdot 10^{6}"),
+    (r"(?<=\d)\s*(?:\\text\s*\{)?\s*billion\b\s*\}?", r"\\cdot 10^{9}"),
+)]  # fmt: skip
+
+
 def fraction_of(m: re.Match) -> str:
     """0.1\\overline{6} as \\frac{15}{90}: a repeating decimal is a fraction."""
     whole, once, again = m[1] or "0", m[2], m[3] or m[4]
@@ -947,9 +967,10 @@ def fraction_of(m: re.Match) -> str:
 def clean(text: str) -> str:
     """One way of writing what LaTeX and people write in several."""
     text = unicodedata.normalize("NFKC", text.translate(UNICODE)).translate(UNICODE)
-    text = text.replace("\\$", "\\dollar ").replace("$", " ").replace("**", " ").replace("\\{,\\}", ",")
-    text = re.sub(r"\\(?:d|t|c)frac", r"\\frac", text)
-    text = re.sub(r"(?<=\d)\s*(?:,\s?\\!|\{,\}|\\,|,\\,|\\ |,\\;)\s*(?=\d{3}(?!\d))", ",", text)
+    text = text.replace("\\$", "\\dollar ").replace("$", " ").replace("**", " ").replace("{:}", ":")
+    for pattern, plain in SPELLINGS:
+        text = pattern.sub(plain, text)
+    text = re.sub(r"(?<=\d)\s*(?:,\s?\\!|\{,\}\\!|\{,\}|\\,|,\\,|\\ |,\\;)\s*(?=\d{3}(?!\d))", ",", text)
     text = re.sub(r"(?<![\d.,/}])\d{1,3}(?: \d{3})+(?![\d,./]| ?/)", lambda m: m[0].replace(" ", ""), text)
     text = re.sub(r"(\d)[eE]([+-]?\d{1,6})(?![\d.a-zA-Z])", r"\1\\cdot 10^{\2}", text)
     text = REPEATING.sub(fraction_of, text)
@@ -990,7 +1011,7 @@ def tokens_of(text: str, thousands: bool = True, split: bool = False, in_text: b
         elif low in ("th", "st", "nd", "rd", "about", "approximately", "exactly", "the", "an", "only", "roughly", "square", "sq", "cubic") or run == "a" and in_text:
             if low in ("square", "sq", "cubic"):
                 put("power", "3" if low == "cubic" else "2")
-        elif run in UNITS or low in UNITS and len(run) > 3:
+        elif (run in UNITS or low in UNITS and len(run) > 3) and not (split and not in_text and len(run) < 4 and before != "num"):
             name = UNITS.get(run) or UNITS[low]
             lone = before in ("num", "unit") and spaced and not re.match(r"\s*[\w^]", text[position:])
             if in_text or (len(run) > 1 and run not in TEXT_ONLY) or lone:
@@ -1234,8 +1255,10 @@ class Parser:
         while self.found("rel"):
             while self.found("rel"):  # "is = 5"
                 sign = self.take()
-            signs.append(sign)
-            exprs.append(self.union())
+            right = self.union()
+            if sign != "~" or not exprs[:-1] and isinstance(exprs[-1], Symbol):  # \sqrt2 \approx 1.41: the exact one is the answer
+                signs.append(sign.replace("~", "="))
+                exprs.append(right)
         self.words += self.spoken()
         value = Value("rel", tuple(signs), tuple(exprs)) if signs else exprs[0]
         return Value("words", lead, (value,)) if lead else value
@@ -1379,6 +1402,11 @@ class Parser:
     def group(self):
         self.take("{")
         value = self.deeper(self.union)
+        if self.found("sep"):  # {2, 3}
+            self.take()
+            rest, _ = self.deeper(self.items)
+            self.take("}")
+            return Value("set", "", (value, *rest))
         if self.found("cmd", "choose", "over"):
             value = (choose if self.take() == "choose" else divide)(value, self.deeper(self.union))
         self.words += self.spoken()
@@ -1827,7 +1855,9 @@ def same(a, b) -> bool:
         return a.how == b.how and len(a.items) == len(b.items) and all(map(same, a.items, b.items))
     if kinds == ["seq", "seq"] and a.how == b.how:
         return len(a.items) == len(b.items) and all(map(same, a.items, b.items))
-    if kinds[0] == kinds[1] and kinds[0] in ("list", "set", "ratio"):
+    if kinds[0] == "list" and kinds[1] != "list" and len(one := unique(a.items)) == 1:  # "3/8, or 0.375"
+        return same(one[0], b)
+    if kinds[0] == kinds[1] and kinds[0] in ("list", "set"):
         if named(a) and named(b):
             return matched(a.items, b.items)
         a, b = (tuple(bare(x, False) for x in v.items) for v in (a, b))
@@ -1905,7 +1935,7 @@ WRAPPED = re.compile(rf"\\(?:{'|'.join(sorted(TEXT, key=len, reverse=True))})\s*
 
 def squash(text: str) -> str:
     """A text without what never matters: spacing, sizes, dollar signs, wrappers of text, a last full stop."""
-    text = re.sub(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|quad|qquad|!|,|;|:| )(?![a-zA-Z])|\$|~|\*\*", " ", text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac"))
+    text = re.sub(r"(?<!\\)\\(?:left|right|[bB]igg?[lr]?|displaystyle|quad|qquad|!|,|;|:| )(?![a-zA-Z])|\$|~|\*\*", " ", text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac"))
     text = WRAPPED.sub(r"\1", text).strip().rstrip(".")
     return re.sub(r"\s+(?!\d)|(?<!\d)\s+", "", text)
 
@@ -1929,7 +1959,7 @@ def readings(text: str) -> tuple:
     phrase = PHRASES.get(words_of(text))
     text = "\\" + phrase if phrase == "emptyset" else phrase or text
     ways = [(thousands, split) for thousands in ((True, False) if re.search(r"\d,\d{3}", text) else (True,))
-            for split in ((False, True) if re.search(r"(?<![a-zA-Z\\])[a-zA-Z]{3,4}(?![a-zA-Z])", text) else (False,))]  # fmt: skip
+            for split in ((False, True) if re.search(r"(?<![a-zA-Z\\])[a-zA-Z]{2,4}(?![a-zA-Z])", text) else (False,))]  # fmt: skip
     for thousands, split in ways:
         try:
             tokens = tokens_of(text, thousands, split)
@@ -1966,7 +1996,7 @@ def units_clash(a: tuple, b: tuple) -> bool:
     a, b = ({part for u in x for part in COMPOUND.get(u, (u,))} for x in (a, b))
     mods = [{u for u in x if u[0].startswith("mod")} for x in (a, b)]
     rest = [{u for u in x if not u[0].startswith("mod")} for x in (a, b)]
-    return any(all(pair) and pair[0] != pair[1] for pair in (mods, rest))
+    return any(all(pair) and pair[0] ^ pair[1] not in (set(), {("dollar", 1)}) for pair in (mods, rest))
 
 
 def answers_agree(answer: str, gold: str) -> bool:
@@ -1980,6 +2010,7 @@ def answers_agree(answer: str, gold: str) -> bool:
         said = re.match(r"\W{0,9}(?:(?:option|choice|answer)\s*)?(?:\\(?:text|textbf|mathrm|mathbf)\{)?\W{0,3}([A-Ja-j])(?![\w^=+*/\\-])(?:\W{0,9}$|[).:}]|\s+\w{3,})", answer, re.IGNORECASE)
         if said:
             return said[1].upper() == letter[1]
+    answer = re.sub(r"^(?:A|Result)\s*:\s*(?=\S)", "", answer)
     words = words_of(gold)
     if re.search(r"[a-z]{3}|^(?:no|am|pm)$", words) and words == words_of(answer):
         return True
@@ -2006,7 +2037,7 @@ def converted(a, units: tuple, b, other: tuple) -> bool:
 def reference_of(gold: str) -> str:
     """The answer in a reference: a bare one as it is, or that of a sentence or a worked solution."""
     announced = len(gold) <= MAX_RESPONSE and any(pattern.search(gold) for pattern, _ in SIGNS)
-    return (extract_answer(gold) if announced or prose(gold[:MAX_ANSWER]) else None) or gold.strip()
+    return (extract_answer(gold) if announced or re.match(r"\s*[A-Z][a-z]", gold) and prose(gold[:MAX_ANSWER]) else None) or gold.strip()
 
 
 def grade(response: str, gold: str) -> bool:
@@ -2036,7 +2067,6 @@ def alike(answers: list[str | None]) -> list[int]:
 
 def serve(pipe, megabytes: int) -> None:
     """The worker's loop. Its memory is limited where the system can do that; it ends when its parent does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -2064,7 +2094,11 @@ class Worker:
         context = multiprocessing.get_context("spawn")  # a fork would share locks of torch's threads
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, self.megabytes), daemon=True)
+        with contextlib.suppress(ValueError):  # not the main thread
+            before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child inherits that: Ctrl-C is ours alone, also while it imports
         self.process.start()
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, before or signal.SIG_DFL)
         theirs.close()
         self.fresh = True
 
