@@ -14,7 +14,7 @@ E-step draws z from close to p(z | x) by importance sampling, and the M-step max
     python em.py --iterations=1 --samples=1          # one round without a choice of thoughts
     python em.py --infer="--select=uniform" --out_dir=out/no-weights          # the E-step without weights; or argmax, or mcmc
     python em.py --corpus=out/gsm8k --train="--n_layer=6 --n_embd=192 --n_head=6" --out_dir=out/gsm8k-em
-    python em.py --compare                           # instead of the loop: the paper's methods side by side (data/methods.py), about 7 minutes
+    python em.py --compare                           # instead of the loop: the paper's methods side by side (data/methods.py), about 8 minutes
 
 Each stage is a command, printed as it starts; copy it, edit it, run it by hand. A stage that is complete is skipped, one that was cut
 off goes on, so the same em.py command can be repeated at any time. Writes results.json and curves.png (compare.json and compare.png) into --out_dir.
@@ -41,7 +41,7 @@ class Settings:
     corpus: str = opt("", "folder with warm, warm_thoughts, raw and heldout (data/digits.py, data/gsm8k.py); none: makes digits")
     out_dir: str = opt("", "where everything goes; none: out/CORPUS-samplesK-seedN")
     compare: bool = opt(False, "no loop: one model for each method of data/methods.py and seed, trained on as many tokens")
-    tokens: int = opt(500_000, "with --compare: training tokens of each model", low=1)
+    tokens: int = opt(1_000_000, "with --compare: training tokens of each model", low=1)
     seeds: int = opt(2, "with --compare: models of each method; the first has --seed, each further one the next", low=1)
     iterations: int = opt(3, "EM iterations", low=1)
     samples: int = opt(4, "thoughts sampled a chunk in the E-step (K)", low=1)
@@ -174,7 +174,7 @@ def run_compare(s: Settings, out_dir: Path, lock: tuple) -> list[dict]:
             flags = {"corpus": folder / method["heldout"], "model": model, "out_dir": model / "eval"} | evaluation | common
             stage(f"{model.name} eval", "eval_math.py", model / "eval", "results.json", flags, s.eval, lock)
         results, training = ([read_json(model / name) for model in models] for name in ("eval/results.json", "training.json"))
-        row = {"name": method["name"], "evaluation": evaluation, "accuracies": [r["accuracy"] for r in results]}
+        row = {"name": method["name"], "heldout": method["heldout"], "evaluation": evaluation, "accuracies": [r["accuracy"] for r in results]}
         row |= {"accuracy": sum(row["accuracies"]) / s.seeds, "cut_off": sum(r["cut_off"] for r in results) / sum(r["n"] for r in results)}
         row |= {"nll": [r["nll_bound"]["16"] if thoughts else r["nll"] for r in results], "documents": method["documents"]}
         rows.append(row | {"passes": training[0]["data"][0]["epochs"], "train_tokens": [t["train_tokens"] for t in training]})
@@ -232,7 +232,7 @@ def compare_table(rows: list[dict]) -> str:
     """The comparison as text."""
     lines = [["", "accuracy", "of each seed", "cut off", "documents", "passes", "tokens", "evaluated"]]
     for r in rows:
-        how = ", ".join(f"{k} {v}" for k, v in r["evaluation"].items())
+        how = ", ".join([r["heldout"], *(f"{k} {v}" for k, v in r["evaluation"].items())])
         lines.append([r["name"], f"{r['accuracy']:.3f}", " ".join(f"{a:.3f}" for a in r["accuracies"]), f"{r['cut_off']:.3f}", f"{r['documents']:,}",
                       f"{r['passes']:.1f}", f"{r['train_tokens'][0]:,}", how])  # fmt: skip
     return align(lines)

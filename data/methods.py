@@ -15,7 +15,7 @@ says how each is evaluated. Every wording ends in the answer; the style "questio
 A question alone, "Start at 3. Add 8.", may go on with another operation; a thought's marker says that it does not. So raw models are given the words
 up to the answer ("... The last digit is"), paraphrasing ones those that ask for it ("... What is the last digit?"): none has to guess where it ends.
 
-    python data/methods.py --corpus=out/digits --out_dir=out/methods --tokens=500000      # corpus: raw and heldout of data/digits.py
+    python data/methods.py --corpus=out/digits --out_dir=out/methods --tokens=1000000     # corpus: raw and heldout of data/digits.py
     python em.py --compare                                                                # makes both, trains and evaluates all
 """
 
@@ -42,7 +42,7 @@ from data.tokenizer import make_tokenizer
 class Settings:
     corpus: str = opt(help="folder with raw and heldout, made by data/digits.py")
     out_dir: str = opt(help="where the folders go")
-    tokens: int = opt(500_000, "training tokens of each method: what raw-fresh must last for", low=1)
+    tokens: int = opt(1_000_000, "training tokens of each method: what raw-fresh must last for", low=1)
     n_vocab: int = opt(512, "text tokens of the tokenizer", low=256)
     seed: int = opt(0, "another seed, other fresh documents")
 

@@ -14,7 +14,7 @@ from data.corpus import open_corpus, open_thoughts
 from data.digits import OPERATIONS, Settings, make_documents
 
 TOKENS = 20_000
-TINY = ["--compare", f"--tokens={TOKENS}", "--seeds=2", "--max_new=40", "--train=--batch_size=16 --n_layer=1 --n_embd=32", "--eval=--bound_docs=5"]
+TINY = ["--compare", f"--tokens={TOKENS}", "--seeds=1", "--max_new=40", "--train=--batch_size=16 --n_layer=1 --n_embd=32", "--eval=--bound_docs=5"]
 
 
 def texts(folder) -> list[str]:
@@ -126,15 +126,15 @@ def test_no_fresh_problem_is_left(digits, tmp_path):
 
 
 def test_compare_side_by_side_and_again(digits, tmp_path):
-    """Every method with every seed on the same number of tokens; the second run does nothing, another budget is refused."""
+    """Every method on the same number of tokens; the second run does nothing, another budget is refused; half a minute on two quiet cores."""
     flags = [f"--corpus={digits}", f"--out_dir={tmp_path}/run", *TINY]
     first = script("em.py", *flags)
     report = json.loads((tmp_path / "run/compare.json").read_text())
     assert [r["name"] for r in report["rows"]] == ["raw-repeat", "raw-fresh", "wrap", "wrap-cot", "latent"]
     for row in report["rows"]:
-        assert len(row["accuracies"]) == 2 and row["train_tokens"] == pytest.approx([TOKENS] * 2, rel=0.06)
+        assert row["train_tokens"] == pytest.approx([TOKENS], rel=0.06) and row["accuracies"] == [row["accuracy"]]
         assert row["name"] in first.stdout and (row["passes"] < 1) == (row["name"] == "raw-fresh")
-    assert first.stdout.count("$ python") == 21 and (tmp_path / "run/compare.png").read_bytes()[:4] == b"\x89PNG"
+    assert first.stdout.count("$ python") == 11 and (tmp_path / "run/compare.png").read_bytes()[:4] == b"\x89PNG"
     again = script("em.py", *flags)
     assert "$ python" not in again.stdout and json.loads((tmp_path / "run/compare.json").read_text()) == report
     assert "--tokens=20000 became 30000" in script("em.py", *flags, "--tokens=30000", code=1).stderr
@@ -142,7 +142,7 @@ def test_compare_side_by_side_and_again(digits, tmp_path):
 
 @pytest.mark.slow
 def test_the_comparison(tmp_path):
-    """The default comparison, about 8 minutes: with steps in thoughts or in the text far above without, and twice the seeds' spread apart."""
+    """The default comparison, about 8 minutes: with steps, in thoughts or in the text, far above without."""
     script("em.py", "--compare", f"--out_dir={tmp_path}/run", timeout=3600)
     accuracy = {r["name"]: r["accuracy"] for r in json.loads((tmp_path / "run/compare.json").read_text())["rows"]}
-    assert accuracy["latent"] > accuracy["wrap-cot"] > accuracy["raw-repeat"]
+    assert min(accuracy["latent"], accuracy["wrap-cot"]) > 0.9 and max(accuracy[name] for name in ("wrap", "raw-repeat", "raw-fresh")) < 0.4
