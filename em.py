@@ -14,7 +14,7 @@ E-step draws z from close to p(z | x) by importance sampling, and the M-step max
     python em.py --iterations=1 --samples=1          # one round without a choice of thoughts
     python em.py --infer="--select=uniform" --out_dir=out/no-weights          # the E-step without weights; or argmax, or mcmc
     python em.py --corpus=out/gsm8k --train="--n_layer=6 --n_embd=192 --n_head=6" --out_dir=out/gsm8k-em
-    python em.py --compare                           # instead of the loop: the paper's methods side by side (data/methods.py), about 8 minutes
+    python em.py --compare                           # instead of the loop: the methods of data/methods.py side by side; 11 minutes of CPU time
 
 Each stage is a command, printed as it starts; copy it, edit it, run it by hand. A stage that is complete is skipped, one that was cut
 off goes on, so the same em.py command can be repeated at any time. Writes results.json and curves.png (compare.json and compare.png) into --out_dir.

@@ -142,7 +142,7 @@ def test_compare_side_by_side_and_again(digits, tmp_path):
 
 @pytest.mark.slow
 def test_the_comparison(tmp_path):
-    """The default comparison, about 8 minutes: with steps, in thoughts or in the text, far above without."""
+    """The default comparison, 11 minutes of CPU time: with steps, in thoughts or in the text, far above without."""
     script("em.py", "--compare", f"--out_dir={tmp_path}/run", timeout=3600)
     accuracy = {r["name"]: r["accuracy"] for r in json.loads((tmp_path / "run/compare.json").read_text())["rows"]}
     assert min(accuracy["latent"], accuracy["wrap-cot"]) > 0.9 and max(accuracy[name] for name in ("wrap", "raw-repeat", "raw-fresh")) < 0.4
