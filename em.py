@@ -14,9 +14,10 @@ E-step draws z from close to p(z | x) by importance sampling, and the M-step max
     python em.py --iterations=1 --samples=1          # one round without a choice of thoughts
     python em.py --infer="--select=uniform" --out_dir=out/no-weights          # the E-step without weights; or argmax, or mcmc
     python em.py --corpus=out/gsm8k --train="--n_layer=6 --n_embd=192 --n_head=6" --out_dir=out/gsm8k-em
+    python em.py --compare                           # instead of the loop: the methods of data/methods.py side by side; 11 minutes of CPU time
 
 Each stage is a command, printed as it starts; copy it, edit it, run it by hand. A stage that is complete is skipped, one that was cut
-off goes on, so the same em.py command can be repeated at any time. Writes results.json and curves.png into --out_dir.
+off goes on, so the same em.py command can be repeated at any time. Writes results.json and curves.png (compare.json and compare.png) into --out_dir.
 This script reads numbers that the stages wrote; it imports no model code.
 """
 
@@ -39,6 +40,9 @@ HERE = Path(__file__).resolve().parent
 class Settings:
     corpus: str = opt("", "folder with warm, warm_thoughts, raw and heldout (data/digits.py, data/gsm8k.py); none: makes digits")
     out_dir: str = opt("", "where everything goes; none: out/CORPUS-samplesK-seedN")
+    compare: bool = opt(False, "no loop: one model for each method of data/methods.py and seed, trained on as many tokens")
+    tokens: int = opt(1_000_000, "with --compare: training tokens of each model", low=1)
+    seeds: int = opt(2, "with --compare: models of each method; the first has --seed, each further one the next", low=1)
     iterations: int = opt(3, "EM iterations", low=1)
     samples: int = opt(4, "thoughts sampled a chunk in the E-step (K)", low=1)
     max_new: int = opt(64, "longest thought in tokens", low=1)
@@ -103,14 +107,20 @@ def stage(name: str, script: str, folder: Path, last: str, flags: dict, more: st
         raise UserError(f"stage {name} ended with exit code {code} (see above); the same command goes on from there")
 
 
-def run_all(s: Settings, out_dir: Path, lock: tuple) -> list[dict]:
-    """All stages in order; the rows of the report."""
+def find_data(s: Settings, out_dir: Path, lock: tuple) -> Path:
+    """The corpus folder, made first if none is given."""
     data = Path(s.corpus) if s.corpus else out_dir / "data"
     if not s.corpus:
         stage("data", "data/digits.py", data, "heldout_truth/meta.json", {"out_dir": data, "seed": s.seed}, "", lock)
     for part in ("warm", "warm_thoughts", "raw", "heldout"):
         if not (data / part / "meta.json").exists():
             raise UserError(f"{data / part}: missing; make the corpus with data/digits.py or data/gsm8k.py --out_dir={data}")
+    return data
+
+
+def run_all(s: Settings, out_dir: Path, lock: tuple) -> list[dict]:
+    """All stages of the loop in order; the rows of the report."""
+    data = find_data(s, out_dir, lock)
     truth = data / "heldout_truth" if (data / "heldout_truth").exists() else ""
     common = {"seed": s.seed, "device": s.device}
     rows = []
@@ -145,6 +155,30 @@ def run_all(s: Settings, out_dir: Path, lock: tuple) -> list[dict]:
     train("raw_flops", data / "raw", more=f"--max_tokens={budget}")
     evaluate("raw_flops", "raw")
     return [rows[0], rows[-1], *rows[1:-1]]
+
+
+def run_compare(s: Settings, out_dir: Path, lock: tuple) -> list[dict]:
+    """s.seeds models for each method, on the same raw documents and the same number of training tokens; a row for each method."""
+    folder = out_dir / "methods"
+    flags = {"corpus": find_data(s, out_dir, lock), "out_dir": folder, "tokens": s.tokens, "seed": s.seed}
+    stage("methods", "data/methods.py", folder, "meta.json", flags, "", lock)
+    rows = []
+    for method in read_json(folder / "meta.json")["methods"]:
+        thoughts = folder / method["thoughts"] if method["thoughts"] else ""
+        evaluation = method["evaluation"] | ({"max_new": s.max_new} if thoughts else {})
+        models = [out_dir / f"{method['name']}-seed{seed}" for seed in range(s.seed, s.seed + s.seeds)]
+        for seed, model in enumerate(models, s.seed):
+            common = {"seed": seed, "device": s.device}
+            flags = {"corpus": folder / method["corpus"], "thoughts": thoughts, "out_dir": model, "max_tokens": s.tokens} | common
+            stage(model.name, "train.py", model, "config.json", flags, s.train, lock)
+            flags = {"corpus": folder / method["heldout"], "model": model, "out_dir": model / "eval"} | evaluation | common
+            stage(f"{model.name} eval", "eval_math.py", model / "eval", "results.json", flags, s.eval, lock)
+        results, training = ([read_json(model / name) for model in models] for name in ("eval/results.json", "training.json"))
+        row = {"name": method["name"], "heldout": method["heldout"], "evaluation": evaluation, "accuracies": [r["accuracy"] for r in results]}
+        row |= {"accuracy": sum(row["accuracies"]) / s.seeds, "cut_off": sum(r["cut_off"] for r in results) / sum(r["n"] for r in results)}
+        row |= {"nll": [r["nll_bound"]["16"] if thoughts else r["nll"] for r in results], "documents": method["documents"]}
+        rows.append(row | {"passes": training[0]["data"][0]["epochs"], "train_tokens": [t["train_tokens"] for t in training]})
+    return rows
 
 
 # -------------------------------------------------------------------------------------------------- report
@@ -182,22 +216,7 @@ def table(rows: list[dict]) -> str:
     def number(x, digits=3):
         return "-" if x is None else f"{x:.{digits}f}"
 
-    header = [
-        "",
-        "accuracy",
-        "sampled",
-        "NLL",
-        "-ELBO",
-        "IWAE-4",
-        "IWAE-16",
-        "ESS",
-        "picks right",
-        "cut off",
-        "trained on",
-        "tokens/s",
-        "sampling",
-        "seconds",
-    ]
+    header = ["", *"accuracy,sampled,NLL,-ELBO,IWAE-4,IWAE-16,ESS,picks right,cut off,trained on,tokens/s,sampling,seconds".split(",")]
     lines = [header]
     for r in rows:
         bounds, e_step = r.get("nll_bound", {}), r.get("e_step", {})
@@ -206,12 +225,26 @@ def table(rows: list[dict]) -> str:
             *(number(bounds.get(k), 4) for k in ("1", "4", "16")), number(r["ess"], 2), number(r["pick_right"]), number(r["cut_off"]),
             number(e_step.get("pick_right")), f"{r['tokens_per_s']:,.0f}", f"{e_step['tokens_per_s']:,.0f}" if e_step else "-", f"{r['seconds']:.0f}",
         ])  # fmt: skip
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return align(lines)
+
+
+def compare_table(rows: list[dict]) -> str:
+    """The comparison as text."""
+    lines = [["", "accuracy", "of each seed", "cut off", "documents", "passes", "tokens", "evaluated"]]
+    for r in rows:
+        how = ", ".join([r["heldout"], *(f"{k} {v}" for k, v in r["evaluation"].items())])
+        lines.append([r["name"], f"{r['accuracy']:.3f}", " ".join(f"{a:.3f}" for a in r["accuracies"]), f"{r['cut_off']:.3f}", f"{r['documents']:,}",
+                      f"{r['passes']:.1f}", f"{r['train_tokens'][0]:,}", how])  # fmt: skip
+    return align(lines)
+
+
+def align(lines: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))) for line in lines)
 
 
-def plot(rows: list[dict], path: Path, samples: int) -> bool:
-    """curves.png: accuracy, likelihood and the picks, by iteration. False where matplotlib is missing."""
+def plot(rows: list[dict], path: Path, s: Settings) -> bool:
+    """curves.png: accuracy, likelihood and the picks, by iteration; or compare.png. False where matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
@@ -219,6 +252,25 @@ def plot(rows: list[dict], path: Path, samples: int) -> bool:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    figure = (plot_compare if s.compare else plot_loop)(rows, plt, s)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
+    return True
+
+
+def plot_compare(rows: list[dict], plt, s: Settings):
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    axis.bar([r["name"] for r in rows], [r["accuracy"] for r in rows], color=["C3", "C3", "C1", "C1", "C0"])
+    for i, r in enumerate(rows):
+        axis.plot([i] * len(r["accuracies"]), r["accuracies"], "k.")
+        axis.annotate(f"{r['accuracy']:.2f}", (i, r["accuracy"]), (0, 8), textcoords="offset points", ha="center")
+    axis.set(title=f"held-out accuracy after {s.tokens:,} training tokens, {s.seeds} seeds (dots)", ylim=(0, 1.1))
+    axis.grid(axis="y", alpha=0.3)
+    return figure
+
+
+def plot_loop(rows: list[dict], plt, s: Settings):
     models = [r for r in rows if "nll_bound" in r]
     raw = [r for r in rows if "nll" in r]
     x = list(range(len(models)))
@@ -229,7 +281,7 @@ def plot(rows: list[dict], path: Path, samples: int) -> bool:
         middle.axhline(r["nll"], linestyle=style, color="C3", label=f"{r['name']}: NLL")
     for k, color in zip(("1", "4", "16"), ("#9ecae1", "#4292c6", "#084594")):
         middle.plot(x, [r["nll_bound"][k] for r in models], marker="o", color=color, label="-ELBO" if k == "1" else f"-IWAE-{k}")
-    right.plot(x, [r["ess"] / samples for r in models], marker="o", color="C2", label=f"effective samples / {samples}")
+    right.plot(x, [r["ess"] / s.samples for r in models], marker="o", color="C2", label=f"effective samples / {s.samples}")
     if all(r["pick_right"] is not None for r in models):
         right.plot(x, [r["pick_right"] for r in models], marker="o", color="C1", label="picks that are right")
     for axis, title in (
@@ -243,23 +295,21 @@ def plot(rows: list[dict], path: Path, samples: int) -> bool:
         axis.legend(fontsize=8)
     left.set_ylim(0, 1)
     right.set_ylim(0, 1.05)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-    plt.close(figure)
-    return True
+    return figure
 
 
 def main(s: Settings) -> None:
     name = Path(s.corpus).name if s.corpus else "digits"
-    out_dir = Path(s.out_dir or f"out/{name}-samples{s.samples}-seed{s.seed}")
+    out_dir = Path(s.out_dir or f"out/{name}-{'compare' if s.compare else f'samples{s.samples}'}-seed{s.seed}")
+    report, picture = ("compare.json", "compare.png") if s.compare else ("results.json", "curves.png")
     begin = time.time()
     with only_run(out_dir) as lock:
-        rows = run_all(s, out_dir, lock)
+        rows = (run_compare if s.compare else run_all)(s, out_dir, lock)
         config = {k: v for k, v in asdict(s).items() if k not in ("out_dir", "device")}
-        write_json(out_dir / "results.json", {"config": config, "rows": rows})
-        drawn = plot(rows, out_dir / "curves.png", s.samples)
-    print("\n" + table(rows))
-    print(f"\n{out_dir}/results.json" + (f", {out_dir}/curves.png" if drawn else "; no picture: matplotlib is not installed"))
+        write_json(out_dir / report, {"config": config, "rows": rows})
+        drawn = plot(rows, out_dir / picture, s)
+    print("\n" + (compare_table if s.compare else table)(rows))
+    print(f"\n{out_dir}/{report}" + (f", {out_dir}/{picture}" if drawn else "; no picture: matplotlib is not installed"))
     print(f"in {duration(time.time() - begin)}{peak_memory()}")
 
 
