@@ -125,6 +125,7 @@ def test_no_fresh_problem_is_left(digits, tmp_path):
     assert "raw-fresh: " in done.stderr and "lower --tokens" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_compare_side_by_side_and_again(digits, tmp_path):
     """Every method on the same number of tokens; the second run does nothing, another budget is refused; half a minute on two quiet cores."""
     flags = [f"--corpus={digits}", f"--out_dir={tmp_path}/run", *TINY]
