@@ -726,7 +726,7 @@ HOPE = re.compile(r"I hope (?:it|this) is correct", re.IGNORECASE)
 # (pattern, priority): the lowest number that is found wins, of equals the right-most. The answer is what follows.
 SIGNS = (
     (re.compile(r"final\s+answer\b[*_}.]*\s*(?:is|are|:|=)*", re.IGNORECASE), 0),
-    (re.compile(r"\\(?:f?boxed|fbox)(?![a-zA-Z])"), 1),
+    (re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])"), 1),
     (re.compile(r"(?:^|\n|\s)####(?!#)[ \t]*(?=\S)"), 1),
     (re.compile(r"<answer>", re.IGNORECASE), 1),
     (re.compile(r"\b(?:answers?|ans|choice|option)\b[*_\"']*\s*(?:is|are|would be|must be|:|=)+", re.IGNORECASE), 2),
@@ -795,7 +795,7 @@ def sentence(text: str, start: int) -> str:
 
 def boxed(text: str, start: int) -> str | None:
     """What the \\boxed at `start` holds; those that follow after "and", "or" or a comma belong to it."""
-    brace = re.compile(r"\\(?:f?boxed|fbox)\s*").match(text, start)
+    brace = re.compile(r"\\(?:boxed|fbox)\s*").match(text, start)
     if not brace:
         return None
     if text[brace.end() : brace.end() + 1] != "{":
@@ -845,7 +845,7 @@ def extract_answer(response: str) -> str | None:
                 answer = last_boxed(text, [other.start() for other in found[priority] if "box" in other[0] and other.start() <= m.start()])
             else:
                 answer = sentence(text, m.end())
-                inner = [b.start() for b in re.finditer(r"\\(?:f?boxed|fbox)(?![a-zA-Z])", answer)]
+                inner = [b.start() for b in re.finditer(r"\\(?:boxed|fbox)(?![a-zA-Z])", answer)]
                 answer = (last_boxed(answer, inner) if inner else None) or answer
                 answer = REMARK.sub("", BEFORE.sub("", BECAUSE.split(BEFORE.sub("", answer))[0])).rstrip(" \t\n.,;:*_")
             answer = re.sub(r"^\$?[^$]{0,99}\b(?:answer|value)\s*(?:is|:)[\s}:]*", "", answer or "").strip()
@@ -918,6 +918,7 @@ FUNCTIONS |= {"arsinh": sympy.asinh, "arcosh": sympy.acosh, "artanh": sympy.atan
 INVERSE = {name: getattr(sympy, "a" + name) for name in "sin cos tan cot sec csc sinh cosh tanh".split()}
 GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon phi varphi chi psi omega "
             "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar".split())  # fmt: skip
+FILLERS = set("th st nd rd about approximately exactly the an only roughly".split())
 TWO_LETTERS = set("no so he we it if of by at on do be my us up go or an as".split())
 RELATIONS = {"=": "=", "<": "<", ">": ">", "le": "<=", "leq": "<=", "leqslant": "<=", "ge": ">=", "geq": ">=", "geqslant": ">=", "lt": "<", "gt": ">", "ne": "!=",
              "neq": "!=", "in": "in", "approx": "~", "equiv": "=", "iff": "=", "to": "=", "rightarrow": "=", "Rightarrow": "=", "sim": "=", "cong": "=", ":": ":", "colon": ":"}  # fmt: skip
@@ -985,99 +986,90 @@ class Token(NamedTuple):
     spaced: bool = False
 
 
+def word_tokens(run: str, before: str, spaced: bool, around: tuple[str, str], split: bool, in_text: bool) -> list[tuple[str, str]]:
+    """What a run of letters is, as (kind, value): a word of the language, a unit, a function, a variable or several. before: the kind of the token
+    before it; around: the character before the run, and the text behind it."""
+    low, (left, right) = run.lower(), around
+    if low in ("and", "or"):
+        return [("sep", low)]
+    if low in ("is", "equals", "equal"):
+        return [("rel", "=")]
+    if low == "to":
+        return [("rel", ":")]
+    if low == "in" and before == "name":
+        return [("rel", "in")]
+    if low == "per" or (low in ("a", "an") and before == "unit"):
+        return [("op", "/")]
+    if low in ("square", "sq", "cubic"):
+        return [("power", "3" if low == "cubic" else "2")]
+    if low in FILLERS or run == "a" and in_text:
+        return []
+    if (run in UNITS or low in UNITS and len(run) > 3) and not (split and not in_text and len(run) < 4 and before != "num"):
+        lone = before in ("num", "unit") and spaced and not re.match(r"\s*[\w^]", right)
+        if in_text or (len(run) > 1 and run not in TEXT_ONLY) or lone:
+            return [("unit", UNITS.get(run) or UNITS[low])]
+        return [("name", run) if len(run) == 1 else ("word", low)]
+    if run in FUNCTIONS or low in ("ln", "log", "sqrt"):
+        return [("func", run if run in FUNCTIONS else low)]
+    if low in ("pi", "infinity", "infty", "theta", "alpha", "beta", "emptyset"):
+        return [("cmd", "infty" if low == "infinity" else low)]
+    if len(run) == 1:
+        return [("name", run)]
+    apart = not left.strip() and (not right or right[0] in ".,;" or right[0].isspace())
+    if in_text or (low in TWO_LETTERS and apart) or len(run) > 4 or (len(run) > 2 and not split):
+        return [("word", low)]
+    return [("name", letter) for letter in run]
+
+
+def command_token(name: str) -> list[tuple[str, str]]:
+    if name == "dollar":
+        return [("unit", "dollar")]
+    if name in RELATIONS:
+        return [("rel", RELATIONS[name])]
+    if name in FUNCTIONS or name == "sqrt":
+        return [("func", name)]
+    return [] if name in IGNORED or name in TEXT else [("cmd", name)]
+
+
+def sign_token(sign: str, escaped: bool) -> list[tuple[str, str]]:
+    """A single character, or one behind a backslash."""
+    if sign == "%":
+        return [("unit", "percent")]
+    if escaped:
+        return [("op", {"{": "\\{", "}": "\\}", "\\": "\\\\"}.get(sign, sign))] if sign in "{}|\\&" else []
+    if sign in RELATIONS:
+        return [("rel", RELATIONS[sign])]
+    return [("sep", sign)] if sign in ",;" else [] if sign in "\"`?" else [("op", sign)]
+
+
 def tokens_of(text: str, thousands: bool = True, split: bool = False, in_text: bool = False, depth: int = 0) -> list[Token]:
     """Cut a cleaned text into tokens. thousands: 1,234 is a number, not two; split: a run of letters is a product, not a word."""
     if depth > 8 or len(text) > MAX_ANSWER:
         raise Unreadable("too long")
     out, position, spaced = [], 0, False
-
-    def put(kind, value):
-        out.append(Token(kind, value, spaced))
-        if len(out) > MAX_TOKENS:
-            raise Unreadable("too many tokens")
-
-    def word(run, start):
-        low, before = run.lower(), out[-1].kind if out else ""
-        if low in ("and", "or"):
-            put("sep", low)
-        elif low in ("is", "equals", "equal"):
-            put("rel", "=")
-        elif low in ("to",):
-            put("rel", ":")
-        elif low == "in" and before == "name":
-            put("rel", "in")
-        elif low == "per" or (low in ("a", "an") and before == "unit"):
-            put("op", "/")
-        elif low in ("th", "st", "nd", "rd", "about", "approximately", "exactly", "the", "an", "only", "roughly", "square", "sq", "cubic") or run == "a" and in_text:
-            if low in ("square", "sq", "cubic"):
-                put("power", "3" if low == "cubic" else "2")
-        elif (run in UNITS or low in UNITS and len(run) > 3) and not (split and not in_text and len(run) < 4 and before != "num"):
-            name = UNITS.get(run) or UNITS[low]
-            lone = before in ("num", "unit") and spaced and not re.match(r"\s*[\w^]", text[position:])
-            if in_text or (len(run) > 1 and run not in TEXT_ONLY) or lone:
-                put("unit", name)
-            else:
-                put("name", run) if len(run) == 1 else put("word", low)
-        elif run in FUNCTIONS or low in ("ln", "log", "sqrt"):
-            put("func", run if run in FUNCTIONS else low)
-        elif low in ("pi", "infinity", "infty", "theta", "alpha", "beta", "emptyset"):
-            put("cmd", "infty" if low == "infinity" else low)
-        elif len(run) == 1:
-            put("name", run)
-        elif in_text or (low in TWO_LETTERS and not re.match(r"\S", text[start - 1 : start]) and not re.match(r"[^\s.,;]", text[position : position + 1])) or len(run) > 4 or (len(run) > 2 and not split):
-            put("word", low)
-        else:
-            for letter in run:
-                put("name", letter)
-
     while position < len(text):
         m = (TOKEN if thousands else TOKEN_PLAIN).match(text, position)
-        start, position = position, m.end()
-        kind, value = m.lastgroup, m[m.lastgroup]
+        start, position, kind, value = position, m.end(), m.lastgroup, m[m.lastgroup]
+        brace = re.compile(r"\s*\{").match(text, position) if kind == "cmd" and value in TEXT else None
+        inside = braces(text, brace.end() - 1) if brace else None
         if kind == "space":
             spaced = True
             continue
+        if inside is not None:  # \text{...}
+            inner = tokens_of(inside, thousands, split, True, depth + 1)
+            out += [t._replace(spaced=True) for t in inner[:1]] + inner[1:]
+            position, spaced = brace.end() + len(inside) + 1, True
+            continue
         if kind == "num":
-            put("num", value.replace(",", ""))
+            new = [("num", value.replace(",", ""))]
         elif kind == "word":
-            word(value, start)
-        elif kind == "esc":
-            if value in "{}|\\&":
-                put("op", {"{": "\\{", "}": "\\}", "\\": "\\\\"}.get(value, value))
-            elif value == "%":
-                put("unit", "percent")
-        elif kind == "cmd":
-            if value in TEXT:
-                brace = re.compile(r"\s*\{").match(text, position)
-                inside = braces(text, brace.end() - 1) if brace else None
-                if inside is not None:
-                    spaced = True
-                    inner = tokens_of(inside, thousands, split, True, depth + 1)
-                    out += [t._replace(spaced=True) for t in inner[:1]] + inner[1:]
-                    position = brace.end() + len(inside) + 1
-                    spaced = True
-                    continue
-            elif value == "dollar":
-                put("unit", "dollar")
-            elif value in RELATIONS:
-                put("rel", RELATIONS[value])
-            elif value in FUNCTIONS or value == "sqrt":
-                put("func", value)
-            elif value not in IGNORED:
-                put("cmd", value)
-        elif value in RELATIONS:
-            put("rel", RELATIONS[value])
-        elif value == "%":
-            put("unit", "percent")
-        elif value in ",;":
-            put("sep", value)
-        elif value in "<>=":
-            put("rel", value)
-        elif value not in "\"`?":
-            put("op", value)
+            new = word_tokens(value, out[-1].kind if out else "", spaced, (text[max(0, start - 1) : start], text[position : position + 40]), split, in_text)
+        else:
+            new = command_token(value) if kind == "cmd" else sign_token(value, kind == "esc")
+        out += [Token(k, v, spaced) for k, v in new]
         spaced = False
-        if start == position:
-            break
+        if len(out) > MAX_TOKENS:
+            raise Unreadable("too many tokens")
     return out
 
 
