@@ -1,7 +1,7 @@
-r"""A document as sentences, and runs of sentences as chunks. Nothing is lost: the pieces joined are the text.
+r"""Documents as sentences, and runs of sentences as chunks. Nothing is lost: the pieces joined are the text.
 
-    sentence_ends(text)    where sentences end, as positions; the last one is len(text)
-    chunk(text, digest)    chunks of 1 + Poisson(7) sentences, at most 20 (8 in the mean), as in the paper
+    sentence_ends(texts)      for each text the positions at which its sentences end; the last one is its length
+    chunk(texts, digests)     for each text its chunks of 1 + Poisson(7) sentences, at most 20 (8 in the mean), as in the paper
 
 A sentence ends at . ! ? and what closes it, when white space and no lower-case letter follow; at a blank line; before a list item or
 a heading. White space goes to the front of the next sentence, a blank line to the back of the one before. No end lies inside
@@ -12,13 +12,18 @@ a heading. White space goes to the front of the next sentence, a blank line to t
 unless it is longer than LIMIT characters. A sentence longer than LONG is cut at white space outside of all these.
 The lengths are drawn from a generator seeded by the document's own hash, so the chunks of a text are the same on any machine, in
 any order and any number of processes.
+
+How: many texts are joined and looked at as one array, a number a character. That settles nearly all stops and line ends; where it does not, a
+regular expression looks. tests/slow_chunking.py says the same without the array, a text at a time.
 """
 
 import hashlib
 import math
 import re
-from bisect import bisect_right
-from functools import lru_cache
+from bisect import bisect_left, bisect_right
+from itertools import chain
+
+import numpy as np
 
 LONG, LIMIT = 1000, 4000  # characters: where a sentence without an end is cut if it can be, and where it is in any case
 MEAN, MOST = 8, 20  # sentences a chunk
@@ -26,14 +31,15 @@ MEAN, MOST = 8, 20  # sentences a chunk
 # ------------------------------------------------------------------------------------------------ what stays whole
 
 # $ starts a formula that ends at the next $ in the same paragraph. Two backslashes are a line break in LaTeX: \\[2pt] opens nothing.
-# Patterns begin with a set of characters, which re looks for quickly; what may follow each of these comes behind a (?<=...).
 # "$5. He bought 3 for $10": prices; the second $ closes nothing. Two plain words in a row are no formula, and a digit does not follow one.
-PRICE = r"\d(?:[^$]*\$\d|[\d,.]*(?:[ -][^$]*?)?(?<![\\\w])[A-Za-z][a-z]+[,.]? [A-Za-z][a-z]*\b[^$]*\$)"
-IN_MATH = (  # what follows $ and what follows a backslash
-    rf"(?<=\$)(?:\$(?!\$).{{1,{LIMIT}}}?\$\$|(?!{PRICE})[^$\\\n]*(?:(?:\\.|\n(?!\s*\n))[^$\\\n]*)*(?<!\$)\$)"
-    rf"|(?<=\\)(?:[\\$]|\[.{{0,{LIMIT}}}?\\\]|\(.{{0,{LIMIT}}}?\\\)|begin\{{(?P<name>\w+\*?)\}}.{{0,{LIMIT}}}?\\end\{{(?P=name)\}})"
-)
-MATH = re.compile(rf"[$\\](?:{IN_MATH})", re.DOTALL)
+PRICE = r"\d(?:[^$]*\$\d|(?>[\d,.]*(?:[ -][^$]*?)?(?<![\\\w])[A-Za-z][a-z]+[,.]? [A-Za-z][a-z]*\b)[^$]*\$)"
+IN_DOLLARS = rf"\$(?!\$)(?:[^$]++|\$(?!\$)){{1,40}}+\$\$|(?!{PRICE})[^$\\\n]*+(?:(?:\\.|\n(?!\s*\n))[^$\\\n]*+)*+(?<!\$)\$"
+IN_BACKSLASHES = rf"[\\$]|\[.{{0,{LIMIT}}}?\\\]|\(.{{0,{LIMIT}}}?\\\)|begin\{{(?P<name>\w+\*?)\}}.{{0,{LIMIT}}}?\\end\{{(?P=name)\}}"
+MATH = re.compile(rf"[$\\](?:(?<=\$)(?:{IN_DOLLARS})|(?<=\\)(?:{IN_BACKSLASHES}))", re.DOTALL)
+# The same in two halves: re finds a pattern's first character, if it is a given one, ten times as fast as one of a set.
+DOLLARS = re.compile(rf"\$(?:{IN_DOLLARS})", re.DOTALL)
+OPENER = re.compile(r"\\(?:[\\$\[(]|begin\{\w+\*?\})")
+CLOSER = {r"\[": r"\]", r"\(": r"\)"}
 CODE = re.compile(rf"^[ \t]*(```|~~~)[^\n]*\n.{{0,{LIMIT}}}?^[ \t]*\1[^\n]*$|(?<!`)`[^`\n]+`(?!`)|<(pre|table|code)\b.{{0,{LIMIT}}}?</\2>", re.DOTALL | re.MULTILINE)
 INDENTED = re.compile(r"(?:\A|(?<=\n)[ \t\r]*\n)((?:(?: {4}|\t)[^\n]*(?:\n|\Z)|[ \t\r]*\n(?= {4}|\t))+)")
 CODE_SIGN = re.compile(r"[={};<>_]|\w\(|^\s*(?:def|for|if|while|import|return|print|class|\$|>>>)\b", re.MULTILINE)
@@ -54,10 +60,39 @@ def code_spans(text: str) -> list[tuple[int, int]]:
     return [span for span in join_spans(spans) if span[1] - span[0] <= LIMIT] if spans else spans
 
 
-def whole_spans(text: str) -> list[tuple[int, int]]:
-    """Ranges of characters inside which no sentence ends, in order, none within another."""
-    code = code_spans(text)
-    return join_spans(code + [m.span() for m in MATH.finditer(masked(text, code))])
+def math_spans(text: str, first: int, last: int, signs: str) -> list[tuple[int, int]]:
+    """Formulas in text[first:last], in order: what MATH finds, without its pairs of characters. `signs`: of $ and \\ what occurs there."""
+    dollars = [m.span() for m in DOLLARS.finditer(text, first, last)] if "$" in signs else []
+    if "\\" not in signs:
+        return dollars
+    spans, done, at = [], 0, 0
+    for m in OPENER.finditer(text, first, last):
+        start, after = m.span()
+        i = bisect_left(dollars, (start,))
+        if start < at or m[0] == r"\\" or i and dollars[i - 1][1] > start:  # in another formula, or a line break
+            continue
+        closer = CLOSER.get(m[0]) or r"\end" + m[0][6:]
+        end = start if m[0] == r"\$" else text.find(closer, after, min(after + LIMIT + len(closer), last))
+        if end < 0:
+            continue
+        at = end + len(closer) if end > start else after
+        j = bisect_left(dollars, (at,))
+        if j > i and dollars[j - 1][1] > at:  # what $ opened there goes on: all after it is to be read anew
+            return [m.span() for m in MATH.finditer(text, first, last)]
+        if end > start:
+            spans += [*dollars[done:i], (start, at)]
+            done = j
+    return spans + dollars[done:]
+
+
+def borders_of(spans: list[tuple[int, int]]) -> list[int]:
+    """start + 1, end of each range that is not to be cut."""
+    return [border for start, end in spans if end - start <= LIMIT for border in (start + 1, end)]
+
+
+def outside(ends: list[int], borders: list[int]) -> list[int]:
+    """The ends that lie in none of the ranges; on the border of one is outside."""
+    return [end for end in ends if not bisect_right(borders, end) % 2] if borders else ends
 
 
 def join_spans(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -73,18 +108,18 @@ def join_spans(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 CLOSERS = r"""["'”’»)\]}*_$]"""
 ITEM = r"[ \t]*(?:[-*+•] |\(?(?:\d{1,3}|[a-z])[.)] |#{1,6} )"
-AFTER = rf"{CLOSERS}*(?=\s+([^\sa-z,;:)\]}}]))"  # what a sentence ends with, and how the next one may begin
-STOP = rf"(?<=[.!?…])[.!?…]*{AFTER}|(?<=\n)(?:(?:[ \t\r]*\n)+|(?={ITEM}))|(?<=[。！？])[」』”’）]*"
-# Formulas are matched as well, so that nothing inside them is.
-END = re.compile(rf"[.!?…\n。！？$\\](?:{STOP}|{IN_MATH})", re.DOTALL)
-AFTER_MATH = re.compile(AFTER)
+AFTER = rf"{CLOSERS}*(?=\s+([^\s\0a-z,;:)\]}}]))"  # what a sentence ends with, and how the next one may begin
+STOP = re.compile(rf"(?<![.!?…])[.!?…]+{AFTER}")
+STOP_BEYOND = re.compile("[。！？][」』”’）]*")
+AFTER_MATH, LIST_ITEM = re.compile(AFTER), re.compile(ITEM)
 STOP_IN_MATH = re.compile(r"[.!?…](?:\s*\\\\)?\s*(?:\$\$?|\\[\])]|\\end\{\w+\*?\})\Z")
 NEVER = {  # no sentence ends behind these, whatever follows
     *"dr mr mrs ms prof st rev hon gen col capt lt sgt gov sen rep pres messrs mme mlle fr".split(),
     *"fig figs eq eqs eqn eqns thm prop cor def lem al cf viz vs resp approx ca esp incl ibid op ed eds trans".split(),
 }
 NUMBERED = set("no nos p pp vol vols sec secs sect ch chap art ex exs ref refs ver v pt par app tab vers nr jan feb mar apr jun jul aug sep sept oct nov dec".split())
-TAILS = {word[-4:] for word in NEVER | NUMBERED if len(word) >= 4}  # most stops follow four letters that are none of these
+# Most stops follow a word whose last four letters (or all) are none of these: they are no marker of a list, either.
+SUSPECT = {word[-4:] for word in NEVER | NUMBERED} | {a + b + c for a in "ivx" for b in "ivx" for c in ("", *"ivx")}
 DOTTED = re.compile(r"(?:[A-Za-z]{1,2}\.)+[A-Za-z]{1,2}")  # e.g  i.e  U.S  Ph.D
 MARKER = re.compile(r"[ \t>*#(]*(?:\d{1,3}|[A-Za-z]|[ivxIVX]{1,5}|\d{1,2}(?:\.\d{1,2})+)")
 SPACE = re.compile(r"\s+(?=\S)")
@@ -113,46 +148,170 @@ def is_marker(text: str, at: int) -> bool:
     return bool((start or at < 24) and MARKER.fullmatch(text, start, at))
 
 
-def candidate_ends(text: str) -> list[int]:
-    """Where sentences may end; none lies in a formula."""
-    ends = []
-    for m in END.finditer(text):
-        at = m.start()
-        if after := m[1]:
-            tail = text[at - 4 : at]
-            if (not tail.isalpha() or tail.lower() in TAILS) and text[at] == "." and not is_stop(text, at, after):
-                continue
-            if after > "z" and after.islower():
-                continue
-            ends.append(m.end())
-            continue
-        end, kind = m.end(), text[at]
-        if kind not in "$\\":
-            ends.append(end)
-        elif kind == "$" and text[end - 2] not in ".!?…$ ":  # most formulas
-            continue
-        elif STOP_IN_MATH.search(text, end - 24, end) and (m := AFTER_MATH.match(text, end)) and not m[1].islower():
-            ends.append(m.end())  # "$y = 3.$ Then": the stop is in the formula
-    return ends
+def stop_at(text: str, at: int) -> int:
+    """Where the sentence ends whose stop is at text[at]; 0: none does."""
+    m = STOP.match(text, at)
+    return 0 if not m or m[1].islower() or text[at] == "." and not is_stop(text, at, m[1]) else m.end()
 
 
-def sentence_ends(text: str) -> list[int]:
-    """Positions at which sentences end, rising; the last is len(text) (none for an empty text)."""
-    code, ends, before = code_spans(text), [], 0
-    for end in [*candidate_ends(masked(text, code)), len(text)] if text else ():
-        if end == before:  # the text ends where a sentence does
-            continue
-        if text[end - 1].isspace() and text[before:end].isspace():  # goes to the sentence before, if there is one
-            if ends:
-                ends[-1] = before = end
-            elif end == len(text):
-                ends.append(end)
-            continue
-        if end - before > LONG:
-            ends += cuts(text, before, end)
-        ends.append(end)
-        before = end
-    return ends
+# ------------------------------------------------------------------------------------------------ many texts at once
+
+GAP = "\0\n"  # before and behind each text: what is beside it begins no sentence, and its first line is one
+BEYOND = 255  # stands for all characters that are not Latin-1
+
+
+def table(characters: str = "", test=None) -> np.ndarray:
+    """[256] bool: which codes stand for one of the characters, or pass the test."""
+    return np.array([chr(c) in characters or bool(test and test(chr(c))) for c in range(BEYOND)] + [False])
+
+
+SPACES, BLANKS, STOPS, BULLETS, DIGITS = table(test=str.isspace), table(" \t\r"), table(".!?"), table("-*+"), table("0123456789")
+LETTERS, ODD = table(test=lambda c: c.isascii() and c.isalpha()), ~table(test=lambda c: c.isascii() and c != "\0")
+SMALL, IN_MARKER = table(test=lambda c: c.isascii() and c.islower()), table(" \t\n>*#(.0123456789") | ODD
+NO_START, CLOSES, ITEM_ENDS = table(",;:)]}") | SMALL, table(".!?\"')]}*_$") | ODD, table(".)")
+NO_WORD = ~(LETTERS | DIGITS | ODD)
+SMALL_CODE = np.array([ord(chr(c).lower()) if c < 128 else c for c in range(256)], dtype=np.uint8)
+SUSPECT_KEYS = np.sort(np.array([int.from_bytes(word.rjust(4, "\0").encode(), "little") for word in SUSPECT], dtype="<u4"))
+
+
+def codes_of(text: str) -> np.ndarray:
+    """[len(text)] uint8: Latin-1 codes."""
+    try:
+        return np.frombuffer(text.encode("latin-1"), np.uint8)
+    except UnicodeEncodeError:
+        return np.minimum(np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4"), BEYOND).astype(np.uint8)
+
+
+def skip(text: str, codes: np.ndarray, at: np.ndarray, what: np.ndarray, pattern: re.Pattern) -> np.ndarray:
+    """For each place the first one from there on that is not `what`, as a table and as a pattern."""
+    at = at.copy()
+    for _ in range(16):
+        more = what[codes[at]]
+        if not more.any():
+            break
+        at += more
+    for i in np.flatnonzero(what[codes[at]] | (codes[at] == BEYOND)).tolist():
+        at[i] = pattern.match(text, at[i]).end()
+    return at
+
+
+ANY_SPACES, ANY_BLANKS = re.compile(r"\s*"), re.compile(r"[ \t\r]*")
+
+
+def usual_words(codes: np.ndarray, at: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """[n] bool: which of the "." at `at` surely end a sentence: what stands before is a word or number, and neither short for something nor a marker."""
+    before = SMALL_CODE[codes[at[:, None] + [-4, -3, -2, -1]]]  # [n, 4]
+    letters = LETTERS[before]
+    two, three = letters[:, 2:].all(1) & (before[:, 1] == 32), letters[:, 1:].all(1) & (before[:, 0] == 32)
+    last = before[:, 3]
+    number = DIGITS[last] & ~DIGITS[codes[after]] & ~IN_MARKER[before[:, :3]].all(1) & (before[:, :3] != 10).all(1)
+    before[two, :2] = before[three, 0] = 0
+    keys = before.view("<u4")[:, 0]
+    suspect = SUSPECT_KEYS[np.minimum(np.searchsorted(SUSPECT_KEYS, keys), len(SUSPECT_KEYS) - 1)] == keys
+    return (two | three | letters.all(1)) & ~suspect | number | NO_WORD[last]
+
+
+def stops(text: str, codes: np.ndarray) -> list[np.ndarray]:
+    """Where sentences end by a stop."""
+    at = np.flatnonzero((codes == ord(".")) | (codes == ord("!")) | (codes == ord("?")))
+    beside = codes[at + 1]
+    at = at[(SPACES[beside] | CLOSES[beside] & (SPACES | CLOSES)[codes[at + 2]]) & ~STOPS[codes[at - 1]]]
+    after = skip(text, codes, at + 1, SPACES, ANY_SPACES)
+    plain = SPACES[codes[at + 1]] & ~ODD[codes[after]] & ~ODD[codes[at - 1]]
+    asked = ~plain
+    plain &= ~NO_START[codes[after]]
+    sure = plain & ((codes[at] != ord(".")) | usual_words(codes, at, after))
+    ends = [end for place in at[asked | plain & ~sure].tolist() if (end := stop_at(text, place))]
+    if "…" in text:
+        ends += [end for m in re.finditer("…", text) if (end := stop_at(text, m.start()))]
+    if "。" in text or "！" in text or "？" in text:
+        ends += [m.end() for m in STOP_BEYOND.finditer(text)]
+    return [at[sure] + 1, np.array(ends, dtype=np.int64)]
+
+
+def line_ends(text: str, codes: np.ndarray) -> list[np.ndarray]:
+    """Behind the last of several line ends, and before an item of a list or a heading."""
+    at = np.flatnonzero(codes == ord("\n"))
+    after = skip(text, codes, at + 1, BLANKS, ANY_BLANKS)
+    next_, beside = codes[after], codes[after + 1]
+    blank = next_ == ord("\n")
+    below = np.zeros(len(at), dtype=bool)
+    below[np.searchsorted(at, after[blank])] = True
+    numbered = ITEM_ENDS[codes[after[:, None] + [1, 2, 3, 4]]].any(1) & (DIGITS[next_] | SMALL[next_] | (next_ == ord("(")))
+    maybe = numbered | BULLETS[next_] & (beside == ord(" ")) | (next_ == ord("#")) | (next_ == BEYOND)
+    return [at[below & ~blank] + 1, np.array([i for i in (at[maybe] + 1).tolist() if LIST_ITEM.match(text, i)], dtype=np.int64)]
+
+
+MAY_END = table(".!?$ \n") | ODD
+
+
+def math_ends(text: str, codes: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    r"""Which formulas a sentence ends with: in "\[ y = 3. \] Then" the stop is in the formula."""
+    maybe = (codes[ends - 1] != ord("$")) | MAY_END[codes[ends - 2]]
+    kept = []
+    for end in ends[maybe].tolist():
+        if STOP_IN_MATH.search(text, end - 24, end) and (m := AFTER_MATH.match(text, end)) and not m[1].islower():
+            kept.append(m.end())
+    return np.array(kept, dtype=np.int64)
+
+
+def sentence_ends(texts: list[str]) -> list[list[int]]:
+    """For each text the positions at which sentences end, rising; the last is its length (none for an empty text)."""
+    if not any(texts):
+        return [[] for _ in texts]
+    code = [code_spans(text) for text in texts]
+    sizes = np.array([len(text) for text in texts], dtype=np.int64)
+    firsts = np.cumsum(sizes + len(GAP)) - sizes
+    lasts = firsts + sizes
+    joined = GAP.join(["", *map(masked, texts, code), "\0" * 8])
+    codes, spans = codes_of(joined), []
+    for text, first, last in zip(texts, firsts.tolist(), lasts.tolist()):
+        if signs := "$" * ("$" in text) + "\\" * ("\\" in text):
+            spans += math_spans(joined, first, last, signs)
+    math = np.fromiter(chain.from_iterable(spans), np.int64, 2 * len(spans)).reshape(-1, 2)
+    ends = np.concatenate([*stops(joined, codes), *line_ends(joined, codes), math_ends(joined, codes, math[:, 1])])
+    ends = np.sort(np.concatenate([outside_math(ends, math), lasts]))
+    ends = ends[np.append(True, ends[1:] > ends[:-1])]
+    begins = skip(joined, codes, firsts, SPACES, ANY_SPACES)
+    of = np.searchsorted(firsts, ends) - 1  # which text
+    ends = ends[(of >= 0) & (ends <= lasts[of]) & ((ends > begins[of]) | (ends == lasts[of]))]
+    ends = ends[~space_follows(joined, codes, ends, firsts)]
+    ends = with_cuts(joined, ends, firsts, code, spans)
+    of = np.searchsorted(firsts, ends) - 1
+    local, borders = (ends - firsts[of]).tolist(), np.cumsum(np.bincount(of, minlength=len(texts))).tolist()
+    return [local[a:b] for a, b in zip([0, *borders], borders)]
+
+
+def outside_math(ends: np.ndarray, math: np.ndarray) -> np.ndarray:
+    """The ends that lie in no formula; on its border is outside, and longer ones than LIMIT do not count."""
+    math = math[math[:, 1] - math[:, 0] <= LIMIT]
+    before = np.searchsorted(math[:, 0], ends)  # how many begin before
+    return ends[ends >= np.concatenate([[0], math[:, 1]])[before]]
+
+
+def space_follows(text: str, codes: np.ndarray, ends: np.ndarray, firsts: np.ndarray) -> np.ndarray:
+    """[n] bool: behind which ends there is only white space up to the next one of the same text: it goes to the sentence before."""
+    following = np.append(ends[1:], len(codes))
+    same = np.searchsorted(firsts, ends) == np.searchsorted(firsts, following)
+    return same & (skip(text, codes, ends, SPACES, ANY_SPACES) >= following)
+
+
+def with_cuts(text: str, ends: np.ndarray, firsts: np.ndarray, code: list, math: list[tuple[int, int]]) -> np.ndarray:
+    """The ends, and cuts in the sentences longer than LONG."""
+    of = np.searchsorted(firsts, ends) - 1
+    begins, found = np.maximum(np.append(0, ends[:-1]), firsts[of]), []
+    for i in np.flatnonzero(ends - begins > LONG).tolist():
+        begin, end, first = int(begins[i]), int(ends[i]), int(firsts[of[i]])
+        whole = within(math, begin, end)
+        if mine := code[of[i]]:
+            whole = join_spans(whole + [(a + first, b + first) for a, b in within(mine, begin - first, end - first)])
+        found += cuts(text, begin, end, borders_of(whole))
+    return np.sort(np.append(ends, np.array(found, dtype=np.int64))) if found else ends
+
+
+def within(spans: list[tuple[int, int]], begin: int, end: int) -> list[tuple[int, int]]:
+    """Those that begin in text[begin:end]."""
+    return spans[bisect_left(spans, (begin,)) : bisect_left(spans, (end,))]
 
 
 def masked(text: str, code: list[tuple[int, int]]) -> str:
@@ -164,27 +323,18 @@ def masked(text: str, code: list[tuple[int, int]]) -> str:
     return "".join([*pieces, text[at:]]) if code else text
 
 
-@lru_cache(maxsize=1)
-def borders_of(text: str) -> list[int]:
-    """start + 1, end of each range that is not to be cut. Cuts are rare, so it is not looked for before; one text can need very many, so it is kept."""
-    return [border for start, end in whole_spans(text) if end - start <= LIMIT for border in (start + 1, end)]
-
-
-def outside(ends: list[int], borders: list[int]) -> list[int]:
-    """The ends that lie in none of the ranges; on the border of one is outside."""
-    return [end for end in ends if not bisect_right(borders, end) % 2] if borders else ends
-
-
-def cuts(text: str, start: int, end: int) -> list[int]:
+def cuts(text: str, start: int, end: int, borders: list[int]) -> list[int]:
     """Where to cut text[start:end], which is longer than LONG: at white space outside formulas and between no two digits, if possible."""
-    found, borders = [], borders_of(text)
+    found = []
     while end - start > LONG:
-        spaces = [m.start() for m in SPACE.finditer(text, start + 1, min(start + LIMIT, end))]
-        good = outside([at for at in spaces if not (text[at - 1].isdigit() and text[at : at + 9].lstrip()[:1].isdigit())], borders)
-        near = good[: bisect_right(good, start + LONG)]
+        for limit in (LONG, LIMIT):
+            spaces = [m.start() for m in SPACE.finditer(text, start + 1, min(start + limit, end))]
+            good = outside([at for at in spaces if not (text[at - 1].isdigit() and text[at : at + 9].lstrip()[:1].isdigit())], borders)
+            if good:
+                break
         if not good and end - start <= LIMIT:
             break
-        start = near[-1] if near else good[0] if good else spaces[-1] if spaces else no_word(text, start + LIMIT)
+        start = good[-1 if limit == LONG else 0] if good else spaces[-1] if spaces else no_word(text, start + LIMIT)
         found.append(start)
     return found
 
@@ -207,13 +357,16 @@ def text_digest(raw: bytes, seed: int) -> bytes:
     return hashlib.blake2b(raw, digest_size=16, salt=str(seed).encode()[-16:]).digest()
 
 
-def chunk(text: str, digest: bytes) -> list[str]:
-    """The document's chunks. `digest` is text_digest of it, so they depend on the text and the seed alone."""
-    ends, state = sentence_ends(text), int.from_bytes(digest[8:], "big")
-    pieces, start, i = [], 0, -1
-    while i < len(ends) - 1:
+def chunk(texts: list[str], digests: list[bytes]) -> list[list[str]]:
+    """Each document's chunks. The digests are their text_digest, so they depend on text and seed alone."""
+    return [runs(text, ends, int.from_bytes(digest[8:], "big")) for text, ends, digest in zip(texts, sentence_ends(texts), digests)]
+
+
+def runs(text: str, ends: list[int], state: int) -> list[str]:
+    pieces, start, i, last = [], 0, -1, len(ends) - 1
+    while i < last:
         state = (state * 6364136223846793005 + 1442695040888963407) % 2**64  # Knuth's MMIX: its upper bits are good enough for lengths
-        i = min(i + 1 + bisect_right(POISSON, (state >> 11) * 2.0**-53), len(ends) - 1)
+        i = min(i + 1 + bisect_right(POISSON, (state >> 11) * 2.0**-53), last)
         pieces.append(text[start : ends[i]])
         start = ends[i]
     return pieces

@@ -40,6 +40,9 @@ NEW_DIGITS = r"\x{11DE0}-\x{11DE9}\x{16FF4}-\x{16FF6}"
 DIGIT_WORDS = rf"'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+| ?[^\s\p{{L}}\p{{N}}{NEW_DIGITS}]+|\s+(?![^\s\p{{N}}{NEW_DIGITS}])|\s+"
 # A word of a byte fallback tokenizer: no piece of the vocabulary has a space behind another character, so no merge is lost.
 SPACED_WORDS = " *[^ ]+| +"
+# Nor, in most, a letter beside a digit or a sign (those of ASCII). Then words end there too: more of them are found whole, which is faster than merging.
+LETTERS, SIGNS = r"(?:[A-Za-z]+)", r"(?:[\x00-\x1f!-@\[-`{-\x7f]+)"
+PARTED_WORDS = rf" *(?:(?:{LETTERS}|{SIGNS})?[^\x00-\x7f]+)+(?:{LETTERS}|{SIGNS})?| *(?:{LETTERS}|{SIGNS})| +"
 # What oniguruma (`tokenizers`) and fancy-regex (tiktoken) read alike; \w is not among it, nor are anchors and look-behind.
 SAME_ATOM = r"\\[pP]\{(?:[LMNPSZ][a-z]?|Han)\}|\\[sSdDrnt]|\\[^\w\s]"
 SAME_CLASS = rf"\[\^?(?:{SAME_ATOM}|(?!&&|--|~~)[^\]\[\\^])+\]"
@@ -314,19 +317,23 @@ def read_spaced(spec: dict):
             raise Refused("model.vocab", name, "is missing")
     if model.get("ignore_merges"):
         raise Refused("model.ignore_merges", True, "is not supported with byte_fallback")
+    words = PARTED_WORDS
     for merge in model["merges"]:
-        if re.search("[^▁]▁", "".join(merge).replace(" ", "", 1)):
+        token = "".join(merge).replace(" ", "", 1)
+        if re.search("[^▁]▁", token):
             raise Refused("model.merges", merge, "puts a space behind another character")
+        if re.search(f"{LETTERS}{SIGNS}|{SIGNS}{LETTERS}", token):
+            words = SPACED_WORDS
     prepend = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
     if normalizer == prepend and not steps:
-        return SPACED_WORDS, space_first, {"prefix": "always"}
+        return words, space_first, {"prefix": "always"}
     if normalizer or not steps:
         raise Refused("normalizer", spec.get("normalizer"))
     step = steps[0]
     known = step.get("type") == "Metaspace" and step.get("replacement") == "▁" and step.get("split") is False
     if len(steps) > 1 or not known or step.get("prepend_scheme") not in ("first", "always"):
         raise Refused("pre_tokenizer", spec["pre_tokenizer"])
-    return SPACED_WORDS, space_unless_there, {"prefix": "unless there"}
+    return words, space_unless_there, {"prefix": "unless there"}
 
 
 def space_first(text: str) -> str:
