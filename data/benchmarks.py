@@ -64,8 +64,11 @@ def read_rows(path: Path) -> list[dict]:
         except (OSError, arrow.ArrowException) as e:
             raise UserError(f"{path}: not a parquet file ({e})") from None
     if path.suffix == ".csv":  # MMLU's, without a head
-        rows = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8", errors="replace"), newline="")))
-        return [{"question": row[0], "choices": row[1:-1], "answer": "ABCDEFGHIJ".find(row[-1] or "?")} if len(row) > 2 else {} for row in rows]
+        try:
+            rows = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8"), newline="")))
+        except (csv.Error, UnicodeDecodeError) as e:
+            raise UserError(f"{path}: not a csv file in UTF-8 ({e})") from None
+        return [{"question": row[0], "choices": row[1:-1], "answer": "ABCDEFGHIJ".find(row[-1]) if len(row[-1]) == 1 else -1} if len(row) > 2 else {} for row in rows]
     if path.suffix == ".json":  # one problem, a list of them, or jsonl under another name
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(path.read_text(encoding="utf-8"))

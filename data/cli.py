@@ -222,19 +222,23 @@ def hold(path, wait: bool = True):
 
 @contextlib.contextmanager
 def new_folder(path):
-    """A temporary folder that takes the name `path` when the block ends well. What stood there before is replaced then."""
+    """A temporary folder that takes the name `path` when the block ends well. One of ours (with a meta.json) that stood there is replaced then."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run
+    if path.exists() and not (path / "meta.json").exists() and any(path.iterdir()):
+        raise UserError(f"{path}: holds other files; remove it or give another --out_dir")
+    temporary, before = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
+    for left in (temporary, before):  # by a killed run
+        shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if path.exists():
-        shutil.rmtree(path)
+    if path.exists():  # moved first: what is half removed has no meta.json
+        os.rename(path, before)
     os.rename(temporary, path)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def write_json(path, value) -> None:

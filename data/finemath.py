@@ -54,15 +54,18 @@ def is_there(entry: dict) -> bool:
 
 
 def listing(s: Settings) -> dict:
-    """{"commit", "files": [{"file", "bytes"}]} of the data set, as noted when it was first fetched: a run that goes on has the same files."""
+    """{"revision", "commit", "files": [{"file", "bytes"}]} of the data set, as noted when it was first fetched: a run that goes on has the same files."""
     note = Path(s.download_dir) / "listing.json"
     if note.exists():
-        return read_json(note)
+        noted = read_json(note)
+        if noted["revision"] != s.revision:
+            raise UserError(f"{note}: of --revision={noted['revision']}; give that one or another --download_dir")
+        return noted
 
     def ask(hub) -> dict:
         commit = hub.HfApi().dataset_info(REPO, revision=s.revision).sha
         entries = hub.HfApi().list_repo_tree(REPO, FOLDER, recursive=True, revision=commit, repo_type="dataset")
-        return {"commit": commit, "files": [{"file": e.path, "bytes": e.size} for e in entries if e.path.endswith(SUFFIX)]}
+        return {"revision": s.revision, "commit": commit, "files": [{"file": e.path, "bytes": e.size} for e in entries if e.path.endswith(SUFFIX)]}
 
     try:
         return from_hub(REPO, "name files that are there by --files", ask)

@@ -74,12 +74,12 @@ def main(s: Settings) -> None:
     train, test = read_problems(s.train, s.skip_bad), read_problems(s.test, s.skip_bad)
     random.Random(s.seed).shuffle(train)
     n_warm = 0 if s.questions_and_solutions else s.warm
-    if n_warm >= len(train):
-        raise UserError(f"--warm={s.warm}: {s.train} has {len(train)} problems; leave some for raw")
     tested = {question for question, _, _ in test}
     kept = [problem for problem in train if problem[0] not in tested]
     if len(kept) < len(train):
         print(f"{len(train) - len(kept)} training problems are also test problems: left out")
+    if n_warm >= len(kept):
+        raise UserError(f"--warm={s.warm}: {s.train} has {len(kept)} problems that are not tested; leave some for raw")
     raw = kept[n_warm : n_warm + s.raw if s.raw else None]
     parts = {"warm": kept[:n_warm], "raw": raw, "heldout": test[: s.heldout or None]}
     if s.questions_and_solutions:

@@ -58,12 +58,12 @@ def from_hub(repo: str, instead: str, call: Callable):
 
 
 def expand(words: list[str]) -> list[str]:
-    """File names from names and patterns (quoted ones, with ** for folders in folders), sorted, each once; UserError when there is none."""
-    found = set()
+    """File names from names and patterns (quoted ones, with ** for folders in folders), sorted, each file once; UserError when there is none."""
+    found: dict[str, str] = {}
     for word in words:
         names = [word]
         if word != "-" and not os.path.exists(word) and glob.has_magic(word):
-            names = [name for name in glob.glob(word, recursive=True) if os.path.isfile(name)]
+            names = [name for name in glob.glob(word, recursive=True) if not os.path.isdir(name)]
             if not names:
                 raise UserError(f"{word}: no file fits this pattern")
         for name in names:
@@ -71,8 +71,9 @@ def expand(words: list[str]) -> list[str]:
                 raise UserError(f"{name}: a folder; name its files, as in '{name.rstrip('/')}/*.jsonl'")
             if name != "-" and not os.path.exists(name):
                 raise UserError(f"{name}: no such file")
-            found.add(name)
-    return sorted(found)
+            real = name if name == "-" else os.path.realpath(name)
+            found[real] = min(name, found.get(real, name))
+    return sorted(found.values())
 
 
 def kind_of(path: str, given: str = "auto") -> tuple[str, str]:
@@ -105,7 +106,7 @@ class Unpacked(io.RawIOBase):
     def readinto(self, buffer) -> int:
         while not self.left:
             packed = self.frame.unused_data.lstrip(b"\0") if self.frame and self.frame.eof else b""  # zeros may follow gzip's data
-            packed = packed or self.raw.read(1 << 14)
+            packed = packed or self.raw.read(1 << 10)  # no more: zstandard may make 32 KB of each byte
             if not packed:
                 if self.frame and not self.frame.eof:
                     raise EOFError("the file ends before its data do")
@@ -113,7 +114,7 @@ class Unpacked(io.RawIOBase):
             if not self.frame or self.frame.eof:
                 self.frame = self.start()
             try:
-                self.left = self.frame.decompress(packed)
+                self.left = memoryview(self.frame.decompress(packed))  # whose rest is no copy
             except self.error as e:
                 raise EOFError(str(e)) from None
         n = min(len(buffer), len(self.left))
@@ -194,11 +195,13 @@ def texts(path: str, form: Format, start: int, end: int, line: int = 0) -> Itera
             return
         stream, raw = open_stream(path, form.codec)
         with raw:
-            at = skip_to(stream, start, bool(form.codec))
             if form.kind == "txt" and not form.by_line:
+                if start:  # it was read before the run was cut off
+                    return
                 whole = stream.read(form.max_bytes + 1)
                 yield Found(1, end, raw.tell(), check(whole, form) if len(whole) <= form.max_bytes else too_long(form))
                 return
+            at = skip_to(stream, start, bool(form.codec))
             parse = jsonl_text if form.kind == "jsonl" else line_text
             for after, content in lines(stream, at, end, 4 * form.max_bytes + (1 << 20)):
                 line += 1
@@ -212,21 +215,28 @@ def rows(path: str, form: Format, start: int, end: int) -> Iterator[Found]:
     parquet, arrow = optional("pyarrow.parquet", path), optional("pyarrow", path)
     row, size = 0, os.path.getsize(path)
     try:
-        with parquet.ParquetFile(path, pre_buffer=False) as file:
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:  # without these two, a row group is held whole
             if form.field not in file.schema_arrow.names:
                 raise UserError(f"{path}: no column {form.field!r}; it has {', '.join(file.schema_arrow.names)}: choose one with --text_field")
-            for batch in file.iter_batches(batch_size=256, columns=[form.field], use_threads=False):
+            for batch in file.iter_batches(batch_size=16, columns=[form.field], use_threads=False):
                 if row + len(batch) <= start:
                     row += len(batch)
                     continue
-                for value in batch.column(0).to_pylist():
+                for value in batch.column(0):
                     row += 1
                     if start < row <= end:
-                        yield Found(row, row, size * row // file.metadata.num_rows, string_text(value, form))
-    except (arrow.ArrowException, UnicodeDecodeError, OSError) as e:
+                        yield Found(row, row, size * row // file.metadata.num_rows, row_text(value, form))
+    except (arrow.ArrowException, OSError) as e:
         if getattr(e, "errno", None) is not None:  # the disk's own trouble
             raise
         raise Damaged(f"damaged after row {row} ({str(e).splitlines()[0][:100]})") from None
+
+
+def row_text(value, form: Format) -> bytes | Bad:
+    try:
+        return string_text(value.as_py(), form)
+    except UnicodeDecodeError as e:
+        return Bad("not UTF-8", f"not UTF-8 ({e.reason} at byte {e.start})")
 
 
 def jsonl_text(line: bytes, form: Format) -> bytes | Bad:
@@ -239,7 +249,7 @@ def jsonl_text(line: bytes, form: Format) -> bytes | Bad:
     if not isinstance(record, dict):
         return Bad("damaged", "expected a JSON object")
     if form.field not in record:
-        return Bad("damaged", f"no field {form.field!r} (--text_field); there are {', '.join(list(record)[:8])}")
+        return Bad("damaged", f"no field {form.field!r} (--text_field); there are {' '.join(', '.join(list(record)[:8]).split())[:200]}")
     return string_text(record[form.field], form)
 
 

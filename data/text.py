@@ -59,6 +59,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 
 PART = 32 << 20  # bytes of text a part of the scan holds, and of input a task begins with
 RANGES, RANGE_LOW, RANGE_HIGH = 64, 4 << 20, 32 << 20  # into how many ranges of hashes the text is cut, and how many bytes one may have
+COST = 300  # bytes of memory that a document takes beside its text, or a dropped one in all
 BATCH = 2 << 20  # bytes of text that are decontaminated or encoded at a time
 TO_THE_END = 1 << 62
 CHECKED = 100  # every how many-th document is decoded again and compared
@@ -104,7 +105,7 @@ def read_splits(spec: str) -> dict[str, float] | None:
 
 
 PAPER = ("validation", "warm", "bootstrap", "rest")
-PAPER_DOCS = 15  # with that many, each of them has a document
+PAPER_DOCS = 15  # with that many, each of them has a document; bootstrap's is the last to come
 
 
 def borders_by_share(n_docs: int, shares: dict[str, float]) -> np.ndarray:
@@ -132,7 +133,7 @@ def plan(files: list[str], s: Settings) -> list[list[tuple[str, int, int]]]:
         borders = [*range(0, size, PART), TO_THE_END] if cut and size else [0, TO_THE_END]
         for start, end in zip(borders, borders[1:]):
             weight = min(PART, size - start)
-            if weight > room:
+            if not tasks or weight > room:
                 tasks.append([])
                 room = PART
             tasks[-1].append((path, start, end))
@@ -164,7 +165,7 @@ class Part:
 
     def __init__(self):
         self.raws: list[bytes] = []
-        self.places: list[tuple[int, int]] = []  # (piece, line) of each
+        self.places: list[tuple[int, int]] = []  # (piece, which of its lines in this part) of each
         self.size, self.counts, self.dropped, self.lines = 0, Counter(), [], Counter()
 
     def drop(self, piece: int, line: int, bad: Bad) -> None:
@@ -223,11 +224,12 @@ def scan(s: Settings, work: Path, number: int, pieces: list) -> Iterator[int]:
                     continue
                 if isinstance(found.text, Bad):
                     refuse(s, path, found.line, start, found.text)
-                    part.drop(at, found.line, found.text)
+                    part.drop(at, part.lines[at], found.text)
                 else:
                     part.raws.append(found.text)
-                    part.places.append((at, found.line))
+                    part.places.append((at, part.lines[at]))
                     part.size += len(found.text)
+                part.size += COST
                 if part.size >= PART:
                     part.write(work / f"scan-{number:05d}-{n_parts:05d}", s, {"piece": at, "position": position, "line": line, "last": False})
                     part, n_parts, read[at] = Part(), n_parts + 1, found.on_disk - start
@@ -235,7 +237,7 @@ def scan(s: Settings, work: Path, number: int, pieces: list) -> Iterator[int]:
         except Damaged as e:
             if not s.skip_bad:
                 raise UserError(f"{path}: {e}; mend it, or use what comes before with --skip_bad") from None
-            part.dropped.append([at, line, "damaged file", str(e)])
+            part.dropped.append([at, part.lines[at], "damaged file", str(e)])
         read[at] = min(os.path.getsize(path), end) - start
         at, line, position = at + 1, 0, pieces[at + 1][1] if at + 1 < len(pieces) else 0
     if not last:
@@ -265,7 +267,7 @@ def lines_before(path: str, start: int) -> int:
 
 def borders_of(parts: list[Path]) -> np.ndarray:
     """[parts, ranges + 1, 2]: at which document, and at which byte of its text, each range of hashes begins in each part."""
-    total = sum(part.with_suffix(".text").stat().st_size for part in parts)
+    total = sum(part.with_suffix(".text").stat().st_size + part.with_suffix(".index").stat().st_size * COST // 24 for part in parts)
     n = -(-total // min(max(total // RANGES, RANGE_LOW), RANGE_HIGH))
     edges = np.array([i * 2**64 // n for i in range(1, n)], dtype=np.uint64)
     borders = np.zeros((len(parts), n + 1, 2), dtype=np.int64)
@@ -357,7 +359,7 @@ def join(s: Settings, out: Path, work: Path, n_ranges: int, n_docs: int, source:
     shares, tok, index = read_splits(s.splits), tokenizer_of(s.tokenizer), 0
     names = list(shares) if shares else PAPER
     for i, name in enumerate(names):
-        if not (n_docs >= PAPER_DOCS if shares is None else borders_by_share(n_docs, shares)[i + 1] > borders_by_share(n_docs, shares)[i]):
+        if n_docs < PAPER_DOCS and name == "bootstrap" if shares is None else borders_by_share(n_docs, shares)[i + 1] == borders_by_share(n_docs, shares)[i]:
             raise UserError(f"--splits={s.splits}: {n_docs} documents leave none for {name}; give more text or other shares")
     progress = Progress("join", n_ranges, "ranges")
     with contextlib.ExitStack() as stack:
@@ -368,7 +370,7 @@ def join(s: Settings, out: Path, work: Path, n_ranges: int, n_docs: int, source:
                 lengths, chunks, sizes = arrays["lengths"], arrays["chunks"], arrays["bytes"]
             of_doc = split_of(np.arange(index, index + len(chunks)), n_docs, shares)
             of_chunk = np.repeat(of_doc, chunks)
-            of_token = np.repeat(of_chunk.astype(np.uint8), lengths) if len(names) > 1 else None
+            of_token = np.repeat(of_chunk.astype(np.uint16), lengths) if len(names) > 1 else None
             for i, writer in enumerate(writers):
                 mine = tokens if of_token is None else tokens[of_token == i]
                 writer.add(mine, lengths[of_chunk == i], chunks[of_doc == i], int(sizes[of_doc == i].sum()))
@@ -482,17 +484,16 @@ def name_of(path: str, out: Path) -> str:
 
 
 def summary(tasks: list, parts: list[Path], ranges: list[Path], out: Path) -> dict:
-    """The counts of the whole run; writes dropped.jsonl on the way. Lines of a file that was read in several ranges are numbered through."""
+    """The counts of the whole run; writes dropped.jsonl on the way. Lines of a file that was read in several parts are numbered through."""
     counts, kept, before = Counter(), 0, Counter()
-    with open(out / "dropped.jsonl.tmp", "w", encoding="utf-8") as f:
+    with open(out / "dropped.jsonl.tmp", "w", encoding="utf-8", errors="backslashreplace") as f:  # half surrogates as JSON writes them
         for part in parts:
             state, pieces = read_json(part.with_suffix(".json")), tasks[int(part.name.split("-")[1])]
             kept += state["kept"]
             counts.update(state["counts"])
             for piece, line, reason, note in state["dropped"]:
                 path = pieces[piece][0]
-                first = before[path] if pieces[piece][1] else 0
-                f.write(json.dumps({"file": name_of(path, out), "line": first + line, "reason": reason, "note": note}, ensure_ascii=False) + "\n")
+                f.write(json.dumps({"file": name_of(path, out), "line": before[path] + line, "reason": reason, "note": note}, ensure_ascii=False) + "\n")
                 counts["damaged files"] += reason == "damaged file"
             for piece, n in state["lines"].items():
                 before[pieces[int(piece)][0]] += n
@@ -514,25 +515,25 @@ def show(counts: dict, splits: dict[str, dict], out: Path) -> None:
 
 
 def main(s: Settings) -> None:
-    read_splits(s.splits)
+    names = read_splits(s.splits) or PAPER
     tokenizer_of(s.tokenizer)
     finder_of(s.decontaminate)
     files = expand(s.files)
     for path in files:
         kind_of(path, "jsonl" if path == "-" and s.format == "auto" else s.format)
     fresh = not os.path.exists(os.path.join(s.out_dir, "settings.json"))
+    for name in ("work", "meta.json", *names) if fresh else ():
+        if os.path.lexists(os.path.join(s.out_dir, name)):  # not ours, and it would be replaced
+            raise UserError(f"{os.path.join(s.out_dir, name)}: is there already; remove it or give another --out_dir")
     out = claim(s.out_dir, s, free=("workers", "skip_bad"))
     work = out / "work"
-    work.mkdir(exist_ok=True)
     with alone(work / "lock"):
         try:
             build(s, out, work, files)
-        except UserError:
+        except (UserError, OSError) as e:
             if fresh and not any(name.stat().st_size for name in work.glob("scan-*.text")):
                 clear(out, work)  # nothing to go on from: the flags may be mended and tried again
-            raise
-        except OSError as e:
-            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if getattr(e, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise UserError(f"{out}: the disk is full; make room, and the same command goes on: finished parts are kept") from None
 
@@ -553,6 +554,7 @@ def clear(out: Path, work: Path) -> None:
 def alone(lock: Path):
     """Hold the folder; a run that was just killed gets a few seconds to let go of it."""
     for _attempt in range(50):
+        lock.parent.mkdir(exist_ok=True)  # the other run may have removed it at its end
         with hold(lock, wait=False) as held:
             if held:
                 yield
@@ -584,6 +586,7 @@ def build(s: Settings, out: Path, work: Path, files: list[str]) -> None:
     borders = borders_of(parts)
     ranges = [work / f"tokens-{i:05d}.npz" for i in range(borders.shape[1] - 1)]
     follow("encode", encode, [(s, work, i, parts, borders[:, i : i + 2]) for i in range(len(ranges))], n_bytes, workers)
+    same_input(files, s, work / "input.json")  # now as well: a file that was written to while it was read
     counts = summary(tasks, parts, ranges, out)
     settings = {k: v for k, v in asdict(s).items() if k not in ("files", "out_dir", "workers", "skip_bad")}
     source = {"maker": "data/text.py", "chunks": "1 + Poisson(7) sentences, at most 20"} | settings

@@ -89,6 +89,13 @@ def test_mmlu_csv_keeps_stem(tmp_path, capsys):
     assert len(set(STEM)) == 18 and not any(a != b and a in b for a in STEM for b in STEM)
 
 
+def test_damaged_csv(tmp_path):
+    for raw, message in ((b'"q",a,b,c,d,BC\n', "test.csv:1: field .answer. names none"), (b'"caf\xe9",a,b,c,d,A\n', "not a csv file in UTF-8"), (b'"' + b"x" * 200_000, "not a csv file")):
+        (tmp_path / "astronomy_test.csv").write_bytes(raw)
+        with pytest.raises(UserError, match=message):
+            get(tmp_path / "out", f"mmlu_stem={tmp_path / 'astronomy_test.csv'}")
+
+
 def test_mmlu_parquet(tmp_path):
     parquet, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     (tmp_path / "all").mkdir()

@@ -245,6 +245,8 @@ def test_gsm8k_folders(tmp_path):
     assert "secret" in tok.decode(thoughts.tokens) and "<<" not in tok.decode(thoughts.tokens)
     assert "secret" not in tok.decode(raw.tokens) + tok.decode(warm.tokens) and "answer is" in tok.decode(raw.tokens)
     assert not (tmp_path / "g/raw_truth").exists()
+    few = script("data/gsm8k.py", *flags, f"--out_dir={tmp_path}/few", "--warm=27", code=1).stderr
+    assert "has 25 problems that are not tested; leave some" in few
     script("data/gsm8k.py", *flags, f"--out_dir={tmp_path}/plain", "--questions_and_solutions")
     plain = open_corpus(tmp_path / "plain/raw")
     assert plain.n_docs == 25 and plain.tokenizer.decode(plain.tokens).count("secret") == 25

@@ -78,6 +78,8 @@ def test_cut_off_and_gone_on(made, hub, tmp_path, capsys):
     with pytest.raises(UserError, match=r"finemath: not fetched \(ConnectionError: reset\); the same command goes on, or name files"):
         finemath.main(settings(made, out))
     assert not out.exists() and len(list((tmp_path / "out.files").rglob("*.jsonl"))) == 1
+    with pytest.raises(UserError, match="listing.json: of --revision=main; give that one or another --download_dir"):
+        finemath.main(settings(made, out, revision="v2"))
     hub.fails = ""
     finemath.main(settings(made, out))
     assert hub.asked == ["list", *(f"0000{i}-of-00003" for i in (0, 1, 1, 2))], "the listing is noted, whole files are not fetched again"

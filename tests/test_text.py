@@ -1,5 +1,6 @@
 """From raw text to corpora: sentences, chunks, files of every kind, splits, counts, decontamination, kills."""
 
+import contextlib
 import dataclasses
 import errno
 import gzip
@@ -21,7 +22,7 @@ from conftest import ROOT, SHARED, inside, script
 
 import data.text as text_module
 from data.chunking import LIMIT, LONG, MOST, chunk, sentence_ends, text_digest, whole_spans
-from data.cli import UserError, help_text, opt, read_settings
+from data.cli import UserError, help_text, opt, read_json, read_settings
 from data.corpus import open_corpus, write_corpus
 from data.decontaminate import Finder, fold, letters
 from data.sources import expand, lines, read_jsonl
@@ -589,6 +590,157 @@ def test_empty_input_is_refused(tok, tmp_path):
         with pytest.raises(UserError, match=f"no document is left {why}"):
             build(tok, tmp_path / "out", tmp_path / "a.jsonl")
         assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- hostile input
+
+
+def test_an_empty_file_is_no_trouble(tok, tmp_path):
+    for name, said in (("a.jsonl", "of 0 documents"), ("a.txt", "of 1 documents .1 empty"), ("a.jsonl.gz", "of 0 documents")):
+        (tmp_path / name).touch()
+        with pytest.raises(UserError, match=said):
+            build(tok, tmp_path / "out", tmp_path / name)
+    assert build(tok, tmp_path / "out", tmp_path / "a.jsonl", write_jsonl(tmp_path / "b.jsonl", DOCUMENTS[:3]))["counts"]["documents_in"] == 3
+
+
+def test_half_surrogates_in_fields_and_file_names_can_be_listed(tok, tmp_path):
+    path = tmp_path / os.fsdecode(b"\xff.jsonl")
+    path.write_bytes(b'{"text": "Good."}\n{"\\ud800": 1}\n')
+    build(tok, tmp_path / "out", path, skip_bad=True)
+    (listed,) = [json.loads(line) for line in open(tmp_path / "out/dropped.jsonl", encoding="utf-8")]
+    assert listed["file"] == str(path) and "there are \ud800" in listed["note"]
+    (tmp_path / "a.jsonl").write_text('{"a\\nb": 1}\n')
+    with pytest.raises(UserError, match="there are a b; mend it"):
+        build(tok, tmp_path / "one", tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("name", ["work", "train", "meta.json"])
+def test_nothing_of_the_users_is_removed(tok, tmp_path, name):
+    mine = tmp_path / "out" / name / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("x")
+    for text in ('{"text": "Good."}\n', "{"):
+        (tmp_path / "a.jsonl").write_text(text)
+        with pytest.raises(UserError, match=f"out/{name}: is there already; remove it or give another --out_dir"):
+            build(tok, tmp_path / "out", tmp_path / "a.jsonl")
+        assert mine.exists() and not (tmp_path / "out/settings.json").exists()
+
+
+def test_a_folder_of_others_is_not_replaced(tmp_path):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/mine.txt").write_text("x")
+    with pytest.raises(UserError, match="c: holds other files; remove it or give another --out_dir"):
+        write_corpus(tmp_path / "c", [[("a", False)]], make_tokenizer(), {})
+    assert (tmp_path / "c/mine.txt").exists() and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_txt_files_are_read_once_when_cut_off(tok, tmp_path, monkeypatch, packed):
+    for i, document in enumerate(DOCUMENTS[:6]):
+        raw = document.encode()
+        (tmp_path / f"{i}.txt{'.gz' * packed}").write_bytes(gzip.compress(raw) if packed else raw)
+    put = text_module.put
+
+    def stops(target, buffers):
+        put(target, buffers)
+        if target.suffix == ".json":
+            raise UserError("stop")
+
+    monkeypatch.setattr(text_module, "PART", 80)  # of which each document is more
+    for _ in range(8):
+        monkeypatch.setattr(text_module, "put", stops)
+        with contextlib.suppress(UserError):
+            build(tok, tmp_path / "out", tmp_path / "*.txt*")
+    monkeypatch.setattr(text_module, "put", put)
+    assert build(tok, tmp_path / "out", tmp_path / "*.txt*")["counts"]["documents_in"] == 6
+    assert sorted(texts_of(tmp_path / "out/train")) == sorted(DOCUMENTS[:6])
+
+
+def test_many_splits(tok, tmp_path):
+    names = [f"s{i}" for i in range(300)]
+    meta = build(tok, tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", DOCUMENTS), splits=",".join(f"{n}={1 / 300}" for n in names))
+    assert sorted(sum((texts_of(tmp_path / "out" / n) for n in names), [])) == sorted(DOCUMENTS) and len(meta["splits"]) == 300
+
+
+def test_the_papers_splits_need_fifteen_documents(tok, tmp_path):
+    assert {c["n_docs"] for c in build(tok, tmp_path / "a", write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:15]), splits="paper")["splits"].values()} == {1, 12}
+    with pytest.raises(UserError, match="14 documents leave none for bootstrap"):
+        build(tok, tmp_path / "b", write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:14]), splits="paper")
+
+
+def test_parts_are_small_however_short_the_documents(tok, tmp_path, monkeypatch):
+    """A document takes memory beside its text, and so does a dropped one: parts and ranges are bounded by both."""
+    (tmp_path / "a.txt").write_text("".join(f"{i}\n" for i in range(5000)))
+    (tmp_path / "a.jsonl").write_text('{"text": "Good."}\n' + "{\n" * 5000)
+    monkeypatch.setattr(text_module, "PART", 300_000)
+    monkeypatch.setattr(text_module, "RANGE_LOW", 300_000)
+    monkeypatch.setattr(text_module.shutil, "rmtree", lambda path, **_: None)
+    build(tok, tmp_path / "one", tmp_path / "a.txt", txt="line")
+    build(tok, tmp_path / "two", tmp_path / "a.jsonl", skip_bad=True)
+    for name in ("one", "two"):
+        assert max(read_json(part)["kept"] + len(read_json(part)["dropped"]) for part in (tmp_path / name / "work").glob("scan-*.json")) <= 1000
+    assert max(len(np.load(part)["bytes"]) for part in (tmp_path / "one/work").glob("tokens-*.npz")) < 1500
+
+
+def value_and_peak(expression: str) -> list[int]:
+    """What it gives in a process of its own, and the megabytes that process held at most."""
+    code = f"import re; from data.sources import *; print({expression}, int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) // 1024)"
+    return list(map(int, subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_parquet_in_little_memory_and_by_row(tok, tmp_path):
+    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    bad = pa.array([b"Good one.", b"caf\xe9", b"Good two.", None], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": bad}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="a.parquet:4: field 'text' is null"):
+        build(tok, tmp_path / "out", tmp_path / "a.parquet")
+    dropped = build(tok, tmp_path / "out", tmp_path / "a.parquet", skip_bad=True)["counts"]["dropped"]
+    assert dropped["not UTF-8"] == 1 and dropped["damaged"] == 1 and texts_of(tmp_path / "out/train") in (["Good one.", "Good two."], ["Good two.", "Good one."])
+    line = "".join(random.Random(0).choices("abcdefghijkl ", k=2000))
+    pq.write_table(pa.table({"text": [f"{i} {line}" for i in range(50_000)]}), tmp_path / "b.parquet", row_group_size=10**9, use_dictionary=False, compression="none")
+    code = f"sum(1 for _ in texts({str(tmp_path / 'b.parquet')!r}, Format('parquet', '', 'text', False, 10**6), 0, 1 << 62))"
+    n, megabytes = value_and_peak(code)
+    assert n == 50_000 and megabytes < 130, "the row group has 100 MB"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("codec", [".gz", ".zst"])
+def test_what_unpacks_to_a_thousandfold_takes_little_memory(tmp_path, codec):
+    raw = b"{" + b" " * (1 << 27) + b"}\nx\n"
+    packed = gzip.compress(raw, 1) if codec == ".gz" else pytest.importorskip("zstandard").ZstdCompressor().compress(raw)
+    (tmp_path / f"a{codec}").write_bytes(packed)
+    n, megabytes = value_and_peak(f"[at for at, _ in lines(open_stream({str(tmp_path / f'a{codec}')!r}, {codec!r})[0], 0, 1 << 62, 1 << 20)][-1]")
+    assert n == len(raw) and megabytes < 130
+
+
+def test_links_and_the_same_file_twice(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("x")
+    os.symlink("a.txt", "b.txt")
+    assert expand(["b.txt", "./a.txt", str(tmp_path / "a.txt")]) == ["./a.txt"], "one file under four names is one file"
+    os.symlink("nowhere", "c.txt")
+    with pytest.raises(UserError, match="c.txt: no such file"):
+        expand(["*.txt"])
+
+
+def test_a_file_that_changes_while_it_is_read(tok, tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    monkeypatch.setattr(text_module, "borders_of", lambda parts, of=text_module.borders_of: (os.utime(path), of(parts))[1])
+    with pytest.raises(UserError, match=r"a\.jsonl: changed since this run began"):
+        build(tok, tmp_path / "out", path)
+
+
+def test_a_file_that_cannot_be_opened_leaves_nothing_behind(tok, tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+
+    def refused(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("data.sources.open_stream", refused)
+    with pytest.raises(PermissionError):
+        build(tok, tmp_path / "out", path)
+    assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------ sources
