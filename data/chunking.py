@@ -165,13 +165,18 @@ def table(characters: str = "", test=None) -> np.ndarray:
     return np.array([chr(c) in characters or bool(test and test(chr(c))) for c in range(BEYOND)] + [False])
 
 
-SPACES, BLANKS, STOPS, BULLETS, DIGITS = table(test=str.isspace), table(" \t\r"), table(".!?"), table("-*+"), table("0123456789")
-LETTERS, ODD = table(test=lambda c: c.isascii() and c.isalpha()), ~table(test=lambda c: c.isascii() and c != "\0")
-SMALL, IN_MARKER = table(test=lambda c: c.isascii() and c.islower()), table(" \t\n>*#(.0123456789") | ODD
-NO_START, CLOSES, ITEM_ENDS = table(",;:)]}") | SMALL, table(".!?\"')]}*_$") | ODD, table(".)")
+ODD = ~table(test=lambda c: c.isascii() and c != "\0")  # a regular expression has to look
+SPACES, BLANKS, STOPS = table(test=str.isspace), table(" \t\r"), table(".!?")
+LETTERS, SMALL, DIGITS = table(test=lambda c: c.isascii() and c.isalpha()), table(test=lambda c: c.isascii() and c.islower()), table("0123456789")
 NO_WORD = ~(LETTERS | DIGITS | ODD)
-SMALL_CODE = np.array([ord(chr(c).lower()) if c < 128 else c for c in range(256)], dtype=np.uint8)
+NO_START = table(",;:)]}") | SMALL  # no sentence begins with these: AFTER
+CLOSES = table(".!?\"')]}*_$") | ODD  # what may stand between a stop and white space: CLOSERS
+IN_MARKER = table(" \t>*#(.0123456789") | ODD  # what may stand before the last digit of a list's marker, in its line: MARKER
+BULLETS, ITEM_ENDS = table("-*+"), table(".)")  # how a list's item begins, and how its marker ends: ITEM
+MAY_END = table(".!?$") | SPACES | ODD  # what may stand before a formula's last $: STOP_IN_MATH
+LOWER = np.array([ord(chr(c).lower()) if c < 128 else c for c in range(256)], dtype=np.uint8)
 SUSPECT_KEYS = np.sort(np.array([int.from_bytes(word.rjust(4, "\0").encode(), "little") for word in SUSPECT], dtype="<u4"))
+ANY_SPACES, ANY_BLANKS = re.compile(r"\s*"), re.compile(r"[ \t\r]*")
 
 
 def codes_of(text: str) -> np.ndarray:
@@ -183,7 +188,7 @@ def codes_of(text: str) -> np.ndarray:
 
 
 def skip(text: str, codes: np.ndarray, at: np.ndarray, what: np.ndarray, pattern: re.Pattern) -> np.ndarray:
-    """For each place the first one from there on that is not `what`, as a table and as a pattern."""
+    """For each place the first one from there on that is not `what`, which is a table, and a pattern for what the table cannot say."""
     at = at.copy()
     for _ in range(16):
         more = what[codes[at]]
@@ -195,35 +200,31 @@ def skip(text: str, codes: np.ndarray, at: np.ndarray, what: np.ndarray, pattern
     return at
 
 
-ANY_SPACES, ANY_BLANKS = re.compile(r"\s*"), re.compile(r"[ \t\r]*")
-
-
 def usual_words(codes: np.ndarray, at: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """[n] bool: which of the "." at `at` surely end a sentence: what stands before is a word or number, and neither short for something nor a marker."""
-    before = SMALL_CODE[codes[at[:, None] + [-4, -3, -2, -1]]]  # [n, 4]
-    letters = LETTERS[before]
-    two, three = letters[:, 2:].all(1) & (before[:, 1] == 32), letters[:, 1:].all(1) & (before[:, 0] == 32)
-    last = before[:, 3]
-    number = DIGITS[last] & ~DIGITS[codes[after]] & ~IN_MARKER[before[:, :3]].all(1) & (before[:, :3] != 10).all(1)
+    """[n] bool: which of the "." at `at` is_stop says yes to without a doubt; `after` is where the next sentence would begin."""
+    before = LOWER[codes[at[:, None] + [-4, -3, -2, -1]]]  # [n, 4]
+    letters, last, earlier = LETTERS[before], before[:, 3], before[:, :3]
+    two, three = letters[:, 2:].all(1) & (before[:, 1] == ord(" ")), letters[:, 1:].all(1) & (before[:, 0] == ord(" "))
+    number = DIGITS[last] & ~DIGITS[codes[after]] & ~IN_MARKER[earlier].all(1) & (earlier != ord("\n")).all(1)
+    word = two | three | letters.all(1)  # of two letters, three, or at least four
     before[two, :2] = before[three, 0] = 0
-    keys = before.view("<u4")[:, 0]
-    suspect = SUSPECT_KEYS[np.minimum(np.searchsorted(SUSPECT_KEYS, keys), len(SUSPECT_KEYS) - 1)] == keys
-    return (two | three | letters.all(1)) & ~suspect | number | NO_WORD[last]
+    key = before.view("<u4")[:, 0]
+    suspect = SUSPECT_KEYS[np.minimum(np.searchsorted(SUSPECT_KEYS, key), len(SUSPECT_KEYS) - 1)] == key
+    return word & ~suspect | number | NO_WORD[last]
 
 
 def stops(text: str, codes: np.ndarray) -> list[np.ndarray]:
     """Where sentences end by a stop."""
     at = np.flatnonzero((codes == ord(".")) | (codes == ord("!")) | (codes == ord("?")))
     beside = codes[at + 1]
-    at = at[(SPACES[beside] | CLOSES[beside] & (SPACES | CLOSES)[codes[at + 2]]) & ~STOPS[codes[at - 1]]]
+    at = at[(SPACES[beside] | (beside == BEYOND) | CLOSES[beside] & (SPACES | CLOSES)[codes[at + 2]]) & ~STOPS[codes[at - 1]]]
     after = skip(text, codes, at + 1, SPACES, ANY_SPACES)
-    plain = SPACES[codes[at + 1]] & ~ODD[codes[after]] & ~ODD[codes[at - 1]]
-    asked = ~plain
-    plain &= ~NO_START[codes[after]]
-    sure = plain & ((codes[at] != ord(".")) | usual_words(codes, at, after))
-    ends = [end for place in at[asked | plain & ~sure].tolist() if (end := stop_at(text, place))]
+    clear = SPACES[codes[at + 1]] & ~ODD[codes[after]] & ~ODD[codes[at - 1]]
+    sure = clear & ~NO_START[codes[after]] & ((codes[at] != ord(".")) | usual_words(codes, at, after))
+    asked = at[~sure & ~(clear & NO_START[codes[after]])].tolist()
     if "…" in text:
-        ends += [end for m in re.finditer("…", text) if (end := stop_at(text, m.start()))]
+        asked += [m.start() for m in re.finditer("…", text)]
+    ends = [end for place in asked if (end := stop_at(text, place))]
     if "。" in text or "！" in text or "？" in text:
         ends += [m.end() for m in STOP_BEYOND.finditer(text)]
     return [at[sure] + 1, np.array(ends, dtype=np.int64)]
@@ -233,16 +234,13 @@ def line_ends(text: str, codes: np.ndarray) -> list[np.ndarray]:
     """Behind the last of several line ends, and before an item of a list or a heading."""
     at = np.flatnonzero(codes == ord("\n"))
     after = skip(text, codes, at + 1, BLANKS, ANY_BLANKS)
-    next_, beside = codes[after], codes[after + 1]
-    blank = next_ == ord("\n")
-    below = np.zeros(len(at), dtype=bool)
+    first = codes[after]  # of the next line
+    blank = first == ord("\n")
+    below = np.zeros(len(at), dtype=bool)  # a blank line
     below[np.searchsorted(at, after[blank])] = True
-    numbered = ITEM_ENDS[codes[after[:, None] + [1, 2, 3, 4]]].any(1) & (DIGITS[next_] | SMALL[next_] | (next_ == ord("(")))
-    maybe = numbered | BULLETS[next_] & (beside == ord(" ")) | (next_ == ord("#")) | (next_ == BEYOND)
-    return [at[below & ~blank] + 1, np.array([i for i in (at[maybe] + 1).tolist() if LIST_ITEM.match(text, i)], dtype=np.int64)]
-
-
-MAY_END = table(".!?$ \n") | ODD
+    marked = ITEM_ENDS[codes[after[:, None] + [1, 2, 3, 4]]].any(1) & (DIGITS[first] | SMALL[first] | (first == ord("(")))
+    asked = at[marked | BULLETS[first] & (codes[after + 1] == ord(" ")) | (first == ord("#")) | (first == BEYOND)] + 1
+    return [at[below & ~blank] + 1, np.array([i for i in asked.tolist() if LIST_ITEM.match(text, i)], dtype=np.int64)]
 
 
 def math_ends(text: str, codes: np.ndarray, ends: np.ndarray) -> np.ndarray:
@@ -256,7 +254,7 @@ def math_ends(text: str, codes: np.ndarray, ends: np.ndarray) -> np.ndarray:
 
 
 def sentence_ends(texts: list[str]) -> list[list[int]]:
-    """For each text the positions at which sentences end, rising; the last is its length (none for an empty text)."""
+    """For each text the positions at which sentences end, rising; the last is its length (none for an empty text). Best with about 500 kB at a time."""
     if not any(texts):
         return [[] for _ in texts]
     code = [code_spans(text) for text in texts]
@@ -318,7 +316,7 @@ def masked(text: str, code: list[tuple[int, int]]) -> str:
     """The text without its code: a $ there opens no formula."""
     pieces, at = [], 0
     for start, end in code:
-        pieces += [text[at:start], "x" * (end - start)]
+        pieces += [text[at:start], "`" * (end - start)]
         at = end
     return "".join([*pieces, text[at:]]) if code else text
 

@@ -26,6 +26,7 @@ Disk: the text once and its tokens twice while it runs. Memory: about 200 MB a w
 
 import contextlib
 import errno
+import gc
 import hashlib
 import io
 import json
@@ -41,6 +42,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import chain
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Literal
@@ -60,7 +62,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 PART = 32 << 20  # bytes of text a part of the scan holds, and of input a task begins with
 RANGES, RANGE_LOW, RANGE_HIGH = 64, 4 << 20, 32 << 20  # into how many ranges of hashes the text is cut, and how many bytes one may have
 COST = 300  # bytes of memory that a document takes beside its text, or a dropped one in all
-BATCH = 2 << 20  # bytes of text that are decontaminated or encoded at a time
+BATCH = 1 << 19  # bytes of text that are decontaminated or encoded at a time
 TO_THE_END = 1 << 62
 CHECKED = 100  # every how many-th document is decoded again and compared
 
@@ -337,12 +339,10 @@ def batches(sizes: list[int]) -> list[tuple[int, int]]:
 
 def encode_batch(s: Settings, documents: list[tuple[int, int, bytes]]) -> tuple[bytes, np.ndarray, np.ndarray, tuple[int, int]]:
     """Their tokens as bytes, how many each chunk has, how many chunks each document has, and (checked, not given back by decoding)."""
-    tok, pieces, chunks = tokenizer_of(s.tokenizer), [], []
-    for first, second, raw in documents:
-        mine = chunk(raw.decode(), first.to_bytes(8, "big") + second.to_bytes(8, "big"))
-        pieces += mine
-        chunks.append(len(mine))
-    ids, lengths = tok.encode_pieces(pieces)
+    tok, digests = tokenizer_of(s.tokenizer), [first.to_bytes(8, "big") + second.to_bytes(8, "big") for first, second, _ in documents]
+    pieces = chunk([raw.decode() for _, _, raw in documents], digests)
+    chunks = list(map(len, pieces))
+    ids, lengths = tok.encode_pieces(list(chain.from_iterable(pieces)))
     ends, of_doc, checked, differ = np.cumsum(lengths), np.cumsum([0, *chunks]), 0, 0
     for i, (_, second, raw) in enumerate(documents):
         if second % CHECKED == 0:
@@ -385,6 +385,7 @@ def join(s: Settings, out: Path, work: Path, n_ranges: int, n_docs: int, source:
 def serve(pipe, function: Callable) -> None:
     """A worker: runs function(*task) for each task it is sent and sends back what that yields, None at its end, or what was raised."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it ends us
+    gc.freeze()  # or the tokenizer's many objects are gone through again and again
     threading.Thread(target=lambda: (wait([multiprocessing.parent_process().sentinel]), os._exit(1)), daemon=True).start()
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:

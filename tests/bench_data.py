@@ -28,10 +28,10 @@ from typing import Literal
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.chunking import END, chunk, sentence_ends, text_digest
+from data.chunking import chunk, sentence_ends, text_digest
 from data.cli import opt, run
 from data.decontaminate import Finder
-from data.tokenizer import load_tokenizer
+from data.tokenizer import SPACED_WORDS, load_tokenizer, tiktoken_of
 
 
 @dataclass(kw_only=True)
@@ -139,15 +139,25 @@ def tiktoken_processes(s: Settings, text: Path) -> tuple[float, float]:
     return seconds, sum(spent)
 
 
-def tiktoken_threads(s: Settings, text: Path) -> tuple[float, float]:
+def tiktoken_spaces(s: Settings, text: Path) -> tuple[float, float]:
+    """A byte fallback tokenizer the plain way: words end at spaces alone. Others: as they are."""
+    tok = load_tokenizer(s.tokenizer)
+    return tiktoken_threads(s, text, tiktoken_of(SPACED_WORDS, tok.encoding._mergeable_ranks) if tok.spaced else tok.encoding)
+
+
+def tiktoken_threads(s: Settings, text: Path, encoding=None) -> tuple[float, float]:
     """In pieces of 4,096 documents, so that its lists of ids need not fit in memory all together."""
     tok, seconds, spent, texts = load_tokenizer(s.tokenizer), 0.0, 0.0, documents(text)
+    encoding = encoding or tok.encoding
     for i in range(0, len(texts), 4096):
         prepared = [tok.prepare(t) for t in texts[i : i + 4096]]
         begin, before = time.perf_counter(), cpu()
-        tok.encoding.encode_ordinary_batch(prepared, num_threads=s.workers)
+        encoding.encode_ordinary_batch(prepared, num_threads=s.workers)
         seconds, spent = seconds + time.perf_counter() - begin, spent + cpu() - before
     return seconds, spent
+
+
+COMPARED = {"threads, words end at spaces": tiktoken_spaces, "threads": tiktoken_threads, "processes": tiktoken_processes}
 
 
 def speed(s: Settings) -> None:
@@ -159,7 +169,7 @@ def speed(s: Settings) -> None:
     for _ in range(s.repeats if s.what == "speed" else 1):
         seconds, spent, peak = run_text(s, text, out / "corpus")
         print(f"text.py {n_bytes / seconds / 1e6:.1f} MB/s ({seconds:.1f} s, CPU {spent:.1f} s), {peak / 1e6:,.0f} MB at the peak", flush=True)
-        for name, measure in (("threads", tiktoken_threads), ("processes", tiktoken_processes)) if s.what == "speed" else ():
+        for name, measure in COMPARED.items() if s.what == "speed" else ():
             theirs, their_cpu = measure(s, text)
             print(f"  tiktoken, {s.workers} {name}: {n_bytes / theirs / 1e6:.1f} MB/s ({theirs:.1f} s, CPU {their_cpu:.1f} s): "
                   f"{theirs / seconds:.0%} of its speed, {their_cpu / spent:.0%} by CPU time", flush=True)  # fmt: skip
@@ -191,9 +201,8 @@ def total(counts) -> dict[str, int]:
 
 def chunks(s: Settings) -> None:
     pages = read(Path(s.data) / "calculus/calculus_made_easy.jsonl", "text")
-    ours = [sentence_ends(page) for page in pages]
-    print(f"calculus: {sum(map(len, ours)):,} sentences; torn: {total(map(torn, pages, ours))}; places where one might end: "
-          f"{sum(len(END.findall(page)) for page in pages):,}")  # fmt: skip
+    ours = sentence_ends(pages)
+    print(f"calculus: {sum(map(len, ours)):,} sentences; torn: {total(map(torn, pages, ours))}")
     try:
         theirs = [punkt_ends(page) for page in pages]
         print(f"punkt, untrained: {sum(map(len, theirs)):,} sentences; torn: {total(map(torn, pages, theirs))}")
@@ -202,13 +211,13 @@ def chunks(s: Settings) -> None:
     counts = [n for seed in range(20) for page, ends in zip(pages, ours) for n in sentences_a_chunk(page, ends, seed)]
     print(f"calculus page by page, 20 seeds: {sum(counts) / len(counts):.2f} sentences a chunk, {max(counts)} at most")
     long, n = "\n\n".join(pages), 40
-    counts = [n for seed in range(n) for n in sentences_a_chunk(long, sentence_ends(long), seed)]
+    counts = [n for seed in range(n) for n in sentences_a_chunk(long, sentence_ends([long])[0], seed)]
     print(f"the whole book as one text, {n} seeds: {sum(counts) / len(counts):.2f} sentences a chunk, {max(counts)} at most")
 
 
 def sentences_a_chunk(text: str, ends: list[int], seed: int) -> list[int]:
     index, counts, at, done = {end: i + 1 for i, end in enumerate(ends)}, [], 0, 0
-    for piece in chunk(text, text_digest(text.encode(), seed)):
+    for piece in chunk([text], [text_digest(text.encode(), seed)])[0]:
         at += len(piece)
         counts.append(index[at] - done)
         done = index[at]

@@ -21,7 +21,7 @@ import pytest
 from conftest import ROOT, SHARED, inside, script
 
 import data.text as text_module
-from data.chunking import LIMIT, LONG, MOST, chunk, sentence_ends, text_digest, whole_spans
+from data.chunking import LIMIT, LONG, MOST, chunk, sentence_ends, text_digest
 from data.cli import UserError, help_text, opt, read_json, read_settings
 from data.corpus import open_corpus, write_corpus
 from data.decontaminate import Finder, fold, letters
@@ -31,12 +31,21 @@ from data.tokenizer import load_tokenizer, make_tokenizer
 
 sys.path.insert(0, str(ROOT / "tests"))
 from bench_data import perturbed, planted, punkt_ends, read, sentences_a_chunk, torn
+from slow_chunking import slow_sentence_ends
 
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="../shared is absent: no real text to read")
 
 
+def ends_of(text: str) -> list[int]:
+    return sentence_ends([text])[0]
+
+
+def chunks_of(text: str, seed: int = 0) -> list[str]:
+    return chunk([text], [text_digest(text.encode(), seed)])[0]
+
+
 def sentences(text: str) -> list[str]:
-    ends = sentence_ends(text)
+    ends = ends_of(text)
     return [text[a:b] for a, b in zip([0, *ends], ends)]
 
 
@@ -58,7 +67,7 @@ CASES = [
     "Code:\n\n¦    if a. B:\n        return x(1)\n\n    print(2). Then\n\n¦Text. ¦Text.",
     "Table:\n\n¦| a. B | c |\n|---|---|\n| d! E | f. G |\n\n¦After. ¦That.",
     "a. B | c\n--- | ---\nd. E | f! G\n\n¦After.",
-    "Use `a. B` here. ¦Then.¦ See <pre>a. B\n\nC.</pre> there.¦ The end.",
+    "Use `a. B` here.¦ `c. D` is code, `e`.¦ Then.¦ See <pre>a. B\n\nC.</pre> there.¦ The end.",
     "Wait... what?¦ He said: \"Go. ¦Now.\"¦ (Yes.)¦ [No!]¦ It is.",
     "今天下雨。¦我在家。¦「真的？」¦是。",
     "Who is J. K. Rowling?¦ Me and I.¦ Then x. ¦Was it plan B. Then?",
@@ -83,7 +92,7 @@ def test_long_texts_without_a_stop_are_cut_at_white_space_outside_of_formulas():
     text = "word " * 300 + "$" + "x + y " * 100 + "$ " + "12 345 678 " * 200 + "http://example.org/" + "a" * 900 + " " + "more words " * 200
     pieces = sentences(text)
     assert "".join(pieces) == text and max(map(len, pieces)) <= LIMIT
-    assert not any(torn(text, sentence_ends(text)).values())
+    assert not any(torn(text, ends_of(text)).values())
     assert all(len(p) <= LONG for p in sentences("word " * 5000))
     for endless in ("x" * 50_000, "$" + "x " * 20_000 + "$", "7" * 9000, "\\begin{a}" + "b\n\n" * 9000, "```\n" + "c " * 9000, "a,1234," * 3000):
         pieces = sentences(endless)
@@ -92,7 +101,7 @@ def test_long_texts_without_a_stop_are_cut_at_white_space_outside_of_formulas():
 
 
 SCRAPS = ["$", "$$", "\\[", "\\]", "\\(", "\\)", "\\begin{a}", "\\end{a}", "```", "`", "\n", "\n\n", "\r\n\r\n", "    ", "\t", "| ", "|---|", ". ", "! ", "? ",
-          "1. ", "- ", "e.g. ", "Dr. ", "3.14", "http://a.b", "Ab", "cd ", "é", "数。", "🎉", "\u2028", "\x00", "\u0301", "\ufeff", "<pre>", "</pre>", "\\", "$5 and a "]  # fmt: skip
+          "1. ", "- ", "* ", "# ", "(a) ", "e.g. ", "Dr. ", "3.14", "9.", "A.", "?!", "…", ".) ", "}$ ", ":", "\xa0", "\u3000", "\r", " " * 20, "http://a.b", "Ab", "cd ", "é", "数。", "🎉", "\u2028", "\x00", "\u0301", "\ufeff", "<pre>", "</pre>", "\\", "$5 and a "]  # fmt: skip
 
 
 def random_text(rng: random.Random) -> str:
@@ -104,29 +113,48 @@ def random_text(rng: random.Random) -> str:
 
 def test_ten_thousand_random_documents_come_back():
     rng, tok = random.Random(0), make_tokenizer()
-    for i in range(10_000):
-        text = random_text(rng)
-        pieces = chunk(text, text_digest(text.encode(), 0))
-        assert "".join(pieces) == text and all(pieces)
-        ends = sentence_ends(text)
-        assert ends == sorted(set(ends)) and ends[-1] == len(text)
-        if i % 20 == 0:
-            ids, lengths = tok.encode_pieces(pieces)
-            assert b"".join(tok.decode_bytes(span) for span in np.split(ids, np.cumsum(lengths)[:-1])) == text.encode()
+    for _ in range(100):
+        texts = [random_text(rng) for _ in range(100)]
+        all_ends, all_pieces = sentence_ends(texts), chunk(texts, [text_digest(text.encode(), 0) for text in texts])
+        for text, ends, pieces in zip(texts, all_ends, all_pieces, strict=True):
+            assert "".join(pieces) == text and all(pieces)
+            assert ends == sorted(set(ends)) and ends[-1] == len(text)
+            assert ends == slow_sentence_ends(text), text
+        ids, lengths = tok.encode_pieces(all_pieces[0])
+        assert b"".join(tok.decode_bytes(span) for span in np.split(ids, np.cumsum(lengths)[:-1])) == texts[0].encode()
+
+
+def test_texts_beside_each_other_change_nothing():
+    texts = [case.replace("¦", "") for case in CASES] + ["", "\n\n", ".", "A.", ". B", "$", "- a", "\n", "c. ", ""]
+    rng = random.Random(2)
+    for _ in range(50):
+        rng.shuffle(texts)
+        assert sentence_ends(texts) == [ends_of(text) for text in texts]
+    assert sentence_ends([]) == [] and sentence_ends(["", ""]) == [[], []]
+
+
+def test_fast_and_slow_find_the_same_sentences_in_code_and_prose():
+    texts = [path.read_text(encoding="utf-8") for path in [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("data/*.py")), ROOT / "README.md"]]
+    if SHARED.exists():
+        texts += read(SHARED / "data/calculus/calculus_made_easy.jsonl", "text") + read(SHARED / "data/gsm8k/test.jsonl", "question", "answer")
+        texts += [path.read_text(encoding="utf-8") for path in sorted(SHARED.glob("*.md"))]
+    for text, ends in zip(texts, sentence_ends(texts), strict=True):
+        slow = slow_sentence_ends(text)
+        assert ends == slow, [text[max(end - 40, 0) : end + 20] for end in sorted(set(ends) ^ set(slow))[:3]]
 
 
 def test_nothing_takes_quadratic_time():
     begin = time.perf_counter()
     for scrap in SCRAPS + ["$a ", "\\begin{a} ", "$1 a b ", "[ .", "*\n", "| a\n", "``` \n"]:
         text = scrap * (20_000 // len(scrap))
-        assert sentence_ends(text)[-1] == len(text)
+        assert ends_of(text)[-1] == len(text)
     assert time.perf_counter() - begin < 30
 
 
 def test_many_cuts_in_a_long_text_are_quick():
     begin = time.perf_counter()
     many = ("word " * 700 + "`c. D` $x$. Then ") * 500  # 1.8 MB, each sentence of which has to be cut
-    assert len(sentence_ends(many)) > 500 and time.perf_counter() - begin < 8, "whole_spans is found once, not for each cut"
+    assert len(ends_of(many)) > 500 and time.perf_counter() - begin < 8, "code and formulas are found once, not for each cut"
 
 
 @needs_shared
@@ -135,14 +163,14 @@ def test_real_text_comes_back():
         for line in open(path, encoding="utf-8") if path.suffix == ".jsonl" else [path.read_text(encoding="utf-8")]:
             record = json.loads(line)
             for text in [line, *(v for v in record.values() if isinstance(v, str))]:
-                pieces = chunk(text, text_digest(text.encode(), 1))
+                pieces = chunks_of(text, 1)
                 assert "".join(pieces) == text and (pieces or not text)
 
 
 @needs_shared
 def test_nothing_is_torn_in_the_calculus_book():
     pages = read(SHARED / "data/calculus/calculus_made_easy.jsonl", "text")
-    ends = [sentence_ends(page) for page in pages]
+    ends = sentence_ends(pages)
     assert all(not any(torn(page, e).values()) for page, e in zip(pages, ends)) and sum(map(len, ends)) > 2500
     pytest.importorskip("nltk")
     assert sum(torn(page, punkt_ends(page))["formulas"] for page in pages) > 100, "the measure finds what is torn"
@@ -150,7 +178,7 @@ def test_nothing_is_torn_in_the_calculus_book():
 
 def test_chunk_lengths():
     text, counts = "This is a sentence. " * 8000, []
-    ends = sentence_ends(text)
+    ends = ends_of(text)
     for seed in range(10):
         counts += sentences_a_chunk(text, ends, seed)[:-1]
     assert abs(np.mean(counts) - 8) < 0.3 and max(counts) <= MOST and min(counts) == 1
@@ -160,15 +188,8 @@ def test_chunk_lengths():
 
 def test_chunks_hang_on_text_and_seed_alone():
     text = "One more sentence here. " * 100
-    assert chunk(text, text_digest(text.encode(), 3)) == chunk(text, text_digest(text.encode(), 3))
-    assert chunk(text, text_digest(text.encode(), 3)) != chunk(text, text_digest(text.encode(), 4))
-
-
-def test_whole_spans_are_in_order_and_disjoint():
-    rng = random.Random(1)
-    for _ in range(500):
-        spans = whole_spans(random_text(rng))
-        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:]))
+    assert chunks_of(text, 3) == chunks_of(text, 3)
+    assert chunks_of(text, 3) != chunks_of(text, 4)
 
 
 # ---------------------------------------------------------------------------------------------------------- folders
@@ -212,7 +233,7 @@ def test_documents_come_back_and_are_shuffled(tok, tmp_path):
     other = build(tok, tmp_path / "other", tmp_path / "a.jsonl", seed=1)
     assert texts_of(tmp_path / "other/train") != found and other["splits"]["train"]["n_bytes"] == sum(len(d.encode()) for d in DOCUMENTS)
     corpus = open_corpus(tmp_path / "out/train")
-    expected = [chunk(t, text_digest(t.encode(), 0)) for t in found]
+    expected = [chunks_of(t) for t in found]
     assert [corpus.tokenizer.decode(corpus.chunk(i)) for i in range(corpus.n_chunks)] == sum(expected, [])
     assert corpus.chunk(0).tolist() == corpus.tokenizer.encode(expected[0][0])
 
@@ -220,7 +241,7 @@ def test_documents_come_back_and_are_shuffled(tok, tmp_path):
 def test_makers_of_other_corpora_write_the_same_folder(tok, tmp_path):
     """digits.py and gsm8k.py go through write_corpus: for the same chunks it writes what text.py writes."""
     build(tok, tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", DOCUMENTS))
-    documents = [[(piece, False) for piece in chunk(t, text_digest(t.encode(), 0))] for t in texts_of(tmp_path / "out/train")]
+    documents = [[(piece, False) for piece in chunks_of(t)] for t in texts_of(tmp_path / "out/train")]
     source = json.loads((tmp_path / "out/train/meta.json").read_text())["source"]
     write_corpus(tmp_path / "same", iter(documents), load_tokenizer(tok), source)
     assert content(tmp_path / "same") == content(tmp_path / "out/train")
