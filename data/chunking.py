@@ -25,6 +25,8 @@ from itertools import chain
 
 import numpy as np
 
+from data.corpus import hash_uniform
+
 LONG, LIMIT = 1000, 4000  # characters: where a sentence without an end is cut if it can be, and where it is in any case
 MEAN, MOST = 8, 20  # sentences a chunk
 
@@ -254,9 +256,16 @@ def math_ends(text: str, codes: np.ndarray, ends: np.ndarray) -> np.ndarray:
 
 
 def sentence_ends(texts: list[str]) -> list[list[int]]:
-    """For each text the positions at which sentences end, rising; the last is its length (none for an empty text). Best with about 500 kB at a time."""
+    """For each text the positions at which sentences end, rising; the last is its length (none for an empty text)."""
+    ends, counts = all_ends(texts)
+    borders, ends = np.cumsum(counts).tolist(), ends.tolist()
+    return [ends[a:b] for a, b in zip([0, *borders], borders)]
+
+
+def all_ends(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The positions at which sentences end, of all texts one after another, and how many each text has. Best with about 500 kB at a time."""
     if not any(texts):
-        return [[] for _ in texts]
+        return np.zeros(0, np.int64), np.zeros(len(texts), np.int64)
     code = [code_spans(text) for text in texts]
     sizes = np.array([len(text) for text in texts], dtype=np.int64)
     firsts = np.cumsum(sizes + len(GAP)) - sizes
@@ -266,9 +275,9 @@ def sentence_ends(texts: list[str]) -> list[list[int]]:
     for text, first, last in zip(texts, firsts.tolist(), lasts.tolist()):
         if signs := "$" * ("$" in text) + "\\" * ("\\" in text):
             spans += math_spans(joined, first, last, signs)
-    math = np.fromiter(chain.from_iterable(spans), np.int64, 2 * len(spans)).reshape(-1, 2)
-    ends = np.concatenate([*stops(joined, codes), *line_ends(joined, codes), math_ends(joined, codes, math[:, 1])])
-    ends = np.sort(np.concatenate([outside_math(ends, math), lasts]))
+    formulas = np.fromiter(chain.from_iterable(spans), np.int64, 2 * len(spans)).reshape(-1, 2)
+    ends = np.concatenate([*stops(joined, codes), *line_ends(joined, codes), math_ends(joined, codes, formulas[:, 1])])
+    ends = np.sort(np.concatenate([outside_math(ends, formulas), lasts]))
     ends = ends[np.append(True, ends[1:] > ends[:-1])]
     begins = skip(joined, codes, firsts, SPACES, ANY_SPACES)
     of = np.searchsorted(firsts, ends) - 1  # which text
@@ -276,15 +285,14 @@ def sentence_ends(texts: list[str]) -> list[list[int]]:
     ends = ends[~space_follows(joined, codes, ends, firsts)]
     ends = with_cuts(joined, ends, firsts, code, spans)
     of = np.searchsorted(firsts, ends) - 1
-    local, borders = (ends - firsts[of]).tolist(), np.cumsum(np.bincount(of, minlength=len(texts))).tolist()
-    return [local[a:b] for a, b in zip([0, *borders], borders)]
+    return ends - firsts[of], np.bincount(of, minlength=len(texts))
 
 
-def outside_math(ends: np.ndarray, math: np.ndarray) -> np.ndarray:
+def outside_math(ends: np.ndarray, formulas: np.ndarray) -> np.ndarray:
     """The ends that lie in no formula; on its border is outside, and longer ones than LIMIT do not count."""
-    math = math[math[:, 1] - math[:, 0] <= LIMIT]
-    before = np.searchsorted(math[:, 0], ends)  # how many begin before
-    return ends[ends >= np.concatenate([[0], math[:, 1]])[before]]
+    formulas = formulas[formulas[:, 1] - formulas[:, 0] <= LIMIT]
+    before = np.searchsorted(formulas[:, 0], ends)  # how many begin before
+    return ends[ends >= np.concatenate([[0], formulas[:, 1]])[before]]
 
 
 def space_follows(text: str, codes: np.ndarray, ends: np.ndarray, firsts: np.ndarray) -> np.ndarray:
@@ -294,13 +302,13 @@ def space_follows(text: str, codes: np.ndarray, ends: np.ndarray, firsts: np.nda
     return same & (skip(text, codes, ends, SPACES, ANY_SPACES) >= following)
 
 
-def with_cuts(text: str, ends: np.ndarray, firsts: np.ndarray, code: list, math: list[tuple[int, int]]) -> np.ndarray:
+def with_cuts(text: str, ends: np.ndarray, firsts: np.ndarray, code: list, formulas: list[tuple[int, int]]) -> np.ndarray:
     """The ends, and cuts in the sentences longer than LONG."""
     of = np.searchsorted(firsts, ends) - 1
     begins, found = np.maximum(np.append(0, ends[:-1]), firsts[of]), []
     for i in np.flatnonzero(ends - begins > LONG).tolist():
         begin, end, first = int(begins[i]), int(ends[i]), int(firsts[of[i]])
-        whole = within(math, begin, end)
+        whole = within(formulas, begin, end)
         if mine := code[of[i]]:
             whole = join_spans(whole + [(a + first, b + first) for a, b in within(mine, begin - first, end - first)])
         found += cuts(text, begin, end, borders_of(whole))
@@ -357,14 +365,17 @@ def text_digest(raw: bytes, seed: int) -> bytes:
 
 def chunk(texts: list[str], digests: list[bytes]) -> list[list[str]]:
     """Each document's chunks. The digests are their text_digest, so they depend on text and seed alone."""
-    return [runs(text, ends, int.from_bytes(digest[8:], "big")) for text, ends, digest in zip(texts, sentence_ends(texts), digests)]
-
-
-def runs(text: str, ends: list[int], state: int) -> list[str]:
-    pieces, start, i, last = [], 0, -1, len(ends) - 1
-    while i < last:
-        state = (state * 6364136223846793005 + 1442695040888963407) % 2**64  # Knuth's MMIX: its upper bits are good enough for lengths
-        i = min(i + 1 + bisect_right(POISSON, (state >> 11) * 2.0**-53), last)
-        pieces.append(text[start : ends[i]])
-        start = ends[i]
+    ends, counts = all_ends(texts)
+    keys = np.frombuffer(b"".join(digests), dtype=">i8")[1::2]  # their second halves
+    of, first = np.repeat(np.arange(len(texts)), counts), np.repeat(np.cumsum(counts) - counts, counts)
+    lengths = 1 + np.searchsorted(POISSON, hash_uniform(keys[of], np.arange(len(ends)) - first), side="right")  # a draw a sentence: more than enough
+    total = np.cumsum(lengths)
+    last = total - (total - lengths)[first] - 1  # the sentence that would end each chunk, counted within its document
+    some = last < counts[of]
+    borders = np.unique(np.append((first + last)[some], np.cumsum(counts)[counts > 0] - 1))
+    pieces, start, before = [[] for _ in texts], 0, -1
+    for number, end in zip(of[borders].tolist(), ends[borders].tolist()):
+        start = start if number == before else 0
+        pieces[number].append(texts[number][start:end])
+        start, before = end, number
     return pieces

@@ -40,8 +40,8 @@ NEW_DIGITS = r"\x{11DE0}-\x{11DE9}\x{16FF4}-\x{16FF6}"
 DIGIT_WORDS = rf"'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+| ?[^\s\p{{L}}\p{{N}}{NEW_DIGITS}]+|\s+(?![^\s\p{{N}}{NEW_DIGITS}])|\s+"
 # A word of a byte fallback tokenizer: no piece of the vocabulary has a space behind another character, so no merge is lost.
 SPACED_WORDS = " *[^ ]+| +"
-# Nor, in most, a letter beside a digit or a sign (those of ASCII). Then words end there too: more of them are found whole, which is faster than merging.
-LETTERS, SIGNS = r"(?:[A-Za-z]+)", r"(?:[\x00-\x1f!-@\[-`{-\x7f]+)"
+# In Llama 2's none has an ASCII letter beside another ASCII character, either. So words end there as well, and more of them are found whole, not merged.
+LETTERS, SIGNS = "[A-Za-z]+", r"[\x00-\x1f!-@\[-`{-\x7f]+"
 PARTED_WORDS = rf" *(?:(?:{LETTERS}|{SIGNS})?[^\x00-\x7f]+)+(?:{LETTERS}|{SIGNS})?| *(?:{LETTERS}|{SIGNS})| +"
 # What oniguruma (`tokenizers`) and fancy-regex (tiktoken) read alike; \w is not among it, nor are anchors and look-behind.
 SAME_ATOM = r"\\[pP]\{(?:[LMNPSZ][a-z]?|Han)\}|\\[sSdDrnt]|\\[^\w\s]"
@@ -317,13 +317,11 @@ def read_spaced(spec: dict):
             raise Refused("model.vocab", name, "is missing")
     if model.get("ignore_merges"):
         raise Refused("model.ignore_merges", True, "is not supported with byte_fallback")
-    words = PARTED_WORDS
-    for merge in model["merges"]:
-        token = "".join(merge).replace(" ", "", 1)
-        if re.search("[^▁]▁", token):
+    tokens = ["".join(merge).replace(" ", "", 1) for merge in model["merges"]]
+    for merge, token in zip(model["merges"], tokens):
+        if "▁" in token.lstrip("▁"):
             raise Refused("model.merges", merge, "puts a space behind another character")
-        if re.search(f"{LETTERS}{SIGNS}|{SIGNS}{LETTERS}", token):
-            words = SPACED_WORDS
+    words = SPACED_WORDS if re.search(f"{LETTERS}{SIGNS}|{SIGNS}{LETTERS}", " ".join(tokens)) else PARTED_WORDS
     prepend = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
     if normalizer == prepend and not steps:
         return words, space_first, {"prefix": "always"}

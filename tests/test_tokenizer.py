@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, SHARED
 
 from data.cli import UserError, read_json
-from data.tokenizer import MARKERS, load_tokenizer, make_tokenizer
+from data.tokenizer import MARKERS, PARTED_WORDS, load_tokenizer, make_tokenizer
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 tokenizers = pytest.importorskip("tokenizers")
@@ -33,7 +33,7 @@ GPT4O = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}
 GAPS = r"\p{Lu}\p{Ll}+|\p{N}{1,2}(?!\p{N})|  +"  # leaves out most text: what lies between the matches is a word, too
 SPLITS = {"llama3": LLAMA3, "qwen2": QWEN2, "qwen3.5": QWEN3_5, "gpt4o": GPT4O, "gaps": GAPS}
 BYTE_LEVEL = ("gpt2", *SPLITS, "digits", "digit runs", "other ids", "lacks bytes", "whole words", "dead token")
-SPACED = ("llama2", "metaspace first", "metaspace always")
+SPACED = ("llama2", "llama2 parted", "metaspace first", "metaspace always")
 
 
 @functools.cache
@@ -140,6 +140,9 @@ def train_spaced(family: str, texts: list[str]) -> dict:
     """As Llama 2's: bytes first, then pieces, runs of blanks with early ids and late merges, characters with the last ids."""
     tok = tokenizers.Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    if family == "llama2 parted":  # as in Llama 2's own vocabulary: no letter beside a sign or a digit
+        parted = tokenizers.Regex(r"▁*(?:[A-Za-z]|[^\x00-\x7f▁])+|▁*[\x00-\x1f!-@\[-`{-\x7f]+")
+        tok.pre_tokenizer = pre_tokenizers.Sequence([tok.pre_tokenizer, pre_tokenizers.Split(parted, "isolated")])
     tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1200, limit_alphabet=400, show_progress=False))
     trained = json.loads(tok.to_str())["model"]
     merges = [pair for pair in trained["merges"] if pair != ["▁", "▁"]] + [["▁", "▁"], ["▁▁", "▁▁"], ["▁▁▁", "▁"], ["▁▁", "▁"]]
@@ -147,7 +150,7 @@ def train_spaced(family: str, texts: list[str]) -> dict:
     names = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *made]
     names += sorted(t for t in trained["vocab"] if len(t) == 1 or t == "▁") + ["▁"] * ("▁" not in trained["vocab"])
     frame = LLAMA2_FRAME
-    if family != "llama2":
+    if family.startswith("metaspace"):
         steps = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": family.split()[1], "split": False}
         frame = frame | {"normalizer": None, "pre_tokenizer": steps, "decoder": steps}
     vocab = {t: i for i, t in enumerate(names)}
@@ -195,6 +198,7 @@ def test_ids_of_every_family_equal_the_tokenizers_library(small, family):
     windows = [" " * n + "the!" * 3 + "\x04" + "!!the" * 60 + "\x04" + "the" * 60 for n in (0, 1, 61, 62, 63, 64, 65, 126, 127, 128)]
     whole = [*windows, "qxzj", "", " qxzvjkwq", "XqZjV XqZjV qxzvjkwqa", "a" * 700, " " * 300 + "a", "!\x04!" * 40 + "ab" * 100 + "\x04cd"]
     assert_same_ids(small[family], [readme, *readme.splitlines(keepends=True), *whole, *random_texts(2000)])
+    assert (load_tokenizer(small[family]).pattern == PARTED_WORDS) == (family == "llama2 parted")
 
 
 @pytest.mark.parametrize("name", ["llama2", "smollm2"])
