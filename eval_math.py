@@ -51,6 +51,7 @@ import numpy as np
 import sympy
 from sympy import E, I, Integer, Rational, Symbol, oo, pi, zoo
 
+from data.benchmarks import fault, read_rows
 from data.cli import Progress, UserError, claim, opt, read_json, replacing, run, write_json
 from data.corpus import PICK, PRIOR, RAW, TEST_DRAW, Corpus, hash_uniform, layout, open_corpus, open_thoughts, write_corpus, write_thoughts
 from data.tokenizer import load_tokenizer
@@ -127,50 +128,25 @@ class Item(NamedTuple):
         return f"\nThe final answer is ${self.answer}$." if "$" in self.question + self.solution else f"\nThe final answer is {self.answer}."
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a .jsonl or .parquet file; UserError for one that is damaged or no object."""
-    if path.suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            raise UserError(f"{path}: reading parquet needs pyarrow: pip install pyarrow, or convert the file to jsonl") from None
-        try:
-            return pyarrow.parquet.read_table(path).to_pylist()
-        except (OSError, pyarrow.ArrowException) as e:
-            raise UserError(f"{path}: not a parquet file ({e})") from None
-    rows = []
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                rows.append(json.loads(line.decode("utf-8")))
-            except (ValueError, RecursionError) as e:
-                raise UserError(f"{path}:{number}: not JSON ({e}); mend the line or take it out") from None
-            if not isinstance(rows[-1], dict):
-                raise UserError(f"{path}:{number}: expected a JSON object")
-    return rows
-
-
 def read_item(row: dict, where: str) -> Item:
     """A row of GSM8K, MATH, MATH-500, MMLU or any {question, answer}, told apart by its fields."""
-    question, answer, solution = row.get("question", row.get("problem")), row.get("answer"), row.get("solution") or ""
-    choices = row.get("choices")
-    if isinstance(choices, list) and choices and len(choices) <= 10:
+    if why := fault(row):
+        raise UserError(f"{where}: {why} (expected are rows of GSM8K, MATH, MMLU, or question and answer)")
+    question, answer, solution, choices = row.get("question", row.get("problem")), row.get("answer"), row.get("solution") or "", row.get("choices")
+    if isinstance(choices, list) and 0 < len(choices) <= 10:
         letters = "ABCDEFGHIJ"[: len(choices)]
-        answer = letters[answer] if isinstance(answer, int) and 0 <= answer < len(letters) else answer if answer in list(letters) else None
-        question = question if question is None else "\n".join([str(question).strip(), *(f"({a}) {c}" for a, c in zip(letters, choices))])
+        answer = letters[answer] if isinstance(answer, int) else answer
+        question = "\n".join([question.strip(), *(f"({a}) {c}" for a, c in zip(letters, choices))])
     elif isinstance(answer, str) and "####" in answer:
         solution, _, answer = answer.rpartition("####")
         solution = re.sub(r"<<[^<>]*>>", "", solution)
-    elif answer is None and isinstance(solution, str) and solution:
+    elif answer is None:
         answer = extract_answer(solution)
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        answer = str(answer)
-    for name, value in (("question or problem", question), ("answer", answer), ("solution", solution)):
-        if not isinstance(value, str) or (name != "solution" and not value.strip()):
-            raise UserError(f'{where}: field "{name}" is missing or not what was expected (GSM8K, MATH, MMLU or {{"question", "answer"}})')
+    if not answer and answer != 0:
+        raise UserError(f"{where}: its solution says no answer")
     about = {"level": str(row["level"]).removeprefix("Level ")} if row.get("level") is not None else {}
     about |= {"subject": str(row.get("subject") or row.get("type"))} if row.get("subject") or row.get("type") else {}
-    return Item(question.strip(), " ".join(solution.split("\n\n")).strip(), answer.strip(), about)
+    return Item(question.strip(), " ".join(solution.split("\n\n")).strip(), str(answer).strip(), about)
 
 
 def find_file(s: Settings, split: str) -> Path:

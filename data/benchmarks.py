@@ -77,7 +77,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def fault(row) -> str:
-    """Why eval_math.py could not read a row; "" when it can. Its rules, in short: a question, and an answer in one of four forms."""
+    """Why a row is no problem; "" when it is one: a question, and an answer in one of four forms."""
     if not isinstance(row, dict):
         return "expected a JSON object"
     question, answer, choices, solution = row.get("question", row.get("problem")), row.get("answer"), row.get("choices"), row.get("solution") or ""
@@ -86,7 +86,7 @@ def fault(row) -> str:
     if isinstance(choices, list) and choices and len(choices) <= 10:
         return "" if answer in (*range(len(choices)), *"ABCDEFGHIJ"[: len(choices)]) else 'field "answer" names none of the choices'
     if answer is None:
-        return "" if re.search(r"\\f?boxed\b", solution) else 'no field "answer", and no \\boxed answer in the solution'
+        return "" if re.search(r"\\f?boxed\b", solution) else 'field "answer" is missing, and the solution has no \\boxed answer'
     good = answer.rpartition("####")[2].strip() if isinstance(answer, str) else isinstance(answer, (int, float)) and not isinstance(answer, bool)
     return "" if good else 'field "answer" is empty, or neither text nor a number'
 

@@ -292,8 +292,9 @@ def read_jsonl(path: str, parse: Callable, skip_bad: bool = False, hint: str = "
             for number, line in enumerate(io.TextIOWrapper(f, encoding="utf-8"), 1):
                 try:
                     found.append(parse(line))
-                except ValueError as e:
+                except (ValueError, RecursionError) as e:
                     if not skip_bad:
+                        e = f"not JSON ({e})" if isinstance(e, (json.JSONDecodeError, RecursionError)) else e
                         raise UserError(f"{path}:{number}: {e}; mend it{' or give --skip_bad' if skip_bad is False else ''}") from None
                     bad += 1
     except FileNotFoundError:
