@@ -5,8 +5,8 @@
     python tests/bench_data.py --tokenizer=../shared/data/llama2 --out_dir=/tmp/bench --what=chunks        (and --what=benchmarks)
 
 The text is the calculus book and GSM8K over and over, one page or ten problems a document, half and half by bytes, each time with other numbers and
-some words exchanged. Against tiktoken alone: encode_ordinary_batch() with as many threads as text.py has workers, on the same documents in memory; and,
-harder, as many processes as workers, each with its share of documents, encode_to_numpy(). Beside wall time stands CPU time, which another load on
+some words exchanged. Against tiktoken alone: encode_ordinary_batch() with as many threads as text.py has workers, on the same documents in memory, with our
+encoding and, for byte fallback tokenizers, with the plain one, whose words end at spaces alone (data/tokenizer.py parts them finer); and, harder, as many processes as workers, each with its share of documents, encode_to_numpy(). Beside wall time stands CPU time, which another load on
 the machine changes less. Memory is the largest sum of what all processes hold
 (Pss in /proc, so shared pages count once), looked at every 50 ms.
 """
@@ -140,9 +140,8 @@ def tiktoken_processes(s: Settings, text: Path) -> tuple[float, float]:
 
 
 def tiktoken_spaces(s: Settings, text: Path) -> tuple[float, float]:
-    """A byte fallback tokenizer the plain way: words end at spaces alone. Others: as they are."""
-    tok = load_tokenizer(s.tokenizer)
-    return tiktoken_threads(s, text, tiktoken_of(SPACED_WORDS, tok.encoding._mergeable_ranks) if tok.spaced else tok.encoding)
+    """The plain way for a byte fallback tokenizer: words end at spaces alone."""
+    return tiktoken_threads(s, text, tiktoken_of(SPACED_WORDS, load_tokenizer(s.tokenizer).encoding._mergeable_ranks))
 
 
 def tiktoken_threads(s: Settings, text: Path, encoding=None) -> tuple[float, float]:
@@ -157,7 +156,7 @@ def tiktoken_threads(s: Settings, text: Path, encoding=None) -> tuple[float, flo
     return seconds, spent
 
 
-COMPARED = {"threads, words end at spaces": tiktoken_spaces, "threads": tiktoken_threads, "processes": tiktoken_processes}
+COMPARED = {"threads": tiktoken_threads, "processes": tiktoken_processes}
 
 
 def speed(s: Settings) -> None:
@@ -166,10 +165,11 @@ def speed(s: Settings) -> None:
     text = out / f"text{s.mb}.jsonl"
     make_text(Path(s.data), text, s.mb * 10**6)
     n_bytes = sum(len(t.encode()) for t in documents(text)) if s.what == "speed" else s.mb * 10**6
+    compared = ({"threads, words end at spaces": tiktoken_spaces} if load_tokenizer(s.tokenizer).spaced else {}) | COMPARED
     for _ in range(s.repeats if s.what == "speed" else 1):
         seconds, spent, peak = run_text(s, text, out / "corpus")
         print(f"text.py {n_bytes / seconds / 1e6:.1f} MB/s ({seconds:.1f} s, CPU {spent:.1f} s), {peak / 1e6:,.0f} MB at the peak", flush=True)
-        for name, measure in COMPARED.items() if s.what == "speed" else ():
+        for name, measure in compared.items() if s.what == "speed" else ():
             theirs, their_cpu = measure(s, text)
             print(f"  tiktoken, {s.workers} {name}: {n_bytes / theirs / 1e6:.1f} MB/s ({theirs:.1f} s, CPU {their_cpu:.1f} s): "
                   f"{theirs / seconds:.0%} of its speed, {their_cpu / spent:.0%} by CPU time", flush=True)  # fmt: skip
