@@ -39,7 +39,7 @@ HERE = Path(__file__).resolve().parent
 @dataclass(kw_only=True)
 class Settings:
     corpus: str = opt("", "folder with warm, warm_thoughts, raw and heldout (data/digits.py, data/gsm8k.py); none: makes digits")
-    out_dir: str = opt("", "where everything goes; none: out/CORPUS-samplesK-seedN")
+    out_dir: str = opt("", "where everything goes; none: out/CORPUS-samplesK-seedN, or out/CORPUS-compare-seedN")
     compare: bool = opt(False, "no loop: one model for each method of data/methods.py and seed, trained on as many tokens")
     tokens: int = opt(1_000_000, "with --compare: training tokens of each model", low=1)
     seeds: int = opt(2, "with --compare: models of each method; the first has --seed, each further one the next", low=1)

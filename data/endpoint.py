@@ -303,7 +303,7 @@ def read_url(base_url: str) -> SplitResult:
         raise UserError("--base_url: give it without a user, ? and #; the key belongs into the environment variable of --key_env")
     try:
         url = urlsplit(base_url)
-        good = url.scheme in ("http", "https") and url.hostname and url.port != 0 and base_url.isascii() and base_url.isprintable() and " " not in base_url
+        good = url.scheme in ("http", "https") and url.hostname and url.port != 0 and re.fullmatch("[!-~]+", base_url)
     except ValueError:
         good = False
     if not good:
