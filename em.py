@@ -299,6 +299,9 @@ def plot_loop(rows: list[dict], plt, s: Settings):
 
 
 def main(s: Settings) -> None:
+    for flag in ("iterations", "samples", "infer") if s.compare else ("tokens", "seeds"):
+        if getattr(s, flag) != getattr(Settings, flag):
+            raise UserError(f"--{flag}: does nothing {'with' if s.compare else 'without'} --compare; leave it out")
     name = Path(s.corpus).name if s.corpus else "digits"
     out_dir = Path(s.out_dir or f"out/{name}-{'compare' if s.compare else f'samples{s.samples}'}-seed{s.seed}")
     report, picture = ("compare.json", "compare.png") if s.compare else ("results.json", "curves.png")

@@ -42,6 +42,11 @@ def tokens_about(text: str) -> int:
     return len(text.encode(errors="replace")) // 3 + 16
 
 
+def price(s, tokens) -> float:
+    """Dollars for a pair of tokens, in and out."""
+    return (tokens[0] * s.usd_in + tokens[1] * s.usd_out) / 1e6
+
+
 def read_answer(body) -> dict:
     """{"text", "finish", "in", "out"} of a chat completion's JSON, which may hold anything. in, out: the tokens it says it took, else None."""
     choices = body.get("choices") if isinstance(body, dict) else None
@@ -110,12 +115,9 @@ class Meter:
         self.s, self.spent, self.flying, self.ready, self.why = s, list(spent), [0, 0], 0.0, ""
         self.changed, self.stop = threading.Condition(), threading.Event()
 
-    def usd(self, tokens) -> float:
-        return (tokens[0] * self.s.usd_in + tokens[1] * self.s.usd_out) / 1e6
-
     def over(self, tokens) -> bool:
         s = self.s
-        return bool(s.budget_tokens and sum(tokens) >= s.budget_tokens or s.budget_usd and self.usd(tokens) >= s.budget_usd)
+        return bool(s.budget_tokens and sum(tokens) >= s.budget_tokens or s.budget_usd and price(s, tokens) >= s.budget_usd)
 
     def pace(self, tokens: int) -> float:
         """Seconds that so many tokens take under --tpm."""
@@ -256,6 +258,8 @@ class Endpoint:
                 trouble = self.ask(job.request, job.size(), lambda record: store(job, record))
                 with turn:
                     row = row + 1 if trouble else 0
+                    if trouble and trouble.why not in failed:
+                        print(f"\ngiven up: {trouble}", flush=True)
                     failed.update([trouble.why] if trouble else [])
                 if row >= IN_A_ROW:
                     self.meter.halt(f"{row} requests in a row without an answer, the last: {trouble}")

@@ -38,7 +38,7 @@ import numpy as np
 
 from data.cli import Progress, UserError, claim, hold, new_folder, opt, read_json, replacing, run, write_json
 from data.corpus import Corpus, open_corpus, write_thoughts
-from data.endpoint import Answers, Endpoint, Trouble, read_answer, read_key, read_url, tokens_about
+from data.endpoint import Answers, Endpoint, Trouble, price, read_answer, read_key, read_url, tokens_about
 
 PROMPT = """Below is a passage of a document, and the text that comes before it. Write out the thinking from which the passage follows: the knowledge that it \
 takes for granted, and the reasoning that leads, step by step, to each thing it says. Carry out every calculation and derivation that it leaves out.
@@ -222,7 +222,7 @@ def ask_endpoint(s: Settings, task: Task, answers: Answers) -> tuple[collections
     endpoint, progress = Endpoint(s, answers.spent), Progress("ask", len(task.numbers), task.unit, done=answers.n)
 
     def tick(failed: int) -> None:
-        spent, usd = endpoint.meter.spent, endpoint.meter.usd(endpoint.meter.spent)
+        spent, usd = endpoint.meter.spent, price(s, endpoint.meter.spent)
         figures = {"in": f"{spent[0]:,}", "out": f"{spent[1]:,} tokens"} | ({"failed": failed} if failed else {}) | ({"cost": f"${usd:.4f}"} if usd else {})
         progress.update(min(answers.n, progress.total - 1), **figures)
 
@@ -282,7 +282,7 @@ def write_batch(s: Settings, task: Task, answers: Answers) -> None:
         flush()
     for old in itertools.takewhile(Path.exists, map(path, itertools.count(number))):
         old.unlink()  # left by an earlier run: handed in again, its requests would be paid for twice
-    usd = (total[1] * s.usd_in + total[2] * s.usd_out) / 1e6
+    usd = price(s, total[1:])
     print(f"{total[0]} requests in {number} files {name.stem}-000.jsonl ...: at most about {total[1]:,} tokens in, {total[2]:,} out" + (f", ${usd:.2f}" if usd else ""))
 
 
@@ -360,7 +360,7 @@ def write_output(s: Settings, task: Task, find, spent, work: Path, made: dict) -
 
     meta = {"maker": "data/teacher.py", "model": s.given or s.model, "style": s.style, "before": s.before, "temperature": task.fixed.get("temperature", s.temperature),
             "counts": counts,  # filled while writing
-            "tokens_in": spent[0], "tokens_out": spent[1], "usd": (spent[0] * s.usd_in + spent[1] * s.usd_out) / 1e6} | made  # fmt: skip
+            "tokens_in": spent[0], "tokens_out": spent[1], "usd": price(s, spent)} | made  # fmt: skip
     if s.style == "thoughts":
         found = texts()
         spans = (tok.encode_array(text) if task.wants(i) and (text := next(found)[1]) else [] for i in range(corpus.n_chunks))
@@ -398,6 +398,8 @@ def check_settings(s: Settings) -> None:
         raise UserError("--budget_usd, --budget_tokens: only for --base_url; batch files print what they can cost, a model folder costs nothing")
     if s.budget_usd and not (s.usd_in or s.usd_out):
         raise UserError(f"--budget_usd={s.budget_usd}: needs prices, --usd_in and --usd_out, in dollars a million tokens")
+    if s.timeout > 86400:
+        raise UserError(f"--timeout={s.timeout}: expected at most 86400 seconds, a day")
     if s.base_url:
         read_url(s.base_url), read_key(s.key_env)
 

@@ -1,7 +1,6 @@
 """data/teacher.py against a server on 127.0.0.1 that does all that a server can do wrong."""
 
 import contextlib
-import hashlib
 import json
 import os
 import random
@@ -211,6 +210,7 @@ def test_faults_without_end_are_counted_and_nothing_is_lost(corpus, tmp_path):
         assert server.attempts[7] == 3 and server.attempts[11] == 1
         assert "2 of 53 have no answer" in done.stderr and "1 x an answer with not one choice" in done.stderr and "1 x HTTP 400" in done.stderr
         assert done.stderr.count("\n") == 1 and not (tmp_path / "T").exists()
+        assert "given up: HTTP 400: too long  [31m [key]\n" in done.stdout, "what the server said, once for each kind of trouble"
         done = teach(corpus, tmp_path / "T", server, "--retries=0", "--partial")
         assert "51 of 53" in done.stdout and "2 unanswered" in done.stdout and texts(corpus, tmp_path / "T")[7] == ""
         server.special = {}
@@ -399,6 +399,7 @@ def test_bad_flags(corpus, tmp_path):
         assert "one at a time" in fails("--model=m", *two)
     assert "without a user" in fails("--model=m", f"--base_url=https://{KEY}@x/v1") and "without a user" in fails("--model=m", f"--base_url=https://x/v1?key={KEY}")
     assert "--usd_in" in fails("--model=m", "--base_url=http://127.0.0.1:9", "--budget_usd=3")
+    assert "at most 86400" in fails("--model=m", "--base_url=http://127.0.0.1:9", "--timeout=1e20")
     assert "characters" in fails("--model=m", "--base_url=http://127.0.0.1:9", key=f"{KEY}\nX-Evil: 1")
     assert "no such file" in fails("--model=m", "--prompt_file=missing.txt") and "--extra" in fails("--model=m", "--extra=[1]")
     assert "no such" in fails("--model=missing") and "did you mean --budget_usd" in fails("--budget_us=3")
@@ -550,7 +551,7 @@ def test_a_model_folder(local, tmp_path):
     run_teacher(*how, f"--out_dir={tmp_path / 'T2'}")
     for name in ("tokens.bin", "chunks.npy"):
         a, b = ((tmp_path / t / name).read_bytes() for t in ("T", "T2"))
-        assert hashlib.sha256(a).digest() == hashlib.sha256(b).digest(), "the same thoughts, whatever stands beside them in the batch"
+        assert a == b, "the same thoughts, whatever stands beside them in the batch"
     assert "--extra: only for an endpoint" in run_teacher(*how, f"--out_dir={tmp_path / 'T3'}", '--extra={"top_p": 1}', code=1).stderr
 
 
