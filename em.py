@@ -39,7 +39,7 @@ HERE = Path(__file__).resolve().parent
 @dataclass(kw_only=True)
 class Settings:
     corpus: str = opt("", "folder with warm, warm_thoughts, raw and heldout (data/digits.py, data/gsm8k.py); none: makes digits")
-    out_dir: str = opt("", "where everything goes; none: out/CORPUS-samplesK-seedN")
+    out_dir: str = opt("", "where everything goes; none: out/CORPUS-samplesK-seedN, or out/CORPUS-compare-seedN")
     compare: bool = opt(False, "no loop: one model for each method of data/methods.py and seed, trained on as many tokens")
     tokens: int = opt(1_000_000, "with --compare: training tokens of each model", low=1)
     seeds: int = opt(2, "with --compare: models of each method; the first has --seed, each further one the next", low=1)
@@ -299,6 +299,9 @@ def plot_loop(rows: list[dict], plt, s: Settings):
 
 
 def main(s: Settings) -> None:
+    for flag in ("iterations", "samples", "infer") if s.compare else ("tokens", "seeds"):
+        if getattr(s, flag) != getattr(Settings, flag):
+            raise UserError(f"--{flag}: does nothing {'with' if s.compare else 'without'} --compare; leave it out")
     name = Path(s.corpus).name if s.corpus else "digits"
     out_dir = Path(s.out_dir or f"out/{name}-{'compare' if s.compare else f'samples{s.samples}'}-seed{s.seed}")
     report, picture = ("compare.json", "compare.png") if s.compare else ("results.json", "curves.png")

@@ -184,7 +184,7 @@ def read_meta(folder: Path, kind: str) -> dict:
         raise UserError(f"{folder}: no such {kind} folder")
     meta = read_json(folder / "meta.json")
     expected = {"kind", "n_vocab"} | ({"tokenizer", "sha256", "questions"} if kind == "corpus" else {"corpus"})
-    if meta.get("kind") != kind or not expected <= set(meta):
+    if meta.get("kind") != kind or not expected <= set(meta) or type(meta["n_vocab"]) is not int:
         raise UserError(f"{folder / 'meta.json'}: not the meta.json of a {kind} folder")
     return meta
 

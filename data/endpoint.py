@@ -1,7 +1,7 @@
 """A careful client of OpenAI's chat completions, as many servers speak them, and the file of its answers. data/teacher.py asks through it.
 
 What comes from a server is not trusted: bounded in size and time, parsed as JSON and nothing else, and cleared of the key before anyone sees it. The key
-goes into one header of requests to --base_url, and nowhere else: redirections are not followed.
+goes into one header of requests to --base_url, and nowhere else: redirections are not followed, and the proxies that the environment names are not used.
 """
 
 import collections
@@ -42,6 +42,11 @@ def tokens_about(text: str) -> int:
     return len(text.encode(errors="replace")) // 3 + 16
 
 
+def price(s, tokens) -> float:
+    """Dollars for a pair of tokens, in and out."""
+    return (tokens[0] * s.usd_in + tokens[1] * s.usd_out) / 1e6
+
+
 def read_answer(body) -> dict:
     """{"text", "finish", "in", "out"} of a chat completion's JSON, which may hold anything. in, out: the tokens it says it took, else None."""
     choices = body.get("choices") if isinstance(body, dict) else None
@@ -54,7 +59,7 @@ def read_answer(body) -> dict:
     finish, usage = choices[0].get("finish_reason"), body.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     finish = "refusal" if message.get("refusal") or finish == "content_filter" else "length" if finish == "length" else "stop"
-    used = [n if type(n) is int and 0 <= n < 1 << 40 else None for n in (usage.get("prompt_tokens"), usage.get("completion_tokens"))]
+    used = [n if type(n) is int and 0 < n < 1 << 40 else None for n in (usage.get("prompt_tokens"), usage.get("completion_tokens"))]
     return {"text": text or "", "finish": finish, "in": used[0], "out": used[1]}
 
 
@@ -66,7 +71,7 @@ class Answers:
         self.spent, self.lock, offset, line = [0, 0], threading.Lock(), 0, b"\n"
         self.file, self.reader = open(path, "ab", buffering=0), open(path, "rb")
         for line in self.reader:
-            with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):  # a line cut short by a kill
+            with contextlib.suppress(ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError):  # a line cut short by a kill
                 self.note(json.loads(line), offset)
             offset += len(line)
         if not line.endswith(b"\n"):
@@ -77,15 +82,20 @@ class Answers:
         self.spent[1] += record["out"]
         if "text" in record:
             n = record["chunk"]
+            self.digest[n] = int(record["key"], 16)
             self.n += int(self.offset[n] < 0)
-            self.offset[n], self.digest[n] = offset, int(record["key"], 16)
+            self.offset[n] = offset
 
     def add(self, record: dict) -> None:
         raw = json.dumps(record).encode() + b"\n"
         with self.lock:
             offset = self.file.seek(0, os.SEEK_END)
-            if self.file.write(raw) != len(raw):
-                raise OSError(errno.ENOSPC, "no space left for an answer", self.file.name)
+            try:
+                if self.file.write(raw) != len(raw):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as e:
+                self.file.truncate(offset)  # half a line would swallow the next one
+                raise OSError(e.errno, f"cannot keep an answer: {e.strerror}", self.file.name) from None
             self.note(record, offset)
 
     def has(self, job) -> bool:
@@ -105,12 +115,9 @@ class Meter:
         self.s, self.spent, self.flying, self.ready, self.why = s, list(spent), [0, 0], 0.0, ""
         self.changed, self.stop = threading.Condition(), threading.Event()
 
-    def usd(self, tokens) -> float:
-        return (tokens[0] * self.s.usd_in + tokens[1] * self.s.usd_out) / 1e6
-
     def over(self, tokens) -> bool:
         s = self.s
-        return bool(s.budget_tokens and sum(tokens) >= s.budget_tokens or s.budget_usd and self.usd(tokens) >= s.budget_usd)
+        return bool(s.budget_tokens and sum(tokens) >= s.budget_tokens or s.budget_usd and price(s, tokens) >= s.budget_usd)
 
     def pace(self, tokens: int) -> float:
         """Seconds that so many tokens take under --tpm."""
@@ -201,7 +208,8 @@ class Endpoint:
         if status != 200:
             again = status in (408, 409, 425, 429) or status >= 500
             fatal = not again and status not in (400, 403, 413, 422)  # these can be about the one request
-            raise Trouble(f"HTTP {status}", self.said(raw), again=again, fatal=fatal, wait=retry_after(after) if again else 0.0)
+            paid = status == 504  # a gateway did not wait for the model, which may have answered
+            raise Trouble(f"HTTP {status}", self.said(raw), paid=paid, again=again, fatal=fatal, wait=retry_after(after) if again else 0.0)
         if len(raw) > MAX_BODY:
             raise Trouble(f"an answer of more than {MAX_BODY >> 20} MB", paid=True)
         try:
@@ -233,7 +241,7 @@ class Endpoint:
                 return trouble and self.meter.halt(str(trouble))
             if not trouble.again or attempt == self.s.retries:
                 return trouble
-            if self.meter.stop.wait(min(self.s.backoff * 2**attempt, MAX_PAUSE) * random.uniform(0.5, 1)):
+            if self.meter.stop.wait(min(self.s.backoff * 2 ** min(attempt, 20), MAX_PAUSE) * random.uniform(0.5, 1)):
                 return None
 
     def ask_all(self, jobs, store, tick) -> collections.Counter:
@@ -250,6 +258,8 @@ class Endpoint:
                 trouble = self.ask(job.request, job.size(), lambda record: store(job, record))
                 with turn:
                     row = row + 1 if trouble else 0
+                    if trouble and trouble.why not in failed:
+                        print(f"\ngiven up: {trouble}", flush=True)
                     failed.update([trouble.why] if trouble else [])
                 if row >= IN_A_ROW:
                     self.meter.halt(f"{row} requests in a row without an answer, the last: {trouble}")
@@ -292,15 +302,16 @@ def retry_after(value: str | None) -> float:
 
 
 def read_url(base_url: str) -> SplitResult:
+    """The address in its parts. No error repeats it: a key may have got in there."""
+    if set("@?#") & set(base_url):
+        raise UserError("--base_url: give it without a user, ? and #; the key belongs into the environment variable of --key_env")
     try:
         url = urlsplit(base_url)
-        good = url.scheme in ("http", "https") and url.hostname and (url.port is None or url.port > 0) and base_url.isascii() and " " not in base_url
+        good = url.scheme in ("http", "https") and url.hostname and url.port != 0 and re.fullmatch("[!-~]+", base_url)
     except ValueError:
         good = False
     if not good:
-        raise UserError(f"--base_url={base_url}: expected an address such as https://api.openai.com/v1")
-    if "@" in url.netloc or url.query or url.fragment:  # the flag is written to settings.json, and a key must not be
-        raise UserError("--base_url: give it without a user, ? and #; the key belongs into the environment variable of --key_env")
+        raise UserError("--base_url: expected an address such as https://HOST/v1")
     return url
 
 

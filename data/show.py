@@ -98,9 +98,10 @@ def check_spans(folder, meta: dict, tokens: np.ndarray, chunks: np.ndarray, spec
 
 
 def check(corpus: Corpus, thoughts: Thoughts | None) -> None:
-    """UserError for the first damage. Offsets, sizes and kinds of file were checked when the folders were opened."""
+    """UserError for the first damage. Offsets, sizes and kinds of file were checked when the folders were opened; docs.npy and questions.npy have no hash."""
     tok, meta, folder = corpus.tokenizer, corpus.meta, corpus.folder
     expect((tok.sha256, tok.n_vocab) == (meta["tokenizer"], meta["n_vocab"]), folder / "tokenizer.json", "not the tokenizer that meta.json names")
+    expect((folder / "questions.npy").exists() == meta["questions"], folder / "meta.json", f"questions {meta['questions']}, but the file says otherwise")
     empty = np.diff(corpus.chunks[corpus.docs]) == 0
     expect(not empty.any(), folder / "docs.npy", f"document {empty.argmax() if len(empty) else 0} is empty")
     markers = [tok.bos, tok.eos, tok.sol, tok.eol, tok.pri, tok.pos]

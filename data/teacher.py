@@ -1,12 +1,12 @@
 """Thoughts for a corpus from a teacher: a language model that is told what to write, or a file. Or whole documents rewritten, for the paper's baselines.
 
-    an endpoint       --base_url=https://api.openai.com/v1 --model=gpt-4o-mini    any server of OpenAI's chat completions (vLLM, llama.cpp ...)
+    an endpoint       --base_url=https://HOST/v1 --model=gpt-4o-mini              any server of OpenAI's chat completions (vLLM, llama.cpp ...)
     its batch files   --model=NAME --batch_out=FILE, later --batch_in=FILE        requests to hand in, and the answers that came back
     a model folder    --model=FOLDER                                              our own engine; the prompt is text that it continues
     given thoughts    --given=FILE    jsonl of {"chunk": 7, "thought": "..."} or {"doc": 2, "index": 1, "thought": "..."} (index: chunk in the document)
 
     export OPENAI_API_KEY=...         # sent to the endpoint, written nowhere; --key_env names another variable
-    python data/teacher.py --corpus=C/warm --out_dir=T --base_url=https://api.openai.com/v1 --model=gpt-4o-mini \\
+    python data/teacher.py --corpus=C/warm --out_dir=T --base_url=https://HOST/v1 --model=gpt-4o-mini \\
         --usd_in=0.15 --usd_out=0.6 --budget_usd=20 --rpm=500 --tpm=200000
     python data/show.py C/warm T
 
@@ -38,7 +38,7 @@ import numpy as np
 
 from data.cli import Progress, UserError, claim, hold, new_folder, opt, read_json, replacing, run, write_json
 from data.corpus import Corpus, open_corpus, write_thoughts
-from data.endpoint import Answers, Endpoint, Trouble, read_answer, read_key, read_url, tokens_about
+from data.endpoint import Answers, Endpoint, Trouble, price, read_answer, read_key, read_url, tokens_about
 
 PROMPT = """Below is a passage of a document, and the text that comes before it. Write out the thinking from which the passage follows: the knowledge that it \
 takes for granted, and the reasoning that leads, step by step, to each thing it says. Carry out every calculation and derivation that it leaves out.
@@ -77,7 +77,7 @@ class Settings:
     corpus: str = opt(help="corpus folder")
     out_dir: str = opt(help="thoughts folder to write (with a --style: a folder with texts.jsonl)")
     model: str = opt("", "the endpoint's name of the model; without --base_url and batch files: a model folder")
-    base_url: str = opt("", "the endpoint, up to and with its version: https://api.openai.com/v1, http://localhost:8000/v1")
+    base_url: str = opt("", "the endpoint, up to and with its version: https://HOST/v1, http://localhost:8000/v1")
     key_env: str = opt("OPENAI_API_KEY", "environment variable that holds the endpoint's key; unset: none is sent")
     given: str = opt("", "a jsonl of thoughts instead of a model")
     batch_out: str = opt("", "write the requests still to be answered as batch files NAME-000.jsonl ... and end")
@@ -202,7 +202,7 @@ def read_extra(s: Settings) -> dict:
 
 def judge(record: dict, passage: str, tok, s: Settings) -> tuple[str, str]:
     """(its text, "") for an answer that can be used, else ("", why not). Special tokens that it spells out are removed: it shall not teach them as text."""
-    text = re.sub("|".join(map(re.escape, tok.special)), " ", record["text"].encode(errors="ignore").decode())
+    text = re.sub("|".join(map(re.escape, tok.special)), " ", record["text"].encode(errors="replace").decode())
     text = text if s.given else text.strip()
     if record["finish"] == "refusal" or (REFUSAL.match(text) and not s.given):
         return "", "refused"
@@ -222,7 +222,7 @@ def ask_endpoint(s: Settings, task: Task, answers: Answers) -> tuple[collections
     endpoint, progress = Endpoint(s, answers.spent), Progress("ask", len(task.numbers), task.unit, done=answers.n)
 
     def tick(failed: int) -> None:
-        spent, usd = endpoint.meter.spent, endpoint.meter.usd(endpoint.meter.spent)
+        spent, usd = endpoint.meter.spent, price(s, endpoint.meter.spent)
         figures = {"in": f"{spent[0]:,}", "out": f"{spent[1]:,} tokens"} | ({"failed": failed} if failed else {}) | ({"cost": f"${usd:.4f}"} if usd else {})
         progress.update(min(answers.n, progress.total - 1), **figures)
 
@@ -261,9 +261,12 @@ def write_batch(s: Settings, task: Task, answers: Answers) -> None:
     """The requests that are still to be answered, in files of the size that OpenAI takes."""
     name, number, lines, size, total = Path(s.batch_out), 0, [], 0, [0, 0, 0]
 
+    def path(number: int) -> Path:
+        return name.with_name(f"{name.stem}-{number:03d}.jsonl")
+
     def flush() -> None:
         nonlocal number, lines, size
-        with replacing(name.with_name(f"{name.stem}-{number:03d}.jsonl")) as temporary:
+        with replacing(path(number)) as temporary:
             temporary.write_bytes(b"".join(lines))
         number, lines, size = number + 1, [], 0
 
@@ -277,7 +280,9 @@ def write_batch(s: Settings, task: Task, answers: Answers) -> None:
         total = [total[0] + 1, total[1] + job.size()[0], total[2] + job.size()[1]]
     if lines:
         flush()
-    usd = (total[1] * s.usd_in + total[2] * s.usd_out) / 1e6
+    for old in itertools.takewhile(Path.exists, map(path, itertools.count(number))):
+        old.unlink()  # left by an earlier run: handed in again, its requests would be paid for twice
+    usd = price(s, total[1:])
     print(f"{total[0]} requests in {number} files {name.stem}-000.jsonl ...: at most about {total[1]:,} tokens in, {total[2]:,} out" + (f", ${usd:.2f}" if usd else ""))
 
 
@@ -309,10 +314,10 @@ def read_lines(path: str, flag: str):
     try:
         with open(path, encoding="utf-8") as f:
             for number, line in enumerate(f, 1):
-                value = json.loads(line) if line.strip() else {}
-                if not isinstance(value, dict):
+                value = json.loads(line) if line.strip() else None
+                if not isinstance(value, dict | None):
                     raise ValueError("expected a JSON object")
-                if value:
+                if value is not None:
                     yield number, value
     except FileNotFoundError:
         raise UserError(f"{flag}={path}: no such file") from None
@@ -342,8 +347,8 @@ def read_given(s: Settings, task: Task) -> dict[int, dict]:
 # -------------------------------------------------------------------------------------------------- the output
 
 
-def write_output(s: Settings, task: Task, find, spent, work: Path) -> dict:
-    """The output folder from the records that find(number) gives (None: no answer); its meta.json."""
+def write_output(s: Settings, task: Task, find, spent, work: Path, made: dict) -> dict:
+    """The output folder from the records that find(number) gives (None: no answer); its meta.json, which holds `made`."""
     corpus, tok, counts = task.corpus, task.corpus.tokenizer, collections.Counter()
 
     def texts():
@@ -355,7 +360,7 @@ def write_output(s: Settings, task: Task, find, spent, work: Path) -> dict:
 
     meta = {"maker": "data/teacher.py", "model": s.given or s.model, "style": s.style, "before": s.before, "temperature": task.fixed.get("temperature", s.temperature),
             "counts": counts,  # filled while writing
-            "tokens_in": spent[0], "tokens_out": spent[1], "usd": (spent[0] * s.usd_in + spent[1] * s.usd_out) / 1e6}  # fmt: skip
+            "tokens_in": spent[0], "tokens_out": spent[1], "usd": price(s, spent)} | made  # fmt: skip
     if s.style == "thoughts":
         found = texts()
         spans = (tok.encode_array(text) if task.wants(i) and (text := next(found)[1]) else [] for i in range(corpus.n_chunks))
@@ -382,16 +387,19 @@ def report(out: Path, meta: dict) -> str:
 def check_settings(s: Settings) -> None:
     if not (s.given or s.model):
         raise UserError("--base_url=... and --model=NAME, --model=FOLDER or --given=FILE is required: where the thoughts come from")
-    if s.given and (s.model or s.base_url or s.style != "thoughts"):
+    sources = [f"--{name}" for name in ("given", "base_url", "batch_out", "batch_in") if getattr(s, name)]
+    if len(sources) > 1:
+        raise UserError(f"{', '.join(sources)}: give one at a time")
+    if s.given and (s.model or s.style != "thoughts"):
         raise UserError(f"--given={s.given}: goes with no model and no --style")
     if s.extra and not (s.base_url or s.batch_out or s.batch_in):
         raise UserError("--extra: only for an endpoint and its batch files")
-    if s.batch_out and s.batch_in:
-        raise UserError("--batch_out and --batch_in: give one at a time")
     if (s.budget_usd or s.budget_tokens) and not s.base_url:
         raise UserError("--budget_usd, --budget_tokens: only for --base_url; batch files print what they can cost, a model folder costs nothing")
     if s.budget_usd and not (s.usd_in or s.usd_out):
         raise UserError(f"--budget_usd={s.budget_usd}: needs prices, --usd_in and --usd_out, in dollars a million tokens")
+    if s.timeout > 86400:
+        raise UserError(f"--timeout={s.timeout}: expected at most 86400 seconds, a day")
     if s.base_url:
         read_url(s.base_url), read_key(s.key_env)
 
@@ -421,12 +429,16 @@ def main(s: Settings) -> None:
     task = Task(s, open_corpus(s.corpus))
     if not len(task.numbers):
         raise UserError(f"{s.corpus}: holds no chunk that takes a thought: all are questions or empty")
+    given = read_given(s, task) if s.given else None
+    words = json.dumps(given or task.template or [PROMPT, NOTHING_BEFORE, STYLES, WRAP_COT])
+    made = {"longest": s.longest, "words": hashlib.sha256(words.encode()).hexdigest()[:16]}  # what settings.json does not tell
     if out.exists():
         claim(out, s, FREE)
         meta = read_json(out / "meta.json")
-        if not meta["counts"].get("unanswered"):
+        if "counts" in meta and (s.given or "unanswered" not in meta["counts"]):
+            if any(meta.get(k, v) != v for k, v in made.items()):
+                raise UserError(f"{out}: made with another --longest, prompt or file of thoughts; remove it, and the same command makes it anew")
             return print(f"complete: {report(out, meta)}")
-    given = read_given(s, task) if s.given else None
     work.mkdir(parents=True, exist_ok=True)
     with hold(work / "lock", wait=False) as held:
         if not held:
@@ -440,9 +452,9 @@ def main(s: Settings) -> None:
         if given is None:
             obtain(s, task, answers)
         find = given.get if given is not None else lambda n: answers.get(task.job(n))
-        meta = write_output(s, task, find, answers.spent, work)
-    if given is not None:
-        shutil.rmtree(work)
+        meta = write_output(s, task, find, answers.spent, work, made)
+        if given is not None:
+            shutil.rmtree(work)  # while it is ours
     print(report(out, meta))
 
 

@@ -6,8 +6,9 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import script
+from conftest import inside, script
 
+import em
 from data import methods
 from data.cli import UserError
 from data.corpus import open_corpus, open_thoughts
@@ -123,6 +124,12 @@ def test_no_fresh_problem_is_left(digits, tmp_path):
     script("data/digits.py", f"--out_dir={tmp_path}/d", "--warm=1", "--raw=5", "--heldout=5", "--min_ops=1", "--max_ops=1")
     done = script("data/methods.py", f"--corpus={tmp_path}/d", f"--out_dir={tmp_path}/m", "--tokens=50000", code=1)
     assert "raw-fresh: " in done.stderr and "lower --tokens" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_flags_that_would_do_nothing_are_refused(tmp_path):
+    for flags in (["--compare", "--infer=--select=uniform"], ["--compare", "--samples=8"], ["--compare", "--iterations=1"], ["--tokens=5"], ["--seeds=3"]):
+        done = inside(em, f"--out_dir={tmp_path / 'run'}", "--train=--none", *flags, code=1)
+        assert f"{flags[-1].split('=')[0]}: does nothing with" in done.stderr and not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

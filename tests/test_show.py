@@ -110,11 +110,12 @@ DAMAGE = {
     "an empty document": ("C/docs.npy", lambda v: put(v, 3, v[4]), "document 3 is empty"),
     "a count": ("C/meta.json", lambda m: m | {"n_docs": 31}, "n_docs 31, but the files hold 30"),
     "another tokenizer": ("C/meta.json", lambda m: m | {"tokenizer": "0"}, "tokenizer.json"),
+    "no number": ("C/meta.json", lambda m: m | {"n_vocab": "262"}, "not the meta.json of a corpus folder"),
+    "forgotten questions": ("C/meta.json", lambda m: m | {"questions": False}, "questions False, but the file says otherwise"),
     "questions": ("C/questions.npy", lambda v: v[:-1], "questions.npy"),
     "a thought's byte": ("T/tokens.bin", lambda b: b"x" + b[1:], "meta.json's hash"),
     "a thought's id": ("T/tokens.bin", lambda b: b"\xff\xff" + b[2:], "token 0 is 65535"),
     "thoughts of another corpus": ("T/meta.json", lambda m: m | {"corpus": "0"}, "another corpus"),
-    "a thought of a question": ("T/chunks.npy", lambda v: put(v, 1, 5), "T"),
     "the number of thoughts": ("T/meta.json", lambda m: m | {"n_thoughts": 3}, "n_thoughts 3"),
 }
 
@@ -125,6 +126,12 @@ def test_check_finds_damage(made, name):
     edit(made[0].parent / file, change)
     done = show(made, "--check", code=1)
     assert message in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_check_finds_a_thought_of_a_question(made):
+    corpus = open_corpus(made[0])
+    write_thoughts(made[1], corpus, (corpus.tokenizer.encode("because") if i == 4 else [] for i in range(60)), {})
+    assert "chunk 4 is a question and has a thought" in show(made, "--check", code=1).stderr
 
 
 def test_check_reads_samples(made):

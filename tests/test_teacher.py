@@ -1,7 +1,6 @@
 """data/teacher.py against a server on 127.0.0.1 that does all that a server can do wrong."""
 
 import contextlib
-import hashlib
 import json
 import os
 import random
@@ -211,6 +210,7 @@ def test_faults_without_end_are_counted_and_nothing_is_lost(corpus, tmp_path):
         assert server.attempts[7] == 3 and server.attempts[11] == 1
         assert "2 of 53 have no answer" in done.stderr and "1 x an answer with not one choice" in done.stderr and "1 x HTTP 400" in done.stderr
         assert done.stderr.count("\n") == 1 and not (tmp_path / "T").exists()
+        assert "given up: HTTP 400: too long  [31m [key]\n" in done.stdout, "what the server said, once for each kind of trouble"
         done = teach(corpus, tmp_path / "T", server, "--retries=0", "--partial")
         assert "51 of 53" in done.stdout and "2 unanswered" in done.stdout and texts(corpus, tmp_path / "T")[7] == ""
         server.special = {}
@@ -343,15 +343,63 @@ def test_a_server_that_always_fails_ends_the_run(corpus, tmp_path):
     assert "cannot connect to 127.0.0.1:9" in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_a_full_disk_cuts_no_line_into_the_next(tmp_path):
+    class Full:
+        """Takes ten bytes of a write, as a disk that is nearly full."""
+
+        def __init__(self, file):
+            self.file, self.name, self.seek, self.truncate = file, file.name, file.seek, file.truncate
+
+        def write(self, raw: bytes) -> int:
+            return self.file.write(raw[:10])
+
+    record = {"chunk": 1, "key": "0" * 16, "text": "dear", "in": 5, "out": 6}
+    answers = endpoint.Answers(tmp_path / "answers.jsonl", 3)
+    answers.add(record)
+    file, answers.file = answers.file, Full(answers.file)
+    with pytest.raises(OSError, match="cannot keep an answer: No space left.*answers.jsonl"):
+        answers.add(record | {"chunk": 0})
+    answers.file = file  # another thread's answer, which finds room again
+    answers.add(record | {"chunk": 2})
+    again = endpoint.Answers(tmp_path / "answers.jsonl", 3)
+    assert [n >= 0 for n in again.offset] == [False, True, True] and again.spent == answers.spent == [10, 12]
+
+
+def test_damaged_lines_of_the_answers_are_passed_over(tmp_path):
+    bad = [{"chunk": 0, "key": "f" * 99, "text": "", "in": 0, "out": 0}, {"chunk": 3, "key": "0", "text": "", "in": 0, "out": 0}, [], 3, {"in": None}, {}]
+    path = tmp_path / "answers.jsonl"
+    path.write_bytes(b"".join(json.dumps(line).encode() + b"\n" for line in bad) + b"\0\xff\n" + b"[" * 100_000 + b"\n")
+    answers = endpoint.Answers(path, 3)
+    assert not any(answers.has(SimpleNamespace(number=n, key="0")) for n in range(3)) and answers.spent == [0, 0]
+
+
+def test_back_off_without_end(monkeypatch):
+    """Thousands of attempts: 2 ** attempt is no float any more."""
+    s = teacher.Settings(corpus="", out_dir="", base_url="http://127.0.0.1:9", retries=1100, backoff=0.0)
+    server = endpoint.Endpoint(s, [0, 0])
+    monkeypatch.setattr(server, "post", lambda body: (504, None, b""))
+    lost = []
+    assert server.ask({}, (10, 20), lost.append).why == "HTTP 504"
+    assert len(lost) == 1101 and server.meter.spent == [11010, 22020], "a gateway that gave up: the model behind it may have answered"
+
+
 def test_bad_flags(corpus, tmp_path):
     def fails(*more, key=KEY):
         done = run_teacher(f"--corpus={corpus}", f"--out_dir={tmp_path / 'T'}", *more, key=key, code=1)
         assert done.stderr.count("\n") == 1 and KEY not in done.stderr and not (tmp_path / "T" / "meta.json").exists()
         return done.stderr
 
-    assert "--base_url" in fails() and "such as https" in fails("--model=m", "--base_url=ftp://x")
+    assert "--base_url" in fails()
+    for url in ("ftp://x", KEY, "http://a\1b/v1", "http://x/\0", "http://x:0", "http://x y", "http://"):
+        assert "such as https://HOST/v1" in fails("--model=m", f"--base_url={url}")
+    for url in (f"ftp://{KEY}@x", f"https://{KEY}@x:99999/v1", f"https://u:{KEY}@[x/v1"):
+        assert "without a user" in fails("--model=m", f"--base_url={url}")
+    file = f"--given={tmp_path / 'x.jsonl'}"
+    for two in (["--base_url=http://x", "--batch_out=b"], ["--base_url=http://x", "--batch_in=b"], ["--batch_out=b", "--batch_in=b"], [file, "--batch_out=b"]):
+        assert "one at a time" in fails("--model=m", *two)
     assert "without a user" in fails("--model=m", f"--base_url=https://{KEY}@x/v1") and "without a user" in fails("--model=m", f"--base_url=https://x/v1?key={KEY}")
     assert "--usd_in" in fails("--model=m", "--base_url=http://127.0.0.1:9", "--budget_usd=3")
+    assert "at most 86400" in fails("--model=m", "--base_url=http://127.0.0.1:9", "--timeout=1e20")
     assert "characters" in fails("--model=m", "--base_url=http://127.0.0.1:9", key=f"{KEY}\nX-Evil: 1")
     assert "no such file" in fails("--model=m", "--prompt_file=missing.txt") and "--extra" in fails("--model=m", "--extra=[1]")
     assert "no such" in fails("--model=missing") and "did you mean --budget_usd" in fails("--budget_us=3")
@@ -382,13 +430,13 @@ def test_answers_that_cannot_be_used_are_counted(corpus, tmp_path):
         return lambda handler, attempt, prompt: handler.answer(0, prompt, "", text, finish)
 
     special = {0: says(""), 2: says(None, "content_filter"), 3: says("I'm sorry, but I can't help with that."), 4: says("half of a", "length"),
-               5: says("long " * 2000), 6: says(" <|END_OF_LATENT|> a<|EOS|>b \ud800 é "), 8: says("  \n"), 9: says("<|START_OF_LATENT|>")}  # fmt: skip
+               5: says("long " * 2000), 6: says(f" <|END_OF_LATENT|> a<|EOS|>b {KEY[:9]}\ud800{KEY[9:]} é "), 8: says("  \n"), 9: says("<|START_OF_LATENT|>")}  # fmt: skip
     with serving(special=special) as server:
         done = teach(corpus, tmp_path / "T", server)
     counts = read_json(tmp_path / "T" / "meta.json")["counts"]
     assert counts == {"used": 46, "empty": 3, "refused": 2, "cut off": 1, "too long": 1} and "1 cut off, 3 empty" in done.stdout
     got = texts(corpus, tmp_path / "T")
-    assert got[6] == "a b  é" and all(got[n] == "" for n in special if n != 6)
+    assert got[6] == f"a b {KEY[:9]}?{KEY[9:]} é" and all(got[n] == "" for n in special if n != 6)
     done = inside(data.show, corpus, tmp_path / "T", "--check")
     assert "sound" in done.stdout
 
@@ -438,8 +486,12 @@ def test_batch_files(corpus, tmp_path):
 
 def test_large_batches_are_split(corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(teacher, "BATCH_REQUESTS", 20)
-    teacher.main(teacher.Settings(corpus=str(corpus), out_dir=str(tmp_path / "T"), model="m", batch_out=str(tmp_path / "b")))
+    s = teacher.Settings(corpus=str(corpus), out_dir=str(tmp_path / "T"), model="m", batch_out=str(tmp_path / "b"))
+    teacher.main(s)
     assert [len(open(path).readlines()) for path in sorted(tmp_path.glob("b-*.jsonl"))] == [20, 20, 13] and "in 3 files" in capsys.readouterr().out
+    monkeypatch.setattr(teacher, "BATCH_REQUESTS", 30)
+    teacher.main(s)
+    assert [len(open(path).readlines()) for path in sorted(tmp_path.glob("b-*.jsonl"))] == [30, 23], "what an earlier run left over would be paid for twice"
 
 
 def test_given_thoughts(corpus, tmp_path):
@@ -447,12 +499,31 @@ def test_given_thoughts(corpus, tmp_path):
         (tmp_path / "given.jsonl").write_text(lines)
         return run_teacher(f"--corpus={corpus}", f"--out_dir={tmp_path / 'T'}", f"--given={tmp_path / 'given.jsonl'}", code=code)
 
-    for bad in ('{"chunk": 60, "thought": "x"}', '{"chunk": true, "thought": "x"}', '{"doc": 1, "index": 3, "thought": "x"}', '{"chunk": 2}', "[]", "{",
+    for bad in ('{"chunk": 60, "thought": "x"}', '{"chunk": true, "thought": "x"}', '{"doc": 1, "index": 3, "thought": "x"}', '{"chunk": 2}', "[]", "{", "{}",
                 '{"chunk": 1, "thought": "x"}', '{"chunk": 5, "thought": "x"}\n{"doc": 1, "index": 2, "thought": "y"}', '{"chunk": -1, "thought": "x"}'):  # fmt: skip
         assert f"given.jsonl:{bad.count(chr(10)) + 1}: " in give(bad, code=1).stderr
     give('{"chunk": 3, "thought": "\\nthree"}\n\n{"doc": 1, "index": 2, "thought": "five"}\n')
     got = texts(corpus, tmp_path / "T")
     assert got[3] == "\nthree" and got[5] == "five" and sum(map(bool, got)) == 2
+    again = '{"chunk": 3, "thought": "\\nthree"}\n{"chunk": 5, "thought": "five"}'
+    assert "complete: " in give(again).stdout
+    assert "remove it" in give(again.replace("five", "six"), code=1).stderr
+
+
+def test_a_complete_folder_of_another_prompt_or_length_is_refused(corpus, tmp_path):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("Think: {passage}")
+    with serving() as server:
+        teach(corpus, tmp_path / "T", server, f"--prompt_file={prompt}")
+        assert "another --longest" in teach(corpus, tmp_path / "T", server, f"--prompt_file={prompt}", "--longest=3", code=1).stderr
+        shutil.rmtree(tmp_path / "T")
+        done = teach(corpus, tmp_path / "T", server, f"--prompt_file={prompt}", "--longest=3")
+        assert "53 too long" in done.stdout and sum(server.attempts.values()) == 53, "made from the answers that are there"
+        (tmp_path / "T/meta.json").write_text("{}")
+        assert "53 too long" in teach(corpus, tmp_path / "T", server, f"--prompt_file={prompt}", "--longest=3").stdout
+        prompt.write_text("Say: {passage}")
+        assert "another --longest, prompt" in teach(corpus, tmp_path / "T", server, f"--prompt_file={prompt}", "--longest=3", code=1).stderr
+        assert sum(server.attempts.values()) == 53
 
 
 @pytest.fixture(scope="module")
@@ -480,7 +551,7 @@ def test_a_model_folder(local, tmp_path):
     run_teacher(*how, f"--out_dir={tmp_path / 'T2'}")
     for name in ("tokens.bin", "chunks.npy"):
         a, b = ((tmp_path / t / name).read_bytes() for t in ("T", "T2"))
-        assert hashlib.sha256(a).digest() == hashlib.sha256(b).digest(), "the same thoughts, whatever stands beside them in the batch"
+        assert a == b, "the same thoughts, whatever stands beside them in the batch"
     assert "--extra: only for an endpoint" in run_teacher(*how, f"--out_dir={tmp_path / 'T3'}", '--extra={"top_p": 1}', code=1).stderr
 
 
@@ -504,6 +575,8 @@ def test_read_answer_takes_anything():
     for body in (None, 3, [], {}, {"choices": {}}, {"choices": [3]}, {"choices": [{"message": {"content": 3}}]}, {"choices": [{"message": "x"}]}):
         with pytest.raises(endpoint.Trouble):
             endpoint.read_answer(body)
+    for unsaid in (0, -1, 1.5, "5", None):  # no request takes nothing
+        assert endpoint.read_answer({"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": unsaid, "completion_tokens": unsaid}})["in"] is None
     good = {"choices": [{"message": {"content": "x", "refusal": ""}, "finish_reason": ["stop"]}], "usage": {"prompt_tokens": True, "completion_tokens": 10**30}}
     assert endpoint.read_answer(good) == {"text": "x", "finish": "stop", "in": None, "out": None}
     with pytest.raises(UserError):
