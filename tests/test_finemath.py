@@ -137,7 +137,7 @@ def test_the_plan_for_all_of_it_without_a_network(made, hub, tmp_path, monkeypat
     out = capsys.readouterr().out
     assert "needs huggingface_hub; pip install huggingface_hub, or name files that are there by --files" in out
     assert "6,699,493: validation 6,700, warm 334,640, bootstrap 1,338,556, rest 5,019,597" in out, "the paper's numbers"
-    assert "9.600 billion tokens" in out and "time       46m58s with 2 workers" in out
+    assert "9.600 billion tokens" in out and "time       21m32s with 2 workers" in out
     with pytest.raises(UserError, match="needs huggingface_hub"):
         finemath.main(settings(made, tmp_path / "out"))
 
