@@ -68,12 +68,17 @@ class Answers:
 
     def __init__(self, path: Path, size: int):
         self.offset, self.digest, self.n = np.full(size, -1), np.zeros(size, dtype=np.uint64), 0
-        self.spent, self.lock, offset, line = [0, 0], threading.Lock(), 0, b"\n"
+        self.older = {}  # (chunk, hash): where; of chunks that were asked in two ways
+        self.spent, self.lock, offset, damaged, line = [0, 0], threading.Lock(), 0, 0, b"\n"
         self.file, self.reader = open(path, "ab", buffering=0), open(path, "rb")
         for line in self.reader:
-            with contextlib.suppress(ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError):  # a line cut short by a kill
+            try:
                 self.note(json.loads(line), offset)
+            except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError):  # a line cut short by a kill
+                damaged += 1
             offset += len(line)
+        if damaged:
+            print(f"note: {path}: {damaged} damaged lines are passed over; what they answered is asked again")
         if not line.endswith(b"\n"):
             self.file.write(b"\n")
 
@@ -82,8 +87,11 @@ class Answers:
         self.spent[1] += record["out"]
         if "text" in record:
             n = record["chunk"]
+            old, where = int(self.digest[n]), int(self.offset[n])
             self.digest[n] = int(record["key"], 16)
-            self.n += int(self.offset[n] < 0)
+            if where >= 0:
+                self.older[n, old] = where
+            self.n += int(where < 0)
             self.offset[n] = offset
 
     def add(self, record: dict) -> None:
@@ -98,13 +106,18 @@ class Answers:
                 raise OSError(e.errno, f"cannot keep an answer: {e.strerror}", self.file.name) from None
             self.note(record, offset)
 
+    def where(self, job) -> int:
+        """Where its answer lies; -1: there is none."""
+        n, digest = job.number, int(job.key, 16)
+        return int(self.offset[n]) if self.digest[n] == digest else self.older.get((n, digest), -1)
+
     def has(self, job) -> bool:
-        return bool(self.offset[job.number] >= 0 and self.digest[job.number] == int(job.key, 16))
+        return self.where(job) >= 0
 
     def get(self, job) -> dict | None:
         if not self.has(job):
             return None
-        self.reader.seek(self.offset[job.number])
+        self.reader.seek(self.where(job))
         return json.loads(self.reader.readline())
 
 
@@ -112,7 +125,7 @@ class Meter:
     """What is spent and in flight, and when the next request may go; one for all threads. Tokens are pairs: in, out."""
 
     def __init__(self, s, spent):
-        self.s, self.spent, self.flying, self.ready, self.why = s, list(spent), [0, 0], 0.0, ""
+        self.s, self.spent, self.flying, self.ready, self.rest, self.why = s, list(spent), [0, 0], 0.0, 0.0, ""
         self.changed, self.stop = threading.Condition(), threading.Event()
 
     def over(self, tokens) -> bool:
@@ -137,7 +150,7 @@ class Meter:
                 if self.over(self.spent):
                     self.halt("the budget is spent")
                     break
-                wait = self.ready - time.monotonic()
+                wait = max(self.ready, self.rest) - time.monotonic()
                 if wait <= 0 and not self.over([a + b for a, b in zip(self.spent, self.flying)]):
                     self.flying = [a + b for a, b in zip(self.flying, size)]
                     self.ready = max(time.monotonic(), self.ready) + max(60 / self.s.rpm if self.s.rpm else 0, self.pace(sum(size)))
@@ -150,7 +163,8 @@ class Meter:
         with self.changed:
             self.flying = [a - b for a, b in zip(self.flying, size)]
             self.spent = [a + b for a, b in zip(self.spent, used)]
-            self.ready = max(self.ready + min(self.pace(sum(used) - sum(size)), MAX_PAUSE), time.monotonic() + wait)
+            self.ready += min(self.pace(sum(used) - sum(size)), MAX_PAUSE)  # set right what begin() took it to need
+            self.rest = max(self.rest, time.monotonic() + wait)
             self.changed.notify_all()
 
 
@@ -174,7 +188,7 @@ class Endpoint:
         return "".join(c if c.isprintable() else " " for c in self.clean(text)[:200]).strip()
 
     def post(self, body: bytes) -> tuple[int, str | None, bytes]:
-        """(status, Retry-After, at most MAX_BODY + 1 bytes of the body)."""
+        """(status, Retry-After, the body; of one above MAX_BODY bytes, some more than those)."""
         connect = http.client.HTTPSConnection if self.url.scheme == "https" else http.client.HTTPConnection
         connection = connect(self.url.hostname, self.url.port, timeout=self.s.timeout)
         try:
@@ -194,8 +208,10 @@ class Endpoint:
         try:
             headers = {"Content-Type": "application/json", "Connection": "close"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
             connection.request("POST", self.url.path.rstrip("/") + "/chat/completions", body, headers)
-            response = connection.getresponse()
-            return response.status, response.getheader("Retry-After"), response.read(MAX_BODY + 1)
+            response, raw = connection.getresponse(), bytearray()
+            while len(raw) <= MAX_BODY and (piece := response.read1(1 << 16)):  # not read(n): of a chunk of "-1" bytes it reads all that comes
+                raw += piece
+            return response.status, response.getheader("Retry-After"), bytes(raw)
         except (OSError, ValueError, http.client.HTTPException):
             raise Trouble("no answer in time, or the connection dropped", paid=True) from None
         finally:
@@ -294,7 +310,7 @@ class Endpoint:
 def retry_after(value: str | None) -> float:
     """Seconds in a Retry-After header: a number, or a date."""
     value = (value or "").strip()
-    if re.fullmatch(r"\d{1,9}(\.\d*)?", value, re.ASCII):
+    if re.fullmatch(r"\d+(\.\d*)?", value, re.ASCII):
         return min(float(value), MAX_WAIT)
     with contextlib.suppress(ValueError, TypeError, OverflowError):
         return min(max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0), MAX_WAIT)

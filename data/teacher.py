@@ -127,8 +127,8 @@ class Job(NamedTuple):
 
     def size(self) -> tuple[int, int]:
         """At most about this many tokens, in and out: what is set aside until the true numbers come."""
-        limits = [self.request[name] for name in ("max_tokens", "max_completion_tokens") if isinstance(self.request.get(name), int)]
-        return tokens_about(self.prompt), max(limits, default=4096)
+        limits = [self.request.get(name) for name in ("max_tokens", "max_completion_tokens")]
+        return tokens_about(self.prompt), max((n for n in limits if type(n) is int and n > 0), default=4096)
 
 
 def fill(template: str, before: str, passage: str) -> str:
@@ -246,7 +246,7 @@ def ask_model(s: Settings, task: Task, answers: Answers) -> tuple[collections.Co
     while batch := list(itertools.islice(jobs, 256)):
         prompts = [[tok.bos, *tok.encode(job.prompt.rstrip())] for job in batch]
         fits = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
-        failed["prompt too long for the model"] += len(batch) - len(fits)
+        failed[f"prompt too long for the model beside --max_tokens={s.max_tokens}"] += len(batch) - len(fits)
         drawn = engine.generate([prompts[i] for i in fits], [batch[i].number for i in fits], 1, s.max_tokens, {tok.eos, tok.sol, tok.eol}, s.seed,
                                 temperature=s.temperature)  # fmt: skip
         for i, [(ids, ended, _)] in zip(fits, drawn):
@@ -259,10 +259,10 @@ def ask_model(s: Settings, task: Task, answers: Answers) -> tuple[collections.Co
 
 def write_batch(s: Settings, task: Task, answers: Answers) -> None:
     """The requests that are still to be answered, in files of the size that OpenAI takes."""
-    name, number, lines, size, total = Path(s.batch_out), 0, [], 0, [0, 0, 0]
+    name, number, lines, size, total = s.batch_out.removesuffix(".jsonl"), 0, [], 0, [0, 0, 0]
 
     def path(number: int) -> Path:
-        return name.with_name(f"{name.stem}-{number:03d}.jsonl")
+        return Path(f"{name}-{number:03d}.jsonl")
 
     def flush() -> None:
         nonlocal number, lines, size
@@ -283,7 +283,7 @@ def write_batch(s: Settings, task: Task, answers: Answers) -> None:
     for old in itertools.takewhile(Path.exists, map(path, itertools.count(number))):
         old.unlink()  # left by an earlier run: handed in again, its requests would be paid for twice
     usd = price(s, total[1:])
-    print(f"{total[0]} requests in {number} files {name.stem}-000.jsonl ...: at most about {total[1]:,} tokens in, {total[2]:,} out" + (f", ${usd:.2f}" if usd else ""))
+    print(f"{total[0]} requests in {number} files {name}-000.jsonl ...: at most about {total[1]:,} tokens in, {total[2]:,} out" + (f", ${usd:.2f}" if usd else ""))
 
 
 def read_batch(s: Settings, task: Task, answers: Answers) -> collections.Counter:
@@ -312,7 +312,7 @@ def read_batch(s: Settings, task: Task, answers: Answers) -> collections.Counter
 def read_lines(path: str, flag: str):
     """(line number, JSON object) of a jsonl file."""
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, "rb") as f:
             for number, line in enumerate(f, 1):
                 value = json.loads(line) if line.strip() else None
                 if not isinstance(value, dict | None):
@@ -321,9 +321,7 @@ def read_lines(path: str, flag: str):
                     yield number, value
     except FileNotFoundError:
         raise UserError(f"{flag}={path}: no such file") from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8 ({e.reason} at byte {e.start})") from None
-    except (ValueError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:  # also UnicodeDecodeError
         raise UserError(f"{path}:{number}: {e}; mend it") from None
 
 
@@ -396,7 +394,7 @@ def check_settings(s: Settings) -> None:
         raise UserError("--extra: only for an endpoint and its batch files")
     if (s.budget_usd or s.budget_tokens) and not s.base_url:
         raise UserError("--budget_usd, --budget_tokens: only for --base_url; batch files print what they can cost, a model folder costs nothing")
-    if s.budget_usd and not (s.usd_in or s.usd_out):
+    if s.budget_usd and not (s.usd_in and s.usd_out):
         raise UserError(f"--budget_usd={s.budget_usd}: needs prices, --usd_in and --usd_out, in dollars a million tokens")
     if s.timeout > 86400:
         raise UserError(f"--timeout={s.timeout}: expected at most 86400 seconds, a day")

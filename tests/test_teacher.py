@@ -1,6 +1,7 @@
 """data/teacher.py against a server on 127.0.0.1 that does all that a server can do wrong."""
 
 import contextlib
+import io
 import json
 import os
 import random
@@ -297,11 +298,36 @@ def test_retry_after_is_meant_for_all(corpus, tmp_path):
 
 
 def test_retry_after_header():
-    assert endpoint.retry_after("3") == 3 and endpoint.retry_after(" 0.25") == 0.25 and endpoint.retry_after("999999999") == endpoint.MAX_WAIT
+    assert endpoint.retry_after("3") == 3 and endpoint.retry_after(" 0.25") == 0.25 and endpoint.retry_after("9" * 400) == endpoint.MAX_WAIT
     soon = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30))
     assert 28 < endpoint.retry_after(soon) <= 30 and endpoint.retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
     for bad in (None, "", "nan", "-5", "inf", "soon", "1e9", "Wed, 99 Foo 20150 99:99:99", "\u0663"):
         assert endpoint.retry_after(bad) == 0
+
+
+def test_an_answer_does_not_shorten_the_rest_that_a_server_asked_for():
+    meter, start = endpoint.Meter(teacher.Settings(corpus="", out_dir="", tpm=1e6), (0, 0)), time.monotonic()
+    assert meter.begin((0, 10)) and meter.begin((0, 10_000))
+    meter.end((0, 10), (0, 10), wait=0.5)
+    meter.end((0, 10_000), (0, 1))
+    assert meter.begin((0, 10)) and time.monotonic() - start > 0.5
+
+
+def test_a_chunked_body_without_end_is_not_read_to_its_end(corpus):
+    """http.client takes a chunk of -1 bytes for all that comes."""
+    sent = []
+
+    def flood(handler, attempt, prompt):
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n")
+        with contextlib.suppress(OSError):
+            for _ in range(60):
+                sent.append(handler.wfile.write(b"x" * (1 << 20)))
+
+    with serving(special={0: flood}) as server:
+        asked = endpoint.Endpoint(teacher.Settings(corpus="", out_dir="", base_url=server.url), (0, 0))
+        with pytest.raises(endpoint.Trouble, match="more than 4 MB"):
+            asked.ask_once({"messages": [{"content": "passage 0"}]})
+    assert sum(sent) < 50 << 20
 
 
 @pytest.mark.parametrize("flag, least", [("--rpm=3000", 52 * 0.02), ("--tpm=500000", None)])
@@ -399,6 +425,7 @@ def test_bad_flags(corpus, tmp_path):
         assert "one at a time" in fails("--model=m", *two)
     assert "without a user" in fails("--model=m", f"--base_url=https://{KEY}@x/v1") and "without a user" in fails("--model=m", f"--base_url=https://x/v1?key={KEY}")
     assert "--usd_in" in fails("--model=m", "--base_url=http://127.0.0.1:9", "--budget_usd=3")
+    assert "--usd_out" in fails("--model=m", "--base_url=http://127.0.0.1:9", "--budget_usd=3", "--usd_in=1"), "else answers cost nothing"
     assert "at most 86400" in fails("--model=m", "--base_url=http://127.0.0.1:9", "--timeout=1e20")
     assert "characters" in fails("--model=m", "--base_url=http://127.0.0.1:9", key=f"{KEY}\nX-Evil: 1")
     assert "no such file" in fails("--model=m", "--prompt_file=missing.txt") and "--extra" in fails("--model=m", "--extra=[1]")
@@ -422,6 +449,7 @@ def test_prompts(corpus, tmp_path):
     assert "This is passage 3. This is passage 4. \n\nPassage:\nThis is passage 5." in third, "the two chunks before it, in order"
     extra = teacher.Settings(corpus=str(corpus), out_dir="x", model="m", extra='{"max_tokens": null, "max_completion_tokens": 9}')
     job = teacher.Task(extra, open_corpus(corpus)).job(3)
+    assert teacher.Job(0, "", {"messages": [{"content": ""}], "max_tokens": -1}).size()[1] == 4096, "llama.cpp: no limit"
     assert "max_tokens" not in job.request and job.size()[1] == 9 and job.key != task.job(3).key
 
 
@@ -439,6 +467,30 @@ def test_answers_that_cannot_be_used_are_counted(corpus, tmp_path):
     assert got[6] == f"a b {KEY[:9]}?{KEY[9:]} é" and all(got[n] == "" for n in special if n != 6)
     done = inside(data.show, corpus, tmp_path / "T", "--check")
     assert "sound" in done.stdout
+
+
+def test_answers_to_an_earlier_prompt_are_kept(corpus, tmp_path):
+    with serving() as server:
+        for n, words in enumerate(("{passage}", "Explain: {passage}", "{passage}")):
+            (tmp_path / "prompt.txt").write_text(words)
+            shutil.rmtree(tmp_path / "T", ignore_errors=True)
+            teach(corpus, tmp_path / "T", server, f"--prompt_file={tmp_path / 'prompt.txt'}")
+            assert sum(server.attempts.values()) == (53, 106, 106)[n]
+
+
+def test_a_damaged_log_is_said_and_utf8_errors_name_the_line(corpus, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"chunk": 3, "key": "01')
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        endpoint.Answers(tmp_path / "a.jsonl", 60)
+    assert "1 damaged lines are passed over" in said.getvalue()
+    (tmp_path / "g.jsonl").write_bytes(b'{"chunk": 3, "thought": "x"}\n{"chunk": 5, "thought": "\xff"}\n')
+    assert "g.jsonl:2: " in run_teacher(f"--corpus={corpus}", f"--out_dir={tmp_path / 'T'}", f"--given={tmp_path / 'g.jsonl'}", code=1).stderr
+
+
+def test_batch_files_keep_the_name_that_was_given(corpus, tmp_path):
+    for name in ("b-4.1", "b-4.2"):
+        run_teacher(f"--corpus={corpus}", f"--out_dir={tmp_path / 'T'}", "--model=m", f"--batch_out={tmp_path / name}")
+    assert sorted(path.name for path in tmp_path.glob("b-*")) == ["b-4.1-000.jsonl", "b-4.2-000.jsonl"]
 
 
 def test_wrap_styles(corpus, tmp_path):
