@@ -6,9 +6,9 @@
 
 The text is the calculus book and GSM8K over and over, one page or ten problems a document, half and half by bytes, each time with other numbers and
 some words exchanged. Against tiktoken alone: encode_ordinary_batch() with as many threads as text.py has workers, on the same documents in memory, with our
-encoding and, for byte fallback tokenizers, with the plain one, whose words end at spaces alone (data/tokenizer.py parts them finer); and, harder, as many processes as workers, each with its share of documents, encode_to_numpy(). Beside wall time stands CPU time, which another load on
-the machine changes less. Memory is the largest sum of what all processes hold
-(Pss in /proc, so shared pages count once), looked at every 50 ms.
+encoding and, for byte fallback tokenizers, with the plain one, whose words end at spaces alone (data/tokenizer.py parts them finer); and, harder, as many
+processes as workers, each with its share of documents, encode_to_numpy(). Beside wall time stands CPU time, which another load on the machine changes less.
+Memory is the largest sum of what all processes hold (Pss in /proc, so shared pages count once), looked at every 50 ms, with --what=speed every 250 ms.
 """
 
 import json
