@@ -2,33 +2,49 @@
 
     data      a few documents with thoughts (warm), many without (raw), some held out
     M0        warm start: train.py on the documents with thoughts
-    E-step t  infer_thoughts.py: M(t-1) samples K thoughts for every raw chunk, weighs them, picks one
+    E-step t  infer_thoughts.py: M(t-1) samples K thoughts for every raw chunk, weighs them, picks one, or none
     M-step t  train.py from scratch on the raw documents with those thoughts: Mt
-    baselines on the raw documents without thoughts: raw_tokens (as many epochs as an M-step), raw_flops (as many training tokens)
+    raw rows  the raw documents without thoughts: raw_tokens (as many steps as an M-step), raw_flops (the arithmetic of the whole loop)
     eval      eval_math.py for every model, on the held-out documents
 
-With p(z, x) the model that thinks and then writes and q(z | x) the one that reads and recovers thoughts (one network is both), the
-E-step draws z from close to p(z | x) by importance sampling, and the M-step maximises log p(z, x) + log q(z | x).
+With p(z, x) the model that thinks and then writes and q(z | x) the one that reads and recovers thoughts (one network is both),
+the E-step draws z from close to p(z | x) by importance sampling, and the M-step maximises log p(z, x) + log q(z | x).
 
-    python em.py                                     # the toy corpus, about 4 minutes on 2 CPU cores
-    python em.py --iterations=1 --samples=1          # one round without a choice of thoughts
-    python em.py --infer="--select=uniform" --out_dir=out/no-weights          # the E-step without weights; or argmax, or mcmc
-    python em.py --corpus=out/gsm8k --train="--n_layer=6 --n_embd=192 --n_head=6" --out_dir=out/gsm8k-em
-    python em.py --compare                           # instead of the loop: the methods of data/methods.py side by side; 11 minutes of CPU time
+    python em.py                                     # the toy corpus, a few minutes on 2 CPU cores
+    python em.py --controls                          # beside it, everything that could explain the result away
+    python em.py --controls --seeds=10 --seed=100    # the README's table: means, deviations, paired tests over ten seeds
+    python em.py --samples=1 --iterations=1          # one round without a choice of thoughts
+    python em.py --corpus=C --warm_train=--max_steps=900 --train="--n_layer=6 --n_embd=192 --n_head=6"
+    python em.py --corpus=C --benchmark=gsm8k        # and this benchmark for each model; on several GPUs stages start by torchrun
+    python em.py --compare --seeds=2                 # instead of the loop: the methods of data/methods.py side by side
 
+The controls (ARMS, and run_controls), all from the same data and the same M0:
+    warm_flops   the documents with thoughts alone, trained for the arithmetic of the whole loop: is it only longer training?
+    uniform      the loop with any thought that ended, whatever it weighs or gains
+    weights      the loop with weights alone (the paper's rule);  gain: with the rule of gain alone (--min_gain)
+    prior        thoughts sampled from p(z | c), which has not read the text, and kept if they help it (like STaR)
+    samples1, samples16   the loop with another K
+    gold         an M-step on the true thoughts: the ceiling
+
+FLOPs are 6 a parameter and trained token, and 2 a parameter and token that an E-step reads, samples or scores; they add up along a row.
 Each stage is a command, printed as it starts; copy it, edit it, run it by hand. A stage that is complete is skipped, one that was cut
-off goes on, so the same em.py command can be repeated at any time. Writes results.json and curves.png (compare.json and compare.png) into --out_dir.
-This script reads numbers that the stages wrote; it imports no model code.
+off goes on, so the same em.py command can be repeated at any time. Everything of a seed lies in OUT_DIR/seedN; results.json and
+curves.png (compare.json and compare.png) in OUT_DIR. This script reads numbers that the stages wrote; it imports no model code.
 """
 
 import contextlib
+import math
 import os
 import shlex
 import subprocess
 import sys
+import threading
 import time
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+
+import numpy as np
 
 from data.cli import UserError, duration, opt, read_json, replacing, run, write_json
 from data.corpus import open_corpus, open_thoughts
@@ -39,18 +55,34 @@ HERE = Path(__file__).resolve().parent
 @dataclass(kw_only=True)
 class Settings:
     corpus: str = opt("", "folder with warm, warm_thoughts, raw and heldout (data/digits.py, data/gsm8k.py); none: makes digits")
-    out_dir: str = opt("", "where everything goes; none: out/CORPUS-samplesK-seedN, or out/CORPUS-compare-seedN")
-    compare: bool = opt(False, "no loop: one model for each method of data/methods.py and seed, trained on as many tokens")
-    tokens: int = opt(1_000_000, "with --compare: training tokens of each model", low=1)
-    seeds: int = opt(2, "with --compare: models of each method; the first has --seed, each further one the next", low=1)
+    out_dir: str = opt("", "where everything goes; none: out/CORPUS, or out/CORPUS-compare")
+    controls: bool = opt(False, "run the controls, too")
+    seeds: int = opt(1, "runs, with --seed and the numbers behind it", low=1)
     iterations: int = opt(3, "EM iterations", low=1)
     samples: int = opt(4, "thoughts sampled a chunk in the E-step (K)", low=1)
     max_new: int = opt(64, "longest thought in tokens", low=1)
     train: str = opt("", 'more flags for every train.py, as in --train="--n_layer=6 --lr=1e-3"')
+    warm_train: str = opt("--max_steps=800", "more flags for the warm start's train.py: M0 should be trained to its plateau")
     infer: str = opt("", "more flags for every infer_thoughts.py")
     eval: str = opt("", "more flags for every eval_math.py")
-    seed: int = opt(0, "seed of every stage")
+    benchmark: str = opt("", "a benchmark of eval_math.py for each model, beside the held-out documents")
+    compare: bool = opt(False, "no loop: one model for each method of data/methods.py and seed, trained on as many tokens")
+    tokens: int = opt(1_000_000, "with --compare: training tokens of each model", low=1)
+    seed: int = opt(0, "seed of every stage", low=0)
+    jobs: int = opt(0, "stages side by side, which share the cores; 0: one a core for the made corpus on a CPU, else 1", low=0)
+    devices: int = opt(0, "devices that a stage works on, by torchrun; 0: all GPUs there are, or 1", low=0)
     device: str = opt("", "cpu, cuda, mps; none: the best there is")
+
+
+# An E-step's flags that make a control of the loop.
+ARMS = {
+    "uniform": {"select": "uniform", "min_gain": -1e9},
+    "weights": {"min_gain": -1e9},
+    "gain": {"select": "uniform"},
+    "prior": {"proposal": "prior"},
+    "samples1": {"samples": 1},
+    "samples16": {"samples": 16},
+}
 
 
 # -------------------------------------------------------------------------------------------------- stages
@@ -74,94 +106,240 @@ def only_run(out_dir: Path):
         yield (f.fileno(),)
 
 
-def stage(name: str, script: str, folder: Path, last: str, flags: dict, more: str, lock: tuple) -> None:
-    """Run `python script --flag=value ...`, which fills `folder`, unless the file it writes last is there. UserError if it fails or was
-    made by other flags."""
-    done = folder / last
-    flags = {k: str(v) for k, v in flags.items() if v != ""}
-    for word in shlex.split(more):
-        key, _, value = word.removeprefix("--").partition("=")
-        flags[key] = value
-    if done.exists():
+@dataclass
+class Stages:
+    """Starts the other scripts as commands, `jobs` of them side by side. lock: file numbers that they inherit."""
+
+    jobs: int = 1
+    devices: int = 1
+    lock: tuple = ()
+    children: set = field(default_factory=set)
+    stopped: bool = False
+
+    def __post_init__(self):
+        self.slots, self.guard = threading.Semaphore(self.jobs), threading.Lock()
+
+    def run(self, name: str, script: str, folder: Path, last: str, flags: dict, more: str = "") -> None:
+        """`python script --flag=value ...`, which fills `folder`, unless the file it writes last is there. The flags in the string
+        `more` win. UserError if it fails or was made by other flags."""
+        done = folder / last
+        flags = {k: str(v) for k, v in flags.items() if v != ""}
+        for word in shlex.split(more):
+            key, _, value = word.removeprefix("--").partition("=")
+            flags[key] = value
+        if done.exists():
+            return self.already(name, script, folder, done, flags)
+        with self.slots:
+            code = self.start(name, script, folder, [f"--{k}={v}" for k, v in flags.items()])
+        if self.stopped:
+            raise UserError("stopped")
+        if code:
+            raise UserError(f"stage {name} ended with exit code {code} (see above); the same command goes on from there")
+
+    @staticmethod
+    def already(name: str, script: str, folder: Path, done: Path, flags: dict) -> None:
         made_by = read_json(folder / "settings.json")
-        changed = [f"--{k}={made_by.get(k)} became {v}" for k, v in flags.items() if k in made_by and str(made_by[k]) != v]
+        changed = [f"--{k}={made_by.get(k)} became {v}" for k, v in flags.items() if k in made_by and not same(made_by[k], v)]
         if changed:
             raise UserError(f"{folder}: made with other settings ({'; '.join(changed)}); give another --out_dir")
         newer = (HERE / script).stat().st_mtime > done.stat().st_mtime
         print(f"{name}: complete" + (f"; but {script} has changed since: give another --out_dir to run it anew" if newer else ""))
-        return
-    command = [script] + [f"--{k}={v}" for k, v in flags.items()]
-    print(f"\n{name}: $ python {shlex.join(command)}", flush=True)
-    # Its own session: Ctrl-C reaches only us. Its standard input: when we die, however we die, it closes and the stage ends.
-    child = subprocess.Popen(
-        [sys.executable, str(HERE / script), *command[1:]], stdin=subprocess.PIPE, start_new_session=True, pass_fds=lock,
-        env=os.environ | {"EM_CHILD": "1"},
-    )  # fmt: skip
-    try:
+
+    def start(self, name: str, script: str, folder: Path, flags: list[str]) -> int:
+        """The exit code of a script. Side by side with others it writes into a log, whose end is shown when it fails."""
+        launch = [str(HERE / script)]
+        if self.devices > 1 and script in ("train.py", "infer_thoughts.py"):
+            launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.devices}", *launch]
+        env, log, begin = os.environ | {"EM_CHILD": "1"}, None, time.time()
+        if self.jobs > 1:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            log = open(f"{folder}.log", "ab")
+            env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.jobs))
+        shown = "torchrun --standalone " + launch[3] if len(launch) > 1 else "python"
+        with self.guard:
+            if self.stopped:
+                return 1
+            print(f"\n{name}: $ {shown} {shlex.join([script, *flags])}", flush=True)
+            # Its own session: Ctrl-C reaches only us. Its standard input: when we die, however we die, it closes and the stage ends.
+            child = subprocess.Popen([sys.executable, *launch, *flags], stdin=subprocess.PIPE, start_new_session=True,
+                                     pass_fds=self.lock, env=env, stdout=log, stderr=log)  # fmt: skip
+            self.children.add(child)
         code = child.wait()
-    except KeyboardInterrupt:
-        child.terminate()
-        child.wait()
-        raise
-    if code:
-        raise UserError(f"stage {name} ended with exit code {code} (see above); the same command goes on from there")
+        self.children.discard(child)
+        if log:
+            log.close()
+            if code and not self.stopped:
+                print(Path(log.name).read_text(errors="replace")[-2000:], file=sys.stderr, flush=True)
+            elif not code:
+                print(f"{name}: done in {duration(time.time() - begin)}", flush=True)
+        return code
+
+    def stop(self) -> None:
+        """End all children and start no more."""
+        with self.guard:
+            self.stopped = True
+            for child in list(self.children):
+                child.terminate()
 
 
-def find_data(s: Settings, out_dir: Path, lock: tuple) -> Path:
+def same(made_by, flag: str) -> bool:
+    """Whether a setting that was stored is what a flag says: 0.0 is --min_gain=0."""
+    if isinstance(made_by, float):
+        with contextlib.suppress(ValueError):
+            return made_by == float(flag)
+    return str(made_by) == flag
+
+
+def how_many(s: Settings) -> tuple[int, int]:
+    """(stages side by side, devices a stage)."""
+    if s.devices or s.device not in ("", "cuda"):
+        devices, gpu = max(1, s.devices), s.device.startswith(("cuda", "mps"))
+    else:
+        import torch  # only to count
+
+        devices, gpu = max(1, torch.cuda.device_count()), torch.cuda.is_available()
+    alone = gpu or devices > 1 or s.corpus
+    return s.jobs or (1 if alone else os.cpu_count() or 1), devices
+
+
+# ---------------------------------------------------------------------------------------------------- loop
+
+
+class Seed:
+    """The stages of one seed. Chains of stages that need nothing of each other are futures of `pool`; rows fill up as they end."""
+
+    def __init__(self, s: Settings, seed: int, out_dir: Path, stages: Stages, pool: ThreadPoolExecutor):
+        self.s, self.seed, self.stages, self.pool, self.rows = s, seed, stages, pool, {}
+        self.folder = out_dir / f"seed{seed}"
+        self.data = find_data(s, seed, self.folder, stages)
+        self.evals: list[Future] = []
+
+    def common(self, e_step: int = 0) -> dict:
+        # Each E-step has noise of its own: with the same numbers every round, the same chunks are unlucky every time.
+        return {"seed": self.seed + 1000 * e_step, "device": self.s.device}
+
+    def train(self, name: str, corpus: str, thoughts="", more: str = "") -> Path:
+        folder = self.folder / name
+        flags = {"corpus": self.data / corpus, "thoughts": thoughts, "out_dir": folder} | self.common()
+        self.stages.run(f"seed {self.seed} {name}", "train.py", folder, "config.json", flags, f"{self.s.train} {more}")
+        return folder
+
+    def infer(self, t: int, arm: str, model: Path) -> Path:
+        """The E-step of iteration t."""
+        s, folder = self.s, self.folder / arm / f"E{t}"
+        flags = {"corpus": self.data / "raw", "model": model, "out_dir": folder, "samples": s.samples, "max_new": s.max_new}
+        flags |= self.common(t) | ARMS.get(arm, {})
+        self.stages.run(f"seed {self.seed} {arm} E{t}", "infer_thoughts.py", folder, "timing.json", flags, s.infer)
+        return folder
+
+    def evaluate(self, name: str, mode: str, spent: float, e_step: Path | None = None) -> None:
+        """Evaluate a model beside whatever runs, and keep its row. spent: see spent_on."""
+        self.evals.append(self.pool.submit(self.evaluate_now, name, mode, spent, e_step))
+        self.rows[name] = None  # its place in the report
+
+    def evaluate_now(self, name: str, mode: str, spent: float, e_step: Path | None) -> None:
+        s, model, truth = self.s, self.folder / name, self.data / "heldout_truth"
+        flags = {"model": model, "mode": mode} | self.common()
+        own = {"corpus": self.data / "heldout", "out_dir": model / "eval", "k": 1, "temperature": 1.0, "top_p": 1.0}
+        if mode == "latent":
+            own |= {"thoughts": truth if truth.exists() else "", "samples": s.samples, "max_new": s.max_new}
+        self.stages.run(f"seed {self.seed} {name} eval", "eval_math.py", model / "eval", "results.json", flags | own, s.eval)
+        row = make_row(name, model, e_step, self.data) | {"seed": self.seed, "flops": spent * 6 * n_params(model)}
+        if s.benchmark:
+            folder = model / "benchmark"
+            asked = flags | {"benchmark": s.benchmark, "out_dir": folder}
+            self.stages.run(f"seed {self.seed} {name} benchmark", "eval_math.py", folder, "results.json", asked, s.eval)
+            row["benchmark"] = {k: v for k, v in read_json(folder / "results.json").items() if k in ("accuracy", "accuracy_se", "n")}
+        self.rows[name] = row
+
+    def warm_start(self) -> Path:
+        model = self.train("M0", "warm", self.data / "warm_thoughts", self.s.warm_train)
+        self.evaluate("M0", "latent", spent_on(model))
+        return model
+
+    def loop(self, arm: str, model: Path, every: bool) -> float:
+        """EM from M0, with an arm's E-steps; what it took. every: evaluate each model, not only the last."""
+        spent = spent_on(model)
+        for t in range(1, self.s.iterations + 1):
+            e_step = self.infer(t, arm, model)
+            model = self.train(str(Path(arm) / f"M{t}"), "raw", e_step)
+            spent += spent_on(model, e_step)
+            if every or t == self.s.iterations:
+                self.evaluate(str(Path(arm) / f"M{t}"), "latent", spent, e_step)
+        return spent
+
+    def single(self, name: str, corpus: str, thoughts="", spend: float = 0) -> None:
+        """A model that is trained once and evaluated; spend: training tokens, if not train.py's own number."""
+        model = self.train(name, corpus, thoughts, f"--max_tokens={round(spend)}" if spend else "")
+        self.evaluate(name, "latent" if thoughts else "raw", spent_on(model))
+
+    def run(self) -> None:
+        """All of it; the rows are complete when this returns."""
+        submit = self.pool.submit
+        raw_tokens = submit(self.single, "raw_tokens", "raw")
+        model = self.warm_start()
+        main = submit(self.loop, "", model, True)
+        arms = [submit(self.loop, arm, model, False) for arm in ARMS] if self.s.controls else []
+        spent = main.result()
+        chains = [raw_tokens, *arms, submit(self.single, "raw_flops", "raw", "", spent)]
+        if self.s.controls:
+            chains.append(submit(self.single, "warm_flops", "warm", self.data / "warm_thoughts", spent))
+            if (self.data / "raw_truth").exists():
+                chains.append(submit(self.single, "gold", "raw", self.data / "raw_truth"))
+        for chain in chains:
+            chain.result()
+        for one in self.evals:
+            one.result()
+
+
+def find_data(s: Settings, seed: int, folder: Path, stages: Stages) -> Path:
     """The corpus folder, made first if none is given."""
-    data = Path(s.corpus) if s.corpus else out_dir / "data"
+    data = Path(s.corpus) if s.corpus else folder / "data"
     if not s.corpus:
-        stage("data", "data/digits.py", data, "heldout_truth/meta.json", {"out_dir": data, "seed": s.seed}, "", lock)
+        stages.run(f"seed {seed} data", "data/digits.py", data, "heldout_truth/meta.json", {"out_dir": data, "seed": seed})
     for part in ("warm", "warm_thoughts", "raw", "heldout"):
         if not (data / part / "meta.json").exists():
             raise UserError(f"{data / part}: missing; make the corpus with data/digits.py or data/gsm8k.py --out_dir={data}")
     return data
 
 
-def run_all(s: Settings, out_dir: Path, lock: tuple) -> list[dict]:
-    """All stages of the loop in order; the rows of the report."""
-    data = find_data(s, out_dir, lock)
-    truth = data / "heldout_truth" if (data / "heldout_truth").exists() else ""
-    common = {"seed": s.seed, "device": s.device}
-    rows = []
-
-    def train(name: str, corpus: Path, thoughts="", more: str = "") -> Path:
-        folder = out_dir / name
-        flags = {"corpus": corpus, "thoughts": thoughts, "out_dir": folder} | common
-        stage(name, "train.py", folder, "config.json", flags, f"{s.train} {more}", lock)
-        return folder
-
-    def evaluate(name: str, mode: str, e_step: Path | None = None) -> None:
-        model, folder = out_dir / name, out_dir / name / "eval"
-        flags = {"corpus": data / "heldout", "model": model, "mode": mode, "out_dir": folder, "k": 1, "temperature": 1.0, "top_p": 1.0} | common
-        if mode == "latent":
-            flags |= {"thoughts": truth, "samples": s.samples, "max_new": s.max_new}
-        stage(f"{name} eval", "eval_math.py", folder, "results.json", flags, s.eval, lock)
-        rows.append(make_row(name, model, e_step, data))
-
-    train("raw_tokens", data / "raw")
-    evaluate("raw_tokens", "raw")
-    model = train("M0", data / "warm", data / "warm_thoughts")
-    evaluate("M0", "latent")
-    for t in range(1, s.iterations + 1):
-        thoughts = out_dir / f"E{t}"
-        flags = {"corpus": data / "raw", "model": model, "out_dir": thoughts, "samples": s.samples, "max_new": s.max_new} | common
-        if t > 1 and "--select=mcmc" in shlex.split(s.infer):
-            flags["previous"] = out_dir / f"E{t - 1}"
-        stage(f"E{t}", "infer_thoughts.py", thoughts, "timing.json", flags, s.infer, lock)
-        model = train(f"M{t}", data / "raw", thoughts)
-        evaluate(f"M{t}", "latent", thoughts)
-    budget = read_json(out_dir / "M1" / "training.json")["train_tokens"]
-    train("raw_flops", data / "raw", more=f"--max_tokens={budget}")
-    evaluate("raw_flops", "raw")
-    return [rows[0], rows[-1], *rows[1:-1]]
+def spent_on(model: Path, e_step: Path | None = None) -> float:
+    """Training tokens of equal arithmetic that a model and its E-step took: a token that is only read or sampled costs a third."""
+    tokens = read_json(model / "training.json")["train_tokens"]
+    return tokens + (read_json(e_step / "meta.json")["computed_tokens"] / 3 if e_step else 0)
 
 
-def run_compare(s: Settings, out_dir: Path, lock: tuple) -> list[dict]:
+def n_params(model: Path) -> int:
+    return read_json(model / "training.json")["n_params"]
+
+
+def run_seeds(s: Settings, out_dir: Path, stages: Stages) -> list[dict]:
+    """The rows of all seeds."""
+    # A thread for each chain: they wait for their stages, which the slots of `stages` hold to --jobs.
+    with ThreadPoolExecutor(32 * s.seeds + 32) as pool:
+        try:
+            seeds = list(pool.map(lambda seed: Seed(s, seed, out_dir, stages, pool), range(s.seed, s.seed + s.seeds)))
+            for done in [pool.submit(seed.run) for seed in seeds]:
+                done.result()
+        except BaseException:
+            stages.stop()
+            raise
+    return [row for seed in seeds for row in in_order(seed.rows)]
+
+
+def in_order(rows: dict) -> list[dict]:
+    """A seed's rows as the report lists them, whatever ended first."""
+    names = ["raw_tokens", "raw_flops", "warm_flops", *sorted(name for name in rows if name[0] == "M")]
+    names += [name for arm in ARMS for name in rows if name.startswith(f"{arm}/")] + ["gold"]
+    return [rows[name] for name in names if name in rows]
+
+
+def run_compare(s: Settings, out_dir: Path, stages: Stages) -> list[dict]:
     """s.seeds models for each method, on the same raw documents and the same number of training tokens; a row for each method."""
     folder = out_dir / "methods"
-    flags = {"corpus": find_data(s, out_dir, lock), "out_dir": folder, "tokens": s.tokens, "seed": s.seed}
-    stage("methods", "data/methods.py", folder, "meta.json", flags, "", lock)
+    data = find_data(s, s.seed, out_dir, stages)
+    flags = {"corpus": data, "out_dir": folder, "tokens": s.tokens, "seed": s.seed}
+    stages.run("methods", "data/methods.py", folder, "meta.json", flags)
     rows = []
     for method in read_json(folder / "meta.json")["methods"]:
         thoughts = folder / method["thoughts"] if method["thoughts"] else ""
@@ -170,12 +348,13 @@ def run_compare(s: Settings, out_dir: Path, lock: tuple) -> list[dict]:
         for seed, model in enumerate(models, s.seed):
             common = {"seed": seed, "device": s.device}
             flags = {"corpus": folder / method["corpus"], "thoughts": thoughts, "out_dir": model, "max_tokens": s.tokens} | common
-            stage(model.name, "train.py", model, "config.json", flags, s.train, lock)
+            stages.run(model.name, "train.py", model, "config.json", flags, s.train)
             flags = {"corpus": folder / method["heldout"], "model": model, "out_dir": model / "eval"} | evaluation | common
-            stage(f"{model.name} eval", "eval_math.py", model / "eval", "results.json", flags, s.eval, lock)
+            stages.run(f"{model.name} eval", "eval_math.py", model / "eval", "results.json", flags, s.eval)
         results, training = ([read_json(model / name) for model in models] for name in ("eval/results.json", "training.json"))
-        row = {"name": method["name"], "heldout": method["heldout"], "evaluation": evaluation, "accuracies": [r["accuracy"] for r in results]}
-        row |= {"accuracy": sum(row["accuracies"]) / s.seeds, "cut_off": sum(r["cut_off"] for r in results) / sum(r["n"] for r in results)}
+        accuracies = [r["accuracy"] for r in results]
+        row = {"name": method["name"], "heldout": method["heldout"], "evaluation": evaluation, "accuracies": accuracies}
+        row |= {"accuracy": sum(accuracies) / s.seeds, "cut_off": sum(r["cut_off"] for r in results) / sum(r["n"] for r in results)}
         row |= {"nll": [r["nll_bound"]["16"] if thoughts else r["nll"] for r in results], "documents": method["documents"]}
         rows.append(row | {"passes": training[0]["data"][0]["epochs"], "train_tokens": [t["train_tokens"] for t in training]})
     return rows
@@ -184,67 +363,159 @@ def run_compare(s: Settings, out_dir: Path, lock: tuple) -> list[dict]:
 # -------------------------------------------------------------------------------------------------- report
 
 
-def right_share(thoughts: Path, raw: Path, truth: Path) -> float:
-    """Of the chunks with a true thought, the share whose picked thought is the same, token by token."""
+def pick_figures(thoughts: Path, raw: Path, truth: Path) -> dict:
+    """kept: share of the chunks with a true thought that got one; pick_right: share of those that are it, token by token."""
     corpus = open_corpus(raw)
     picked, true = open_thoughts(thoughts, corpus), open_thoughts(truth, corpus)
     numbers = [i for i in range(corpus.n_chunks) if len(true.span(i))]
-    return sum(picked.span(i).tolist() == true.span(i).tolist() for i in numbers) / len(numbers)
+    kept = [i for i in numbers if len(picked.span(i))]
+    right = sum(picked.span(i).tolist() == true.span(i).tolist() for i in kept)
+    return {"kept": len(kept) / len(numbers), "pick_right": right / len(kept) if kept else None}
 
 
 def make_row(name: str, model: Path, e_step: Path | None, data: Path) -> dict:
-    """One model's figures, gathered from the folders of its stages."""
+    """One model's figures, gathered from the folders of its stages. Accuracy is missing where the corpus has no questions."""
     training, results = read_json(model / "training.json"), read_json(model / "eval" / "results.json")
-    row = {"name": name} | {k: results[k] for k in ("accuracy", "accuracy_se", "n")} | {"accuracy_sampled": results["sampled"]["accuracy"]}
-    row |= {"nll": results["nll"]} if "nll" in results else {"nll_bound": results["nll_bound"]}
+    row = {"name": name}
+    if results.get("accuracy") is not None:
+        row |= {k: results[k] for k in ("accuracy", "accuracy_se", "n")} | {"accuracy_sampled": results["sampled"]["accuracy"]}
+    row |= {k: v for k, v in results.items() if k.startswith("nll")}
     row |= {"ess": results.get("ess"), "pick_right": results.get("pick_right"), "cut_off": results.get("cut_off_share")}
-    row |= {"tokens_per_s": training["tokens_per_s"], "train_tokens": training["train_tokens"]}
+    row |= {"tokens_per_s": training["tokens_per_s"], "train_tokens": training["train_tokens"], "folder": str(model)}
     row["seconds"] = training["seconds"] + read_json(model / "eval" / "timing.json")["seconds"]
     if e_step:  # what the model's own training thoughts were like
         meta, timing = read_json(e_step / "meta.json"), read_json(e_step / "timing.json")
-        figures = {"ess": meta["ess"], "cut_off": meta["cut_off"], "all_cut_off": meta["all_cut_off"], "nll_bound": meta["nll_bound"]}
-        truth = data / "raw_truth"
-        figures["pick_right"] = right_share(e_step, data / "raw", truth) if truth.exists() else None
-        row["e_step"] = figures | {"sampled_tokens": meta["sampled_tokens"]} | timing
+        figures = {k: meta[k] for k in ("ess", "cut_off", "all_cut_off", "nll_bound", "sampled_tokens", "computed_tokens")}
+        if (data / "raw_truth").exists():
+            figures |= pick_figures(e_step, data / "raw", data / "raw_truth")
+        row["e_step"] = figures | timing
         row["seconds"] += timing["seconds"]
     return row
 
 
+def value(row: dict, key: str) -> float | None:
+    """A row's figure by name; "bound_16" in nats a document."""
+    if key.startswith("bound_"):
+        return row.get("nll_bound_document", {}).get(key.removeprefix("bound_"))
+    return row.get("e_step", {}).get(key.removeprefix("e_")) if key.startswith("e_") else row.get(key)
+
+
+FIGURES = ("accuracy", "accuracy_sampled", "nll_document", "nll_thoughtless_document", "bound_1", "bound_4", "bound_16",
+           "ess", "pick_right", "e_kept", "e_pick_right", "flops", "seconds")  # fmt: skip
+
+
+def summarise(rows: list[dict]) -> list[dict]:
+    """For each name of a row, {figure: (mean over seeds, standard deviation between them)}."""
+    out = []
+    for name in dict.fromkeys(r["name"] for r in rows):
+        summary, mine = {"name": name, "seeds": [r["seed"] for r in rows if r["name"] == name]}, [r for r in rows if r["name"] == name]
+        for key in FIGURES:
+            values = [v for r in mine if (v := value(r, key)) is not None]
+            if values:
+                summary[key] = float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+        out.append(summary)
+    return out
+
+
+def sign_flip(differences) -> float:
+    """Two-sided p of the mean of paired differences, by flipping their signs: if nothing is behind them, each sign was a fair coin.
+
+    Exact over all 2^n flips for n <= 16, else over 65,536 seeded ones. With n = 10 the smallest p is 2 / 1,024."""
+    d = np.asarray(differences, dtype=float)
+    n = len(d)
+    if n <= 16:
+        signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)  # [2^n, n]
+    else:
+        signs = 1 - 2 * np.random.default_rng(0).integers(0, 2, (65536, n))
+    return float((np.abs(signs @ d) >= abs(d.sum()) - 1e-9).mean())
+
+
+def comparisons(rows: list[dict], last: str) -> list[dict]:
+    """Paired differences between rows, seed by seed: the mean, its standard error, in how many seeds it is above 0, p."""
+    models = [f"M{t}" for t in range(int(last[1:]) + 1)]
+    pairs = [*zip(models[1:], models), (last, "M0"), (last, "warm_flops"), *((last, f"{arm}/{last}") for arm in ARMS)]
+    by_name = {name: {r["seed"]: r for r in rows if r["name"] == name} for name in dict.fromkeys(r["name"] for r in rows)}
+    out = []
+    for a, b in dict.fromkeys(pairs):
+        for key in ("accuracy", "accuracy_sampled"):
+            both = [(x.get(key), by_name[b][seed].get(key)) for seed, x in by_name.get(a, {}).items() if seed in by_name.get(b, {})]
+            d = np.array([x - y for x, y in both if x is not None and y is not None])
+            if len(d):
+                error = float(d.std(ddof=1) / math.sqrt(len(d))) if len(d) > 1 else None
+                out.append({"a": a, "b": b, "figure": key, "difference": float(d.mean()), "se": error, "above": int((d > 0).sum())}
+                           | {"n": len(d), "p": sign_flip(d)})  # fmt: skip
+    return out
+
+
+def likelihood_gaps(rows: list[dict], last: str) -> list[dict]:
+    """The last model's IWAE-16 bound against its own thoughtless NLL and the raw models' NLL: the same documents, the same tokens
+    under the same givens, paired document by document over all seeds; nats a document, below 0 where the bound is lower."""
+    nats = {(r["name"], r["seed"]): np.load(Path(r["folder"]) / "eval" / "likelihood.npz", allow_pickle=False) for r in rows}
+    out = []
+    for other, key in ((last, "thoughtless"), ("raw_tokens", "nll"), ("raw_flops", "nll")):
+        seeds = [seed for name, seed in nats if name == last and (other, seed) in nats]
+        d = [nats[last, seed]["bound_16"] - nats[other, seed][key] for seed in seeds]
+        if d:
+            flat = np.concatenate(d)
+            out.append({"a": f"{last} IWAE-16", "b": f"{other} {key}", "difference": float(flat.mean())}
+                       | {"se": float(flat.std(ddof=1) / math.sqrt(len(flat))), "documents": len(flat)}
+                       | {"below": sum(float(x.mean()) < 0 for x in d), "seeds": len(d)})  # fmt: skip
+    return out
+
+
 def table(rows: list[dict]) -> str:
-    """The report as text."""
+    """The means over seeds as text, with the standard deviation between seeds where there are several."""
+    several = any(len(r["seeds"]) > 1 for r in rows)
 
-    def number(x, digits=3):
-        return "-" if x is None else f"{x:.{digits}f}"
+    def cell(r, key, digits):
+        if key not in r:
+            return "-"
+        mean, deviation = r[key]
+        return f"{mean:.{digits}f}" + (f" ±{deviation:.{digits}f}" if several and len(r["seeds"]) > 1 else "")
 
-    header = ["", *"accuracy,sampled,NLL,-ELBO,IWAE-4,IWAE-16,ESS,picks right,cut off,trained on,tokens/s,sampling,seconds".split(",")]
-    lines = [header]
+    columns = (("greedy", "accuracy", 3), ("sampled", "accuracy_sampled", 3), ("raw NLL", "nll_document", 3),
+               ("thoughtless", "nll_thoughtless_document", 3), ("-ELBO", "bound_1", 3), ("IWAE-4", "bound_4", 3),
+               ("IWAE-16", "bound_16", 3), ("ESS", "ess", 2), ("kept", "e_kept", 3), ("right", "e_pick_right", 3))  # fmt: skip
+    lines = [["", *(title for title, _, _ in columns), "TFLOP", "seconds"]]
     for r in rows:
-        bounds, e_step = r.get("nll_bound", {}), r.get("e_step", {})
-        lines.append([
-            r["name"], f"{r['accuracy']:.3f} ±{r['accuracy_se']:.3f}", number(r["accuracy_sampled"]), number(r.get("nll"), 4),
-            *(number(bounds.get(k), 4) for k in ("1", "4", "16")), number(r["ess"], 2), number(r["pick_right"]), number(r["cut_off"]),
-            number(e_step.get("pick_right")), f"{r['tokens_per_s']:,.0f}", f"{e_step['tokens_per_s']:,.0f}" if e_step else "-", f"{r['seconds']:.0f}",
-        ])  # fmt: skip
+        ends = [f"{r['flops'][0] / 1e12:.2f}", f"{r['seconds'][0]:.0f}"]
+        lines.append([r["name"], *(cell(r, key, digits) for _, key, digits in columns), *ends])
     return align(lines)
 
 
+def test_lines(tests: list[dict], gaps: list[dict]) -> str:
+    """The comparisons as text."""
+    lines = []
+    if any(t["n"] > 1 for t in tests):
+        lines.append(["paired over seeds", "", "difference", "seeds above 0", "p (sign flips)"])
+        lines += [[f"{t['a']} - {t['b']}", {"accuracy": "greedy"}.get(t["figure"], "sampled"), f"{t['difference']:+.3f} ±{t['se'] or 0:.3f}",
+                   f"{t['above']} of {t['n']}", f"{t['p']:.3f}"] for t in tests]  # fmt: skip
+    lines += [[f"{g['a']} - {g['b']}", "nats a document", f"{g['difference']:+.3f} ±{g['se']:.3f}",
+               f"{g['seeds'] - g['below']} of {g['seeds']}", f"{g['documents']} documents"] for g in gaps]  # fmt: skip
+    return align(lines) if lines else ""
+
+
 def compare_table(rows: list[dict]) -> str:
-    """The comparison as text."""
+    """The comparison of methods as text."""
     lines = [["", "accuracy", "of each seed", "cut off", "documents", "passes", "tokens", "evaluated"]]
     for r in rows:
         how = ", ".join([r["heldout"], *(f"{k} {v}" for k, v in r["evaluation"].items())])
-        lines.append([r["name"], f"{r['accuracy']:.3f}", " ".join(f"{a:.3f}" for a in r["accuracies"]), f"{r['cut_off']:.3f}", f"{r['documents']:,}",
+        of_each = " ".join(f"{a:.3f}" for a in r["accuracies"])
+        lines.append([r["name"], f"{r['accuracy']:.3f}", of_each, f"{r['cut_off']:.3f}", f"{r['documents']:,}",
                       f"{r['passes']:.1f}", f"{r['train_tokens'][0]:,}", how])  # fmt: skip
     return align(lines)
 
 
 def align(lines: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))) for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))).rstrip()
+        for line in lines
+    )
 
 
 def plot(rows: list[dict], path: Path, s: Settings) -> bool:
-    """curves.png: accuracy, likelihood and the picks, by iteration; or compare.png. False where matplotlib is missing."""
+    """curves.png: accuracy, likelihood and picks by iteration; or compare.png. False where matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
@@ -254,7 +525,7 @@ def plot(rows: list[dict], path: Path, s: Settings) -> bool:
 
     figure = (plot_compare if s.compare else plot_loop)(rows, plt, s)
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+        figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
     return True
 
@@ -271,48 +542,76 @@ def plot_compare(rows: list[dict], plt, s: Settings):
 
 
 def plot_loop(rows: list[dict], plt, s: Settings):
-    models = [r for r in rows if "nll_bound" in r]
-    raw = [r for r in rows if "nll" in r]
-    x = list(range(len(models)))
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    left.errorbar(x, [r["accuracy"] for r in models], [r["accuracy_se"] for r in models], marker="o", capsize=3, color="C0", label="with thoughts")
-    for r, style in zip(raw, ("--", ":")):
-        left.axhline(r["accuracy"], linestyle=style, color="C3", label=r["name"])
-        middle.axhline(r["nll"], linestyle=style, color="C3", label=f"{r['name']}: NLL")
-    for k, color in zip(("1", "4", "16"), ("#9ecae1", "#4292c6", "#084594")):
-        middle.plot(x, [r["nll_bound"][k] for r in models], marker="o", color=color, label="-ELBO" if k == "1" else f"-IWAE-{k}")
-    right.plot(x, [r["ess"] / s.samples for r in models], marker="o", color="C2", label=f"effective samples / {s.samples}")
-    if all(r["pick_right"] is not None for r in models):
-        right.plot(x, [r["pick_right"] for r in models], marker="o", color="C1", label="picks that are right")
-    for axis, title in (
-        (left, "held-out accuracy"),
-        (middle, "held-out text, nats a byte (lower is better)"),
-        (right, "inferred thoughts, held out"),
-    ):
-        axis.set(title=title, xlabel="EM iteration", xticks=x)
-        axis.set_xticks(x, [r["name"] for r in models])
+    """All seeds as thin lines, their mean as a thick one; the controls' means as marks behind the last iteration."""
+    names = [f"M{t}" for t in range(s.iterations + 1)]
+    figure, axes = plt.subplots(1, 4, figsize=(15, 4), layout="constrained")
+
+    def curve(axis, key, color, label):
+        x = [t for t, name in enumerate(names) if any(value(r, key) is not None for r in rows if r["name"] == name)]
+        lines = [[value(r, key) for t in x for r in rows if r["name"] == names[t] and r["seed"] == seed]
+                 for seed in dict.fromkeys(r["seed"] for r in rows)]  # fmt: skip
+        if x:
+            for line in lines:
+                axis.plot(x, line, color=color, alpha=0.25, linewidth=0.8)
+            axis.plot(x, np.mean(lines, axis=0), color=color, marker="o", linewidth=2, label=label)
+
+    def level(axis, name, key, color, style):
+        values = [v for r in rows if r["name"] == name and (v := value(r, key)) is not None]
+        if values:
+            axis.axhline(np.mean(values), color=color, linestyle=style, label=name.split("/")[0] + (": NLL" if "nll" in key else ""))
+
+    for axis, key, title in ((axes[0], "accuracy", "greedy"), (axes[1], "accuracy_sampled", "temperature 1")):
+        curve(axis, key, "C0", "the loop")
+        for name, color, style in (("warm_flops", "C1", "--"), (f"uniform/M{s.iterations}", "C4", "-."), ("gold", "C2", ":"),
+                                   ("raw_flops", "C3", "--")):  # fmt: skip
+            level(axis, name, key, color, style)
+        axis.set(title=f"held-out accuracy, {title}", ylim=(0, 1.02))
+    curve(axes[2], "nll_thoughtless_document", "C1", "thoughtless")
+    for key, color, label in (("bound_1", "#9ecae1", "-ELBO"), ("bound_4", "#4292c6", "IWAE-4"), ("bound_16", "#084594", "IWAE-16")):
+        curve(axes[2], key, color, label)
+    level(axes[2], "raw_tokens", "nll_document", "C3", ":")
+    level(axes[2], "raw_flops", "nll_document", "C3", "--")
+    axes[2].set(title="-log p of held-out answers, nats a document")
+    curve(axes[3], "e_kept", "C5", "chunks that got a thought")
+    curve(axes[3], "e_pick_right", "C2", "of those, the right one")
+    axes[3].set(title="the thoughts it was trained on", ylim=(0, 1.02))
+    for axis in axes:
+        axis.set(xlabel="EM iteration")
+        axis.set_xticks(range(len(names)), names)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    left.set_ylim(0, 1)
-    right.set_ylim(0, 1.05)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7)
     return figure
 
 
+def report(s: Settings, rows: list[dict], out_dir: Path) -> str:
+    """Write results.json (or compare.json); the report as text."""
+    config = {k: v for k, v in asdict(s).items() if k not in ("out_dir", "device", "jobs")}
+    if s.compare:
+        write_json(out_dir / "compare.json", {"config": config, "rows": rows})
+        return compare_table(rows)
+    last, summary = f"M{s.iterations}", summarise(rows)
+    tests, gaps = comparisons(rows, last), likelihood_gaps(rows, last)
+    write_json(out_dir / "results.json", {"config": config, "rows": rows, "summary": summary, "tests": tests, "likelihood": gaps})
+    return table(summary) + "\n\n" + test_lines(tests, gaps)
+
+
 def main(s: Settings) -> None:
-    for flag in ("iterations", "samples", "infer") if s.compare else ("tokens", "seeds"):
+    for flag in ("iterations", "samples", "infer", "controls", "benchmark", "warm_train") if s.compare else ("tokens",):
         if getattr(s, flag) != getattr(Settings, flag):
             raise UserError(f"--{flag}: does nothing {'with' if s.compare else 'without'} --compare; leave it out")
     name = Path(s.corpus).name if s.corpus else "digits"
-    out_dir = Path(s.out_dir or f"out/{name}-{'compare' if s.compare else f'samples{s.samples}'}-seed{s.seed}")
-    report, picture = ("compare.json", "compare.png") if s.compare else ("results.json", "curves.png")
+    out_dir = Path(s.out_dir or f"out/{name}{'-compare' if s.compare else ''}")
+    jobs, devices = how_many(s)
     begin = time.time()
     with only_run(out_dir) as lock:
-        rows = (run_compare if s.compare else run_all)(s, out_dir, lock)
-        config = {k: v for k, v in asdict(s).items() if k not in ("out_dir", "device")}
-        write_json(out_dir / report, {"config": config, "rows": rows})
-        drawn = plot(rows, out_dir / picture, s)
-    print("\n" + (compare_table if s.compare else table)(rows))
-    print(f"\n{out_dir}/{report}" + (f", {out_dir}/{picture}" if drawn else "; no picture: matplotlib is not installed"))
+        stages = Stages(jobs, devices, lock)
+        rows = run_compare(s, out_dir, stages) if s.compare else run_seeds(s, out_dir, stages)
+        text = report(s, rows, out_dir)
+        drawn = plot(rows, out_dir / ("compare.png" if s.compare else "curves.png"), s)
+    files = ("compare.json", "compare.png") if s.compare else ("results.json", "curves.png")
+    print("\n" + text)
+    print(f"\n{out_dir}/{files[0]}" + (f", {out_dir}/{files[1]}" if drawn else "; no picture: matplotlib is not installed"))
     print(f"in {duration(time.time() - begin)}{peak_memory()}")
 
 

@@ -1,7 +1,7 @@
 """The toy corpus: chains of arithmetic modulo 10, whose true thoughts are known.
 
     question (given)   Start at 3. Add 8. Multiply by 9.
-    thought (latent)   3 + 8 = 1. 1 * 9 = 9.
+    thought (latent)   3 + 8 -> 1 * 9 -> 9
     answer             The last digit is 9.
 
 A document is one or several problems, each a question chunk and an answer chunk. Written to --out_dir:
@@ -37,11 +37,11 @@ OPERATIONS = {"+": "Add", "-": "Subtract", "*": "Multiply by"}
 @dataclass(kw_only=True)
 class Settings:
     out_dir: str = opt(help="where the folders go")
-    warm: int = opt(140, "documents with thoughts", low=1)
+    warm: int = opt(120, "documents with thoughts", low=1)
     raw: int = opt(3000, "documents without", low=1)
     heldout: int = opt(1000, "documents for evaluation", low=1)
-    min_ops: int = opt(3, "fewest operations a problem", low=1)
-    max_ops: int = opt(5, "most operations a problem", low=1)
+    min_ops: int = opt(2, "fewest operations a problem", low=1)
+    max_ops: int = opt(4, "most operations a problem", low=1)
     operations: str = opt("+*", "which there are: any of + - *")
     modulus: int = opt(10, "arithmetic modulo this", low=2)
     problems: int = opt(1, "problems a document", low=1)
@@ -57,22 +57,27 @@ def draw_problem(rng: random.Random, s: Settings) -> tuple:
     return rng.randrange(s.modulus), tuple(rng.sample(pairs, rng.randint(s.min_ops, s.max_ops)))
 
 
-def solve(problem: tuple, modulus: int) -> tuple[str, int]:
-    """The running steps as text, and the result."""
+def solve(problem: tuple, modulus: int) -> tuple[list[tuple[int, str, int, int]], int]:
+    """The running steps (value, operation, operand, new value), and the result."""
     value, steps = problem[0], []
     for op, operand in problem[1]:
         result = {"+": value + operand, "-": value - operand, "*": value * operand}[op] % modulus
-        steps.append(f" {value} {op} {operand} = {result}.")  # the space in front: " 3" is the same token everywhere
+        steps.append((value, op, operand, result))
         value = result
-    return "".join(steps), value
+    return steps, value
+
+
+def write_thought(steps: list[tuple]) -> str:
+    """The steps as one chain. The space in front: " 3" is the same token everywhere."""
+    return f" {steps[0][0]}" + "".join(f" {op} {operand} -> {result}" for _, op, operand, result in steps)
 
 
 def write_problem(problem: tuple, modulus: int) -> tuple[str, str, str]:
     """Question, thought and answer as text."""
-    thought, result = solve(problem, modulus)
+    steps, result = solve(problem, modulus)
     question = " ".join([f"Start at {problem[0]}."] + [f"{OPERATIONS[op]} {operand}." for op, operand in problem[1]])
     asked = "The last digit" if modulus == 10 else f"The remainder by {modulus}"
-    return question, thought, f" {asked} is {result}."
+    return question, write_thought(steps), f" {asked} is {result}."
 
 
 def make_documents(s: Settings) -> dict[str, list]:

@@ -60,7 +60,7 @@ class Problem(NamedTuple):
     start: int
     operations: tuple  # ((operation, operand), ...)
     asked: str  # "last digit"
-    steps: list[str]  # "3 + 8 = 1."
+    steps: list[tuple]  # (3, "+", 8, 1): 3 + 8 = 1
     result: int
 
 
@@ -71,24 +71,25 @@ def understand(text: str) -> Problem:
         raise UserError(f"{text.strip()[:80]!r}: not a problem of data/digits.py; for other text: data/teacher.py with --style=wrap and wrap-cot")
     symbol = {word: op for op, word in digits.OPERATIONS.items()}
     operations = tuple((symbol[word], int(n)) for word, n in re.findall(r"([A-Z][a-z ]+) (\d+)\.", m[2]))
-    worked_out, result = digits.solve((int(m[1]), operations), int(m[3] or 10))
+    steps, result = digits.solve((int(m[1]), operations), int(m[3] or 10))
     if result != int(m[4]):
         raise UserError(f"{text.strip()[:80]!r}: the steps lead to {result}; mend the document")
     asked = f"remainder by {m[3]}" if m[3] else "last digit"
-    return Problem(int(m[1]), operations, asked, [step.strip() + "." for step in worked_out.split(".")[:-1]], result)
+    return Problem(int(m[1]), operations, asked, steps, result)
 
 
 def think(p: Problem) -> str:
-    return "".join(" " + step for step in p.steps)
+    return digits.write_thought(p.steps)
 
 
 def rewrite(p: Problem, style: str, with_steps: bool) -> str:
     """A paraphrase. Steps stand behind the operation that they carry out, or, where a question is asked first, behind the question."""
     starts, words, asks, answers = STYLES[style]
     told = [words[op].format(n) for op, n in p.operations]
+    steps = [f"{value} {op} {operand} = {result}." for value, op, operand, result in p.steps]
     if with_steps and not asks:
-        told = [f"{operation} {step}" for operation, step in zip(told, p.steps)]
-    behind = [asks.format(p.asked), *(p.steps if with_steps else [])] if asks else []
+        told = [f"{operation} {step}" for operation, step in zip(told, steps)]
+    behind = [asks.format(p.asked), *(steps if with_steps else [])] if asks else []
     return " ".join([starts.format(p.start), *told, *behind, answers.format(p.asked, p.result)])
 
 

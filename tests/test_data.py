@@ -10,7 +10,7 @@ from conftest import ROOT, SHARED, TOY, script
 from data.cli import UserError, read_json
 from data.corpus import POSTERIOR, PRIOR, RAW, hash_uniform, layout, open_corpus, open_thoughts, write_corpus, write_thoughts
 from data.digits import Settings as DigitsSettings
-from data.digits import make_documents, solve
+from data.digits import make_documents, solve, write_thought
 from data.gsm8k import read_problem
 from data.tokenizer import MARKERS, load_tokenizer, make_tokenizer
 
@@ -195,8 +195,10 @@ def test_no_held_out_digits_problem_is_trained_on():
 
 
 def test_digits_arithmetic():
-    assert solve((3, (("+", 8), ("*", 9))), 10) == (" 3 + 8 = 1. 1 * 9 = 9.", 9)
-    assert solve((2, (("-", 8), ("*", 12))), 13) == (" 2 - 8 = 7. 7 * 12 = 6.", 6)
+    steps, result = solve((3, (("+", 8), ("*", 9))), 10)
+    assert steps == [(3, "+", 8, 1), (1, "*", 9, 9)] and result == 9 and write_thought(steps) == " 3 + 8 -> 1 * 9 -> 9"
+    steps, result = solve((2, (("-", 8), ("*", 12))), 13)
+    assert result == 6 and write_thought(steps) == " 2 - 8 -> 7 * 12 -> 6"
     s = DigitsSettings(out_dir="", warm=5, raw=5, heldout=5, problems=3, modulus=13, min_ops=1, max_ops=2, operations="-")
     for document in sum(make_documents(s).values(), []):
         assert len(document) == 3
