@@ -171,7 +171,7 @@ def test_the_printed_bound_never_gains_by_cutting_off(digits, model, tmp_path, c
     script("data/digits.py", f"--out_dir={tmp_path}/data", *parts, f"--tokenizer={model}/tokenizer.json")
     flags = [f"--corpus={tmp_path}/data/raw", f"--model={model}", "--samples=1", "--workers=1", f"--context={context}"]
     found, cut = [], []
-    for max_new in (2, 6, 10, 14, 18, 24, 40):
+    for max_new in (2, 6, 10, 14, 18, 24, 80):
         inside(infer_thoughts, *flags, f"--out_dir={tmp_path}/{max_new}", f"--max_new={max_new}")
         meta = json.loads((tmp_path / f"{max_new}/meta.json").read_text())
         found.append(meta["nll_bound"]["1"])
@@ -278,7 +278,7 @@ def test_rules_of_selection_as_commands(digits, model, tmp_path):
 
 
 def test_the_report(digits, model, tmp_path):
-    out = script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "E"), "--show=1").stdout
+    out = script("infer_thoughts.py", *run_infer(digits, model, tmp_path / "E"), "--show=9").stdout
     meta, samples = json.loads((tmp_path / "E/meta.json").read_text()), np.load(tmp_path / "E/samples.npz")
     row = np.flatnonzero(~open_corpus(digits / "raw").questions)
     log_w, finished = samples["log_w"][row], samples["finished"][row]
