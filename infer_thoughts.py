@@ -14,38 +14,40 @@ For a chunk x with the chunks c before it, and a model that was trained on thoug
 
 The same text without a thought, in the two ways in which training writes it:
 
-    none:   BOS c c c  SOL EOL  x x x x           alone:   BOS c c c  x x x x         log_sol scores the SOL
-                               [log_none]                             [log_alone]     behind c: a choice there.
+    none:   BOS c c c  SOL EOL  x x x x          alone:   BOS c c c  x x x x         log_sol scores the SOL
+                               [log_none]                            [log_alone]     behind c: a choice there.
 
-The pick tends to the exact posterior p(z | c, x) as K grows. A thought that was cut off at --max_new has no EOL,
-thus weight 0; a chunk with all K cut off gets no thought. Both are counted.
+The pick tends to the exact posterior p(z | c, x) as K grows. A thought that was cut off at --max_new has no
+EOL, thus weight 0; a chunk with all K cut off gets no thought. Both are counted.
 
---min_gain. Weights compare the K thoughts only with one another: when all K mislead, one is picked all the same,
-and training on it teaches p to expect thoughts that do not fit their text. So a pick that gains less than
---min_gain nats over log_none is dropped: its chunk goes to training without a thought, and is counted (no_gain).
-The paper has no such rule (--min_gain=-inf); RLP (arXiv 2510.01265) takes the same difference as its reward.
+--min_gain. Weights compare the K thoughts only with one another: when all K mislead, one is picked all the
+same, and training on it teaches p to expect thoughts that do not fit their text. So a pick that gains less
+than --min_gain nats over log_none is dropped: its chunk goes to training without a thought, and is counted
+(no_gain). The paper has no such rule (--min_gain=-inf); RLP (arXiv 2510.01265) takes the same difference as
+its reward.
 
-What the bounds bound. A text shows no markers, so there are three ways to write it. Its probability is their sum:
+What the bounds bound. A text shows no markers, so there are three ways to write it. They add up to:
 
     p_text(x | c)  =  p(x | c)  +  p(SOL | c) * ((1 - e) * p(x | c, SOL PRI)  +  e * p(x | c, SOL EOL))
                       alone                      behind a thought                none        e = NO_THOUGHT
 
-(1/K) sum_k w_k is an unbiased estimate of p(x, |z| < max_new | c, SOL PRI): of what x gets behind thoughts that
-end in time. It is no estimate of p(x | c). In the sum it stands for p(x | c, SOL PRI), which is never less. So by
-Jensen the log of the sum is in expectation at most log p_text: the ELBO at K = 1, tighter with every K (IWAE,
-Burda et al. 2016). Whatever is cut off, the bound is finite and holds, and each cut-off makes it worse. With
-thoughts in the context, c depends on earlier text and on random numbers only. So the sum over a document's chunks
-bounds the log of a probability of whole documents too, by whatever rule the picks are made.
+(1/K) sum_k w_k is an unbiased estimate of p(x, |z| < max_new | c, SOL PRI): of what x gets behind thoughts
+that end in time. It is no estimate of p(x | c). In the sum it stands for p(x | c, SOL PRI), which is never
+less. So by Jensen the log of the sum is in expectation at most log p_text: the ELBO at K = 1, tighter with
+every K (IWAE, Burda et al. 2016). Whatever is cut off, the bound is finite and holds, and each cut-off makes
+it worse. With thoughts in the context, c depends on earlier text and on random numbers only. So the sum over
+a document's chunks bounds the log of a probability of whole documents too, by whatever rule the picks are
+made.
 
     --context=thoughts  c is up to --before earlier chunks with the thoughts that were picked for them, as in
-                        training. Documents advance chunk by chunk: sequential importance sampling. If picks are
-                        drawn by weight and none is dropped, the product of a document's (1/K) sum_k w_k is
-                        unbiased for p(x_1, x_2 ...) behind thoughts that end in time.
+                        training. Documents advance chunk by chunk: sequential importance sampling. If picks
+                        are drawn by weight and none is dropped, the product of a document's (1/K) sum_k w_k
+                        is unbiased for p(x_1, x_2 ...) behind thoughts that end in time.
     --context=bare      c is plain text: the paper's choice, and far worse (README) unless train.py --bare has shown the model such contexts.
 
     python infer_thoughts.py --model=out/M0 --corpus=out/digits/raw --out_dir=out/E1 --samples=4 --show=3      # a CPU, or one GPU
     torchrun --nproc_per_node=8 infer_thoughts.py --model=M0 --corpus=C --out_dir=E1 --max_new=1024            # eight
-    python infer_thoughts.py ... --select=uniform --min_gain=-inf              # neither weights nor --min_gain
+    python infer_thoughts.py ... --select=uniform --min_gain=-inf             # neither weights nor --min_gain
 
 Writes a thoughts folder (data/corpus.py). Work is done in parts, each written once, by any number of these commands at the same time,
 on any machines that share --out_dir; one that is killed costs the part it was at, and the last to finish joins the parts.
@@ -104,8 +106,8 @@ class Settings:
     max_new: int = opt(128, "longest thought in tokens, its EOL included", low=1)
     context: Literal["bare", "thoughts"] = opt("thoughts", "earlier chunks as plain text, or with their picked thoughts")
     before: int = opt(3, "chunks before the chunk that are given", low=0)
-    select: Literal["resample", "argmax", "uniform"] = opt("resample", "by weight, the heaviest, any that ended")
-    min_gain: float = opt(0.0, "nats; a pick that gains less for its text is dropped; -inf: none is", low=-math.inf)
+    select: Literal["resample", "argmax", "uniform"] = opt("resample", "by weight, the heaviest, any")
+    min_gain: float = opt(0.0, "drop picks that gain fewer nats for their text; -inf: none", low=-math.inf)
     part_size: int = opt(0, "chunks a part: what a kill can cost; 0: 500 on a CPU, 20000 on a GPU", low=0)
     rows: int = opt(0, "thoughts sampled side by side, at most; 0: 1024, fewer where memory is short", low=0)
     workers: int = opt(0, "processes that share the work on a CPU; 0: one a core for models below 20M parameters, else one", low=0)
@@ -466,12 +468,14 @@ class Engine:
         self.graphs[step].replay()
 
     @torch.inference_mode()
-    def generate(self, prompts, keys, samples: int, max_new: int, stop: set[int], seed: int, *, purpose: int = DRAW,
-                 temperature: float = 1.0, top_p: float = 1.0, on_tokens=None, ends=None) -> list[list[tuple]]:  # fmt: skip
+    def generate(self, prompts, keys, samples: int, max_new: int, stop: set[int], seed: int, *,
+                 purpose: int = DRAW, temperature: float = 1.0, top_p: float = 1.0, on_tokens=None,
+                 ends=None) -> list[list[tuple]]:  # fmt: skip
         """Continue each prompt `samples` times until a token of `stop` or `max_new` tokens.
 
-        prompts: lists of ids; keys: an integer each, which seeds its noise, as does the sample's number. Returns for each
-        prompt its samples (ids with the stop token if there is one, finished, sum of the ids' log-probabilities: sample_slowly's).
+        prompts: lists of ids; keys: an integer each, which seeds its noise, as does the sample's number. Returns
+        for each prompt its samples (ids with the stop token if there is one, finished, sum of the ids'
+        log-probabilities: sample_slowly's).
         on_tokens(n) is told of every n sampled tokens. temperature 0: the likeliest tokens. top_p: of the likeliest tokens only, see nucleus.
         ends(ids) is asked every 8 tokens whether a sample has ended by what it says; it then counts as finished.
 
@@ -484,7 +488,8 @@ class Engine:
         self.reserve(samples, max(map(len, prompts)) - 1, max_new, len(prompts))
         n_slots, C, results = self.shape[0], self.shape[3], [[None] * samples for _ in prompts]
         self.stop = self.stops.setdefault(frozenset(stop), torch.tensor(sorted(stop), device=self.device))
-        noise = hash_state(purpose, seed, keys[:, None], np.arange(samples)).astype(np.int64)  # [n_prompts, samples]
+        noise = hash_state(purpose, seed, keys[:, None], np.arange(samples))  # [n_prompts, samples]
+        noise = noise.astype(np.int64)
         todo = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))  # longest first, for little padding
         free = list(range(1, n_slots))  # a heap: low slots first, so that the ones in use lie close together
         holder, begun, left = np.full(n_slots, -1), np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64)
@@ -734,9 +739,10 @@ def infer(engine: Engine, tok: Tokenizer, corpus: Corpus, numbers, samples: int,
           on_tokens=None, picked=None) -> Samples:  # fmt: skip
     """Sample, weigh and pick among `samples` thoughts for each chunk in `numbers`.
 
-    context="thoughts": documents advance side by side, a chunk of each at a time, so that every pick stands in the context of the next. Each earlier
-    chunk there takes the prior or the posterior form by a coin of its own, as in training; without a pick it is plain text.
-    The picks are put into the dict `picked`, if given. min_gain: see choose.
+    context="thoughts": documents advance side by side, a chunk of each at a time, so that every pick stands
+    in the context of the next. Each earlier chunk there takes the prior or the posterior form by a coin of
+    its own, as in training; without a pick it is plain text. The picks are put into the dict `picked`, if
+    given. min_gain: see choose.
     """
     numbers, picked = np.asarray(numbers), {} if picked is None else picked
     wave = rank_in_group(corpus.doc_of(numbers)) if context == "thoughts" else np.zeros(len(numbers), np.int64)
@@ -768,7 +774,7 @@ def infer(engine: Engine, tok: Tokenizer, corpus: Corpus, numbers, samples: int,
 
 
 def weigh(engine: Engine, tok, corpus: Corpus, numbers: np.ndarray, contexts, drawn, picked: dict) -> Samples:
-    """What Engine.generate has drawn for the chunks `numbers` in their contexts, with its weights; none is picked.
+    """What Engine.generate has drawn for the chunks `numbers` in their contexts, weighed; none is picked yet.
 
     UserError for a log-probability that is not finite.
     """
@@ -778,14 +784,17 @@ def weigh(engine: Engine, tok, corpus: Corpus, numbers: np.ndarray, contexts, dr
     log_q = np.array([[q for _, _, q in row] for row in drawn], dtype=np.float64).reshape(shape)
     thoughts = [[ids[:-1] if done else ids for ids, done, _ in row] for row in drawn]
 
-    # One prefix a chunk, up to its context. Tails: x alone, SOL EOL x, and SOL PRI z EOL x for each that ended.
+    # One prefix a chunk, up to its context. Tails: x alone, SOL EOL x, and SOL PRI z EOL x of ended thoughts.
     prefixes, tails = [], []
     for i, c, row, done in zip(numbers, contexts, thoughts, finished):
         bare, part = write_chunk(tok, corpus, i, c, None, RAW, picked)
         start, x = part.chunk[0], bare[part.chunk[0] :]
-        whole = [write_chunk(tok, corpus, i, c, z, PRIOR, picked)[0] if ok else () for z, ok in zip(row, done)]
+        thinking = [
+            write_chunk(tok, corpus, i, c, z, PRIOR, picked)[0][start:] if ok else ()
+            for z, ok in zip(row, done)
+        ]
         prefixes.append(bare[:start])
-        tails.append([x, [tok.sol, tok.eol, *x], *(ids[start:] for ids in whole)])
+        tails.append([x, [tok.sol, tok.eol, *x], *thinking])
     scores = engine.score(prefixes, tails)
     log_alone = np.array([alone.sum() for alone, *_ in scores])
     log_sol = np.array([none[0] for _, none, *_ in scores])
@@ -840,22 +849,23 @@ def ess(log_w: np.ndarray) -> np.ndarray:
     return w.sum(axis=1) ** 2 / np.maximum((w**2).sum(axis=1), 1e-300)
 
 
-# e in p_text: how often there is no thought behind SOL. A model has no say in it, for the marker that comes next is
-# learned from the coin between the two forms.
+# e in p_text: how often there is no thought behind SOL. A model has no say in it, for the marker that comes
+# next is learned from the coin between the two forms.
 NO_THOUGHT = 0.01
 
 
 def bound(got, k: int) -> np.ndarray:
     """IWAE-k estimates of log p_text(x | c) in nats, [n], always finite. k = 1: the ELBO.
 
-    got: Samples, or whatever has its log_w [n, K], log_none, log_alone, log_sol [n]. The K >= k samples are cut into
-    groups of k, and the estimate is the mean over the groups of
+    got: Samples, or whatever has its log_w [n, K], log_none, log_alone, log_sol [n]. The K >= k samples are
+    cut into groups of k, and the estimate is the mean over the groups of
 
         log(p(x | c) + p(SOL | c) * ((1 - e) * (1/k) sum w + e * p(x | c, SOL EOL)))        e = NO_THOUGHT
 
-    A thought that was cut off has w = 0. So what stands in the log is unbiased for p_text with
-    p(x, |z| < max_new | c, SOL PRI) in place of p(x | c, SOL PRI), which is never less. By Jensen the expectation is at
-    most log p_text. It rises with k and with max_new; for the same samples each cut-off lowers the value itself.
+    A thought that was cut off has w = 0. So what stands in the log is unbiased for p_text with p(x, |z| <
+    max_new | c, SOL PRI) in place of p(x | c, SOL PRI), which is never less. By Jensen the expectation is at
+    most log p_text. It rises with k and with max_new; for the same samples each cut-off lowers the value
+    itself.
     """
     groups = got.log_w[:, : got.log_w.shape[1] // k * k].reshape(len(got.log_w), -1, k)
     behind_thought = np.logaddexp.reduce(groups, axis=2) - np.log(k)  # [n, n_groups]; -inf: all cut off
@@ -865,14 +875,14 @@ def bound(got, k: int) -> np.ndarray:
 
 
 def thoughtless(got) -> np.ndarray:
-    """log(p(x | c) + p(SOL | c) * p(x | c, SOL EOL)) in nats, [n]: p_text without thinking. got: as for bound()."""
+    """log(p(x | c) + p(SOL | c) * p(x | c, SOL EOL)) in nats, [n]: without thoughts. got: see bound()."""
     return np.logaddexp(got.log_alone, got.log_sol + got.log_none)
 
 
 def check(model: Llama, tok: Tokenizer, corpus: Corpus, numbers, got: Samples, limits: Limits, picked) -> np.ndarray:
-    """[2, 2]: largest differences of [log_q, log_p] from score_slowly over all thoughts of the chunks `numbers`.
+    """[2, 2]: largest differences of [log_q, log_p] from score_slowly over all thoughts of the chunks.
 
-    Each is the difference of a sum over n tokens, in nats: over n in the first row, over sqrt(n) in the second.
+    Each is the difference of a sum of n tokens, in nats: over n in the first row, over sqrt(n) in the second.
     """
     worst = np.zeros((2, 2))
     for row, i in enumerate(numbers):
@@ -888,10 +898,11 @@ def check(model: Llama, tok: Tokenizer, corpus: Corpus, numbers, got: Samples, l
 
 # ---------------------------------------------------------------------------------------------------- work
 
-# By how much a sum over n tokens may differ from score_slowly's, in nats: by TOLERANCE * n and SUM_TOLERANCE * sqrt(n).
-# Rounding goes up as often as down, so its sum grows as the square root of n. An error that is alike at every token
-# grows as n, and tilts the weights: with 0.1 nats a token alone, a thought of 500 tokens could be off by 50 nats; now
-# by 5.6. bfloat16's rounding, measured on SmolLM2-135M: 0.05 in the root of the mean square, at most MEASURED.
+# By how much a sum over n tokens may differ from score_slowly's, in nats: by TOLERANCE * n and SUM_TOLERANCE
+# * sqrt(n). Rounding goes up as often as down, so its sum grows as the square root of n. An error that is
+# alike at every token grows as n, and tilts the weights: with 0.1 nats a token alone, a thought of 500 tokens
+# could be off by 50 nats; now by 5.6. bfloat16's rounding, measured on SmolLM2-135M: 0.05 in the root of the
+# mean square, at most 0.11.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 SUM_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 OF_SAMPLES = ("log_q", "log_p", "log_x", "log_w", "length", "finished")  # [n, K] in samples.npz
@@ -918,8 +929,8 @@ def run_part(path: Path, numbers: np.ndarray, engine: Engine, tok, corpus: Corpu
         each, whole = worst.max(axis=1)
         raise UserError(
             f"the engine's log_q or log_p differs from the slow function by {each:.2g} nats a token (at most "
-            f"{TOLERANCE[dtype]} wanted), and over a thought by {whole:.2g} nats times the root of its tokens "
-            f"(at most {SUM_TOLERANCE[dtype]} wanted): nothing of this part is kept"
+            f"{TOLERANCE[dtype]} wanted), and over a thought by {whole:.2g} nats times the root of its "
+            f"tokens (at most {SUM_TOLERANCE[dtype]} wanted): nothing of this part is kept"
         )
     spans = [z if (z := got.chosen(row)) is not None else np.zeros(0, np.int64) for row in range(len(numbers))]
     shown = numbers[: EXAMPLES if path.stem == "000000" else 0]
@@ -951,9 +962,9 @@ def describe(tok: Tokenizer, corpus: Corpus, i: int, got: Samples, row: int) -> 
 def figures(part: dict, n_bytes: int) -> dict:
     """What the samples of all inferred chunks tell, for meta.json; None: the mean of nothing.
 
-    part: the arrays of OF_SAMPLES and OF_CHUNKS. gain: log p(x | c, z) - log_none, in nats. nll_bound {k: -bound()},
-    nll_thoughtless (-thoughtless()) and nll_alone (-log_alone) are of all these chunks, whatever was cut off: in nats
-    a byte, and with _chunk in nats a chunk.
+    part: the arrays of OF_SAMPLES and OF_CHUNKS. gain: log p(x | c, z) - log_none, in nats. nll_bound
+    {k: -bound()}, nll_thoughtless (-thoughtless()) and nll_alone (-log_alone) are of all these chunks, whatever
+    was cut off: in nats a byte, and with _chunk in nats a chunk.
     """
     got = SimpleNamespace(**part)
     log_w, finished = got.log_w, got.finished
@@ -1062,7 +1073,8 @@ def report(meta: dict) -> str:
         "bound of -log p, nats a byte (a chunk): " + ", ".join(bounds) + "; " + ", ".join(others),
         f"checked against the slow function on {checked['chunks']} chunks: "
         f"log_q within {checked['log_q']:.1e}, log_p within {checked['log_p']:.1e} nats a token; "
-        f"over a thought within {checked['log_q_sum']:.1e} and {checked['log_p_sum']:.1e} nats times the root of its tokens",
+        f"over a thought within {checked['log_q_sum']:.1e} and {checked['log_p_sum']:.1e} nats "
+        "times the root of its tokens",
     ]
     if meta["gain"] is None:
         lines[2] = "no thought ended: raise --max_new, or train the model longer"
