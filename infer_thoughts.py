@@ -106,6 +106,8 @@ class Settings:
     max_new: int = opt(128, "longest thought in tokens, its EOL included", low=1)
     context: Literal["bare", "thoughts"] = opt("thoughts", "earlier chunks as plain text, or with their picked thoughts")
     before: int = opt(3, "chunks before the chunk that are given", low=0)
+    proposal: Literal["posterior", "prior"] = opt("posterior", "who thinks: q(z | c, x), or the prior p(z | c), "
+        "which has not read the text; weights and bounds hold for both")  # fmt: skip
     select: Literal["resample", "argmax", "uniform"] = opt("resample", "by weight, the heaviest, any")
     min_gain: float = opt(0.0, "drop picks that gain fewer nats for their text; -inf: none", low=-math.inf)
     part_size: int = opt(0, "chunks a part: what a kill can cost; 0: 500 on a CPU, 20000 on a GPU", low=0)
@@ -713,6 +715,7 @@ class Samples:
     log_none: np.ndarray  # [n] log p(x | c, SOL EOL): the first half of the posterior form
     log_alone: np.ndarray  # [n] log p(x | c): as training writes a chunk without a thought
     log_sol: np.ndarray  # [n] log p(SOL | c)
+    computed: np.ndarray  # [n] tokens that the model has read, sampled and scored for the chunk
     pick: np.ndarray  # [n] index of the pick; -1: none
 
     @property
@@ -735,14 +738,14 @@ def rank_in_group(group: np.ndarray) -> np.ndarray:
 
 
 def infer(engine: Engine, tok: Tokenizer, corpus: Corpus, numbers, samples: int, limits: Limits, seed: int, *,
-          context: str = "bare", select: str = "resample", min_gain: float = -math.inf, purpose: int = DRAW,
-          on_tokens=None, picked=None) -> Samples:  # fmt: skip
+          context: str = "bare", proposal: int = POSTERIOR, select: str = "resample", min_gain: float = -math.inf,
+          purpose: int = DRAW, on_tokens=None, picked=None) -> Samples:  # fmt: skip
     """Sample, weigh and pick among `samples` thoughts for each chunk in `numbers`.
 
     context="thoughts": documents advance side by side, a chunk of each at a time, so that every pick stands
     in the context of the next. Each earlier chunk there takes the prior or the posterior form by a coin of
     its own, as in training; without a pick it is plain text. The picks are put into the dict `picked`, if
-    given. min_gain: see choose.
+    given. proposal: the form whose thoughts are sampled, POSTERIOR or PRIOR. min_gain: see choose.
     """
     numbers, picked = np.asarray(numbers), {} if picked is None else picked
     wave = rank_in_group(corpus.doc_of(numbers)) if context == "thoughts" else np.zeros(len(numbers), np.int64)
@@ -751,10 +754,11 @@ def infer(engine: Engine, tok: Tokenizer, corpus: Corpus, numbers, samples: int,
         rows.append(np.flatnonzero(wave == turn))
         here = numbers[rows[-1]]
         contexts = [context_of(corpus, i, limits, picked) for i in here]
-        prompts = [write_chunk(tok, corpus, i, c, None, POSTERIOR, picked)[0] for i, c in zip(here, contexts)]
+        prompts = [write_chunk(tok, corpus, i, c, None, proposal, picked)[0] for i, c in zip(here, contexts)]
         stop, how = {tok.eol}, dict(purpose=purpose, on_tokens=on_tokens)
         drawn = engine.generate(prompts, here, samples, limits.max_new, stop, seed, **how)
         got = weigh(engine, tok, corpus, here, contexts, drawn, picked)
+        got.computed += np.array([len(prompt) for prompt in prompts], dtype=np.int64)
         got.pick = choose(select, got.log_w, got.gain, min_gain, hash_uniform(PICK, seed, here))
         waves.append(got)
         for row, i in enumerate(here if context == "thoughts" else []):
@@ -810,8 +814,10 @@ def weigh(engine: Engine, tok, corpus: Corpus, numbers: np.ndarray, contexts, dr
         raise UserError(f"chunk {numbers[bad][0]}: log-probabilities are not finite; the model's weights or the arithmetic are broken")
     log_w = np.where(finished, log_p - log_q, -np.inf)
     log_q = np.where(finished, log_q, -np.inf)
-    pick = np.full(len(numbers), -1)
-    return Samples(thoughts, log_q, log_p, log_x, log_w, length, finished, log_none, log_alone, log_sol, pick)
+    scored = [len(prefix) + sum(map(len, group)) for prefix, group in zip(prefixes, tails)]
+    computed, pick = length.sum(axis=1) + np.array(scored, dtype=np.int64), np.full(len(numbers), -1)
+    of_chunks = (log_none, log_alone, log_sol, computed, pick)
+    return Samples(thoughts, log_q, log_p, log_x, log_w, length, finished, *of_chunks)
 
 
 def normalise(log_w: np.ndarray) -> np.ndarray:
@@ -879,7 +885,8 @@ def thoughtless(got) -> np.ndarray:
     return np.logaddexp(got.log_alone, got.log_sol + got.log_none)
 
 
-def check(model: Llama, tok: Tokenizer, corpus: Corpus, numbers, got: Samples, limits: Limits, picked) -> np.ndarray:
+def check(model: Llama, tok: Tokenizer, corpus: Corpus, numbers, got: Samples, limits: Limits, picked,
+          proposal: int = POSTERIOR) -> np.ndarray:  # fmt: skip
     """[2, 2]: largest differences of [log_q, log_p] from score_slowly over all thoughts of the chunks.
 
     Each is the difference of a sum of n tokens, in nats: over n in the first row, over sqrt(n) in the second.
@@ -888,9 +895,9 @@ def check(model: Llama, tok: Tokenizer, corpus: Corpus, numbers, got: Samples, l
     for row, i in enumerate(numbers):
         c = context_of(corpus, i, limits, picked)
         for z, ok, *fast in zip(got.thoughts[row], got.finished[row], got.log_q[row], got.log_p[row]):
-            for side, form in enumerate((POSTERIOR, PRIOR) if ok else ()):
+            for side, form in enumerate((proposal, PRIOR) if ok else ()):
                 ids, part = write_chunk(tok, corpus, i, c, z, form, picked)
-                start, end = part.thought[0], part.chunk[1] if form == PRIOR else part.thought[1]
+                start, end = part.thought[0], (part.thought if side == 0 else part.chunk)[1]
                 n, difference = end - start, abs(score_slowly(model, ids, start, end) - fast[side])
                 worst[:, side] = np.maximum(worst[:, side], (difference / n, difference / n**0.5))
     return worst
@@ -906,7 +913,7 @@ def check(model: Llama, tok: Tokenizer, corpus: Corpus, numbers, got: Samples, l
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 SUM_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 OF_SAMPLES = ("log_q", "log_p", "log_x", "log_w", "length", "finished")  # [n, K] in samples.npz
-OF_CHUNKS = ("log_none", "log_alone", "log_sol", "pick")  # [n]
+OF_CHUNKS = ("log_none", "log_alone", "log_sol", "computed", "pick")  # [n]
 CHECKED = ("log_q", "log_p", "log_q_sum", "log_p_sum")  # check()'s numbers: over n, and over sqrt(n)
 EXAMPLES = 50  # chunks of the first part that are written out in full
 
@@ -914,7 +921,8 @@ EXAMPLES = 50  # chunks of the first part that are written out in full
 def run_part(path: Path, numbers: np.ndarray, engine: Engine, tok, corpus: Corpus, s: Settings, on_tokens) -> dict:
     """Infer one part and write it whole: the numbers of every sample, and the picked thoughts. A line for metrics.jsonl."""
     begin, limits, picked = time.time(), Limits(s.before, s.max_new, engine.config.seq_len), {}
-    rules = dict(context=s.context, select=s.select, min_gain=s.min_gain)
+    proposal = PRIOR if s.proposal == "prior" else POSTERIOR
+    rules = dict(context=s.context, proposal=proposal, select=s.select, min_gain=s.min_gain)
     rules |= dict(on_tokens=on_tokens, picked=picked)
     got = infer(engine, tok, corpus, numbers, s.samples, limits, s.seed, **rules)
     sampled = time.time()
@@ -922,7 +930,7 @@ def run_part(path: Path, numbers: np.ndarray, engine: Engine, tok, corpus: Corpu
     if not len(checked) and path.stem == "000000":
         checked = np.array([0])
     subset = Samples(**{k: [v[r] for r in checked] if isinstance(v, list) else v[checked] for k, v in vars(got).items()})
-    worst = check(engine.model, tok, corpus, numbers[checked], subset, limits, picked)
+    worst = check(engine.model, tok, corpus, numbers[checked], subset, limits, picked, proposal)
     dtype = engine.config.dtype
     allowed = np.array([[TOLERANCE[dtype]], [SUM_TOLERANCE[dtype]]])
     if not (worst <= allowed).all():
@@ -1023,10 +1031,11 @@ def merge(paths: list[Path], corpus: Corpus, tok: Tokenizer, s: Settings, counts
         "all_cut_off": int((~inferred["finished"].any(axis=1)).sum()),
         "empty_picks": int(sum(len(spans[i]) == 0 for i in np.flatnonzero(done & (samples["pick"] >= 0)))),
         "sampled_tokens": int(samples["length"].sum()),
+        "computed_tokens": int(np.nansum(samples["computed"])),
         "checked": {"chunks": n_checked} | dict(zip(CHECKED, worst.ravel().tolist())),
     }
     how = {"model": str(s.model), "samples": K, "max_new": s.max_new, "temperature": 1.0, "seed": s.seed, "selection": s.select}
-    how |= {"min_gain": s.min_gain, "context": s.context, "before": s.before, "weights": fingerprint(s.model)}
+    how |= {"proposal": s.proposal, "min_gain": s.min_gain, "context": s.context, "before": s.before, "weights": fingerprint(s.model)}
     meta = how | counts | figures(inferred, n_bytes)
     work = paths[0].parent
     (work / "examples.txt").write_text("\n\n".join(examples) + "\n", encoding="utf-8")

@@ -47,7 +47,7 @@ from data.stream import Batch, Stream
 from data.tokenizer import Tokenizer, load_tokenizer
 
 # What a preset changes; flags given beside it win. The paper's 1B recipe is in its section 4 and appendix.
-BIG = dict(attention="packed", optimizer="adamw", lr=1e-4, final_lr=1e-6, warmup=1000, dtype="bfloat16", log_every=1, save_every=500, val_every=500)
+BIG = dict(attention="packed", optimizer="adamw", lr=1e-4, final_lr=1e-6, weight_decay=0.01, warmup=1000, dtype="bfloat16", log_every=1, save_every=500, val_every=500)
 TINYLLAMA = dict(n_layer=22, n_head=32, n_kv_head=4, n_embd=2048, n_hidden=5632, seq_len=2048, rope_theta=1e4, tie_embeddings=False, n_vocab=32004)
 SMOLLM2 = dict(n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_hidden=1536, seq_len=1024, rope_theta=1e5, tie_embeddings=True, n_vocab=49156)
 PRESETS = {
@@ -74,7 +74,7 @@ class Settings:
     val_every: int = opt(100, "steps between validations (and one at the end)", low=1)
     val_rows: int = opt(512, "documents (padded) or packed rows it is measured on, the same each time", low=1)
     # model: the toy's size; Llama-family throughout. With --init_from that folder decides
-    n_layer: int = opt(4, "transformer blocks", low=1)
+    n_layer: int = opt(3, "transformer blocks", low=1)
     n_head: int = opt(2, "query heads", low=1)
     n_kv_head: int = opt(1, "key and value heads; fewer than --n_head: grouped-query attention", low=1)
     n_embd: int = opt(64, "width", low=2)
@@ -90,12 +90,12 @@ class Settings:
     batch_size: int = opt(32, "rows an optimiser step, over all devices", low=1)
     micro_batch: int = opt(0, "rows that a device computes at once: fewer rows, less memory; 0: --batch_size / devices", low=0)
     # optimisation
-    max_steps: int = opt(600, "optimiser steps; 0: only write the model", low=0)
+    max_steps: int = opt(300, "optimiser steps; 0: only write the model", low=0)
     max_tokens: int = opt(0, "if above 0: as many steps as come nearest to this many training tokens", low=0)
     optimizer: Literal["muon", "adamw"] = opt("muon", "for the matrices of the blocks; AdamW always has the rest")
     lr: float = opt(4e-3, "peak learning rate of AdamW", low=0)
     muon_lr: float = opt(0.02, "peak learning rate of Muon", low=0)
-    weight_decay: float = opt(0.01, "decoupled weight decay", low=0)
+    weight_decay: float = opt(0.1, "decoupled weight decay", low=0)
     schedule: Literal["cosine", "wsd"] = opt("cosine", "or warm-up, stable, decay: constant, and linear over the last fifth")
     warmup: int = opt(10, "steps of linear warm-up", low=0)
     final_lr: float = opt(0.0, "end of the schedule, as a share of the peak", low=0)

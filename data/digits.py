@@ -50,11 +50,17 @@ class Settings:
     seed: int = opt(0, "another seed, other problems")
 
 
+def pairs_of(s: Settings) -> list[tuple[str, int]]:
+    """The (operation, operand) pairs that there are. A factor is left out if it makes more than two numbers alike (modulo 10: 0 and
+    5): behind it a wrong step would not show in the answer, and thoughts with mistakes would pass for good ones."""
+    pairs = [(operation, operand) for operation in s.operations for operand in range(s.modulus)]
+    return [(operation, operand) for operation, operand in pairs if operation != "*" or math.gcd(operand, s.modulus) <= 2]
+
+
 def draw_problem(rng: random.Random, s: Settings) -> tuple:
     """(start, ((operation, operand), ...)), all numbers below the modulus. No (operation, operand) occurs twice in a problem, so that
     each step of the thought can be found in the question by what it says."""
-    pairs = [(operation, operand) for operation in s.operations for operand in range(s.modulus)]
-    return rng.randrange(s.modulus), tuple(rng.sample(pairs, rng.randint(s.min_ops, s.max_ops)))
+    return rng.randrange(s.modulus), tuple(rng.sample(pairs_of(s), rng.randint(s.min_ops, s.max_ops)))
 
 
 def solve(problem: tuple, modulus: int) -> tuple[list[tuple[int, str, int, int]], int]:
@@ -84,7 +90,7 @@ def make_documents(s: Settings) -> dict[str, list]:
     """{"warm" | "raw" | "heldout": documents}, each a list of problems, all different. UserError when too few exist."""
     if not s.operations or set(s.operations) - set(OPERATIONS) or len(set(s.operations)) < len(s.operations):
         raise UserError(f"--operations={s.operations}: expected some of + - *, each once")
-    n_pairs = len(s.operations) * s.modulus
+    n_pairs = len(pairs_of(s))
     exist = sum(s.modulus * math.perm(n_pairs, n) for n in range(s.min_ops, s.max_ops + 1))
     needed = (s.warm + s.raw + s.heldout) * s.problems
     if s.min_ops > s.max_ops:

@@ -193,7 +193,7 @@ def test_fifty_steps_equal_transformers(tmp_path):
     """Beside a plain loop with transformers' model and torch's AdamW, from the same weights, on the same batches."""
     transformers = pytest.importorskip("transformers")
     tok = make_tokenizer()
-    s = train.Settings(n_layer=6, n_embd=256, n_head=8, n_kv_head=4, seq_len=64, rope_theta=1e4, optimizer="adamw", lr=1e-3, max_steps=50, clip=1.0)
+    s = train.Settings(n_layer=6, n_embd=256, n_head=8, n_kv_head=4, seq_len=64, rope_theta=1e4, optimizer="adamw", lr=1e-3, max_steps=50, clip=1.0, weight_decay=0.01)
     model = train.start_model(s, train.make_config(s, tok.n_vocab), None, None, "cpu")
     assert 4e6 < sum(p.numel() for p in model.parameters()) < 6e6
     train.save_model(tmp_path, model, tok)
