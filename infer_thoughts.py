@@ -5,23 +5,43 @@ For a chunk x with the chunks c before it, and a model that was trained on thoug
     sample   z_1 .. z_K  from  q(z | c, x),  at temperature 1 over the full vocabulary
     weigh    log_w_k  =  log p(z_k, x | c)  -  log q(z_k | c, x)
     pick     one z_k with probability  w_k / sum w                                              (--select)
+             but none if the text is likelier without:  log p(x | c, z_k) - log_none < --min_gain
 
     q:  BOS c c c  SOL EOL  x x x x  SOL POS  z z z EOL            both score z and the EOL that ends it;
                                              [- log_q -]           p scores x, too. Markers are given.
     p:  BOS c c c  SOL PRI  z z z EOL  x x x x
                            [------ log_p -----]
 
-(1/K) sum_k w_k is an unbiased estimate of p(x | c). So its log is a lower bound of log p(x | c) in expectation: the ELBO at
-K = 1, and tighter with every K (IWAE, Burda et al. 2016). The pick tends to the exact posterior p(z | c, x) as K grows. A thought
-that was cut off at --max_new has no EOL, thus weight 0; a chunk with all K cut off gets no thought. Both are counted.
+The same text without a thought, in the two ways that training writes it (log_sol scores the first SOL, which there is a choice):
+
+    none:   BOS c c c  SOL EOL  x x x x                            alone:   BOS c c c  x x x x
+                               [log_none]                                              [log_alone]
+
+The pick tends to the exact posterior p(z | c, x) as K grows. A thought that was cut off at --max_new has no EOL, thus weight 0; a chunk
+with all K cut off gets no thought. Both are counted. Weights compare the K thoughts with one another only: when all K mislead, one of them
+is picked all the same, and training on it teaches p to expect thoughts that do not fit their text. So a pick that gains less than --min_gain
+nats over log_none is dropped: the chunk goes to training without a thought, and is counted (no_gain). The paper has no such rule
+(--min_gain=-inf); RLP (arXiv 2510.01265) has the same difference as its reward.
+
+What the bounds bound. A text shows no markers, so it can come about in three ways, and the model's probability of it is their sum:
+
+    p_text(x | c)  =  p(x | c)  +  p(SOL | c) * ( (1 - e) * p(x | c, SOL PRI)  +  e * p(x | c, SOL EOL) )        e = NO_THOUGHT
+                      alone                        behind a thought                 none
+
+(1/K) sum_k w_k is an unbiased estimate not of p(x | c), nor of p(x | c, SOL PRI), but of p(x, |z| < max_new | c, SOL PRI): of what x gets
+behind thoughts that end in time. It stands in the sum for p(x | c, SOL PRI), which is at least as large. By Jensen the log is in expectation
+at most log p_text: the ELBO at K = 1, and tighter with every K (IWAE, Burda et al. 2016). However many thoughts are cut off, the bound is finite
+and valid, and no cut-off improves it. With --context=thoughts c hangs on earlier text and on random picks only, so the sum over a document's
+chunks bounds the log of a probability of documents, too, whatever the rule of the picks.
 
     --context=thoughts  c is up to --before earlier chunks with the thoughts that were picked for them, as in training. Documents advance chunk
-                        by chunk: sequential importance sampling, whose product of a document's (1/K) sum_k w_k is unbiased for it.
+                        by chunk: sequential importance sampling, whose product of a document's (1/K) sum_k w_k is unbiased for it
+                        (p(z_1, x_1, z_2, x_2 ...) summed over thoughts that end in time) if picks are drawn by weight and none is dropped.
     --context=bare      c is plain text: the paper's choice, and far worse (README) unless train.py --bare has shown the model such contexts.
 
     python infer_thoughts.py --model=out/M0 --corpus=out/digits/raw --out_dir=out/E1 --samples=4 --show=3      # a CPU, or one GPU
     torchrun --nproc_per_node=8 infer_thoughts.py --model=M0 --corpus=C --out_dir=E1 --max_new=1024            # eight
-    python infer_thoughts.py ... --context=bare --samples=16 --add_to=out/E1 --out_dir=out/E1-16              # 12 more samples a chunk
+    python infer_thoughts.py ... --select=uniform --min_gain=-inf                   # neither weights nor the rule of the gain
 
 Writes a thoughts folder (data/corpus.py). Work is done in parts, each written once, by any number of these commands at the same time,
 on any machines that share --out_dir; one that is killed costs the part it was at, and the last to finish joins the parts.
@@ -65,7 +85,6 @@ from data.corpus import (
     hash_uniform,
     layout,
     open_corpus,
-    open_thoughts,
     write_thoughts,
 )  # fmt: skip
 from data.tokenizer import Tokenizer
@@ -81,10 +100,9 @@ class Settings:
     max_new: int = opt(128, "longest thought in tokens, its EOL included", low=1)
     context: Literal["bare", "thoughts"] = opt("thoughts", "earlier chunks as plain text, or with their picked thoughts")
     before: int = opt(3, "chunks before the chunk that are given", low=0)
-    select: Literal["resample", "argmax", "uniform", "mcmc"] = opt("resample", "the pick: by weight (the paper's), the heaviest, any that ended, "
-        "or the thought in --previous unless a new one is accepted by the ratio of weights (TRICE)")  # fmt: skip
-    previous: str = opt("", "for mcmc: the thoughts folder of the round before; none: the first new thought starts the chain")
-    add_to: str = opt("", "a thoughts folder of the same model and settings with fewer samples: draw only the others")
+    select: Literal["resample", "argmax", "uniform"] = opt("resample", "the pick: by weight (the paper's), the heaviest, or any that ended")
+    min_gain: float = opt(0.0, "a pick is dropped if log p(x|c,z) - log p(x|c, no thought) is below this, in nats; -inf: never (the paper's)",
+                          low=-math.inf)  # fmt: skip
     part_size: int = opt(0, "chunks a part: what a kill can cost; 0: 500 on a CPU, 20000 on a GPU", low=0)
     rows: int = opt(0, "thoughts sampled side by side, at most; 0: 1024, fewer where memory is short", low=0)
     workers: int = opt(0, "processes that share the work on a CPU; 0: one a core for models below 20M parameters, else one", low=0)
@@ -445,11 +463,11 @@ class Engine:
         self.graphs[step].replay()
 
     @torch.inference_mode()
-    def generate(self, prompts, keys, samples: int, max_new: int, stop: set[int], seed: int, *, first: int = 0, purpose: int = DRAW,
+    def generate(self, prompts, keys, samples: int, max_new: int, stop: set[int], seed: int, *, purpose: int = DRAW,
                  temperature: float = 1.0, top_p: float = 1.0, on_tokens=None, ends=None) -> list[list[tuple]]:  # fmt: skip
         """Continue each prompt `samples` times until a token of `stop` or `max_new` tokens.
 
-        prompts: lists of ids; keys: an integer each, which seeds its noise, as does the sample's number (from `first` on). Returns for each
+        prompts: lists of ids; keys: an integer each, which seeds its noise, as does the sample's number. Returns for each
         prompt its samples (ids with the stop token if there is one, finished, sum of the ids' log-probabilities: sample_slowly's).
         on_tokens(n) is told of every n sampled tokens. temperature 0: the likeliest tokens. top_p: of the likeliest tokens only, see nucleus.
         ends(ids) is asked every 8 tokens whether a sample has ended by what it says; it then counts as finished.
@@ -463,7 +481,7 @@ class Engine:
         self.reserve(samples, max(map(len, prompts)) - 1, max_new, len(prompts))
         n_slots, C, results = self.shape[0], self.shape[3], [[None] * samples for _ in prompts]
         self.stop = self.stops.setdefault(frozenset(stop), torch.tensor(sorted(stop), device=self.device))
-        noise = hash_state(purpose, seed, keys[:, None], first + np.arange(samples)).astype(np.int64)  # [n_prompts, samples]
+        noise = hash_state(purpose, seed, keys[:, None], np.arange(samples)).astype(np.int64)  # [n_prompts, samples]
         todo = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))  # longest first, for little padding
         free = list(range(1, n_slots))  # a heap: low slots first, so that the ones in use lie close together
         holder, begun, left = np.full(n_slots, -1), np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64)
@@ -684,15 +702,20 @@ class Samples:
     log_w: np.ndarray
     length: np.ndarray  # sampled tokens, with EOL
     finished: np.ndarray
-    log_raw: np.ndarray  # [n] log p(x | c), no thought in between
-    log_kept: np.ndarray  # [n] log_w of the previous round's thought, for mcmc; else -inf
-    pick: np.ndarray  # [n] index of the pick; K: the previous thought; -1: none
-    kept: list  # [n] the previous round's thought
+    log_none: np.ndarray  # [n] log p(x | c, SOL EOL): the text in the form that training knows, without a thought before it
+    log_alone: np.ndarray  # [n] log p(x | c): the text right behind its context, as training writes a chunk without a thought
+    log_sol: np.ndarray  # [n] log p(SOL | c)
+    pick: np.ndarray  # [n] index of the pick; -1: none
+
+    @property
+    def gain(self) -> np.ndarray:
+        """[n, K] nats by which each thought makes its text likelier; -inf for one that was cut off."""
+        return self.log_x - self.log_none[:, None]
 
     def chosen(self, row: int):
         """The picked thought of a chunk; None: it has none."""
         k = self.pick[row]
-        return None if k < 0 else self.kept[row] if k == self.log_w.shape[1] else self.thoughts[row][k]
+        return None if k < 0 else self.thoughts[row][k]
 
 
 def rank_in_group(group: np.ndarray) -> np.ndarray:
@@ -704,12 +727,12 @@ def rank_in_group(group: np.ndarray) -> np.ndarray:
 
 
 def infer(engine: Engine, tok: Tokenizer, corpus: Corpus, numbers, samples: int, limits: Limits, seed: int, *, context: str = "bare",
-          select: str = "resample", previous=None, first: int = 0, purpose: int = DRAW, on_tokens=None, picked=None) -> Samples:  # fmt: skip
+          select: str = "resample", min_gain: float = -math.inf, purpose: int = DRAW, on_tokens=None, picked=None) -> Samples:  # fmt: skip
     """Sample, weigh and pick among `samples` thoughts for each chunk in `numbers`.
 
     context="thoughts": documents advance side by side, a chunk of each at a time, so that every pick stands in the context of the next. Each earlier
-    chunk there takes the prior or the posterior form by a coin of its own, as in training. The picks are put into the dict `picked`, if given.
-    previous: {chunk: thought} for mcmc. first: number of the first sample.
+    chunk there takes the prior or the posterior form by a coin of its own, as in training; one without a pick is plain text, as in training.
+    The picks are put into the dict `picked`, if given.
     """
     numbers, picked = np.asarray(numbers), {} if picked is None else picked
     wave = rank_in_group(corpus.doc_of(numbers)) if context == "thoughts" else np.zeros(len(numbers), np.int64)
@@ -717,7 +740,11 @@ def infer(engine: Engine, tok: Tokenizer, corpus: Corpus, numbers, samples: int,
     for turn in range(wave.max(initial=0) + 1):
         rows.append(np.flatnonzero(wave == turn))
         here = numbers[rows[-1]]
-        got = infer_wave(engine, tok, corpus, here, samples, limits, seed, select, previous or {}, first, purpose, on_tokens, picked)
+        contexts = [context_of(corpus, i, limits, picked) for i in here]
+        prompts = [write_chunk(tok, corpus, i, c, None, POSTERIOR, picked)[0] for i, c in zip(here, contexts)]
+        drawn = engine.generate(prompts, here, samples, limits.max_new, {tok.eol}, seed, purpose=purpose, on_tokens=on_tokens)
+        got = weigh(engine, tok, corpus, here, contexts, drawn, picked)
+        got.pick = choose(select, got.log_w, got.gain, min_gain, hash_uniform(PICK, seed, here))
         waves.append(got)
         for row, i in enumerate(here if context == "thoughts" else []):
             z = got.chosen(row)
@@ -735,45 +762,38 @@ def infer(engine: Engine, tok: Tokenizer, corpus: Corpus, numbers, samples: int,
     return Samples(**whole)
 
 
-def infer_wave(engine, tok, corpus, numbers, K, limits, seed, select, previous, first, purpose, on_tokens, picked) -> Samples:
-    """infer() for chunks whose contexts are known."""
-    contexts = [context_of(corpus, i, limits, picked) for i in numbers]
-    prompts = [write_chunk(tok, corpus, i, c, None, POSTERIOR, picked)[0] for i, c in zip(numbers, contexts)]
-    drawn = engine.generate(prompts, numbers, K, limits.max_new, {tok.eol}, seed, first=first, purpose=purpose, on_tokens=on_tokens)
-    finished = np.array([[f for _, f, _ in row] for row in drawn], dtype=bool).reshape(len(numbers), K)
-    length = np.array([[len(ids) for ids, _, _ in row] for row in drawn]).reshape(len(numbers), K)
-    log_q = np.array([[q for _, _, q in row] for row in drawn]).reshape(len(numbers), K)
+def weigh(engine: Engine, tok, corpus: Corpus, numbers: np.ndarray, contexts, drawn, picked: dict) -> Samples:
+    """The thoughts that were drawn for the chunks `numbers` in their contexts (Engine.generate's results), scored; none is picked yet."""
+    shape = len(numbers), len(drawn[0]) if drawn else 1
+    finished = np.array([[done for _, done, _ in row] for row in drawn], dtype=bool).reshape(shape)
+    length = np.array([[len(ids) for ids, _, _ in row] for row in drawn], dtype=np.int64).reshape(shape)
+    log_q = np.array([[q for _, _, q in row] for row in drawn], dtype=np.float64).reshape(shape)
     thoughts = [[ids[:-1] if done else ids for ids, done, _ in row] for row in drawn]
-    kept = [previous.get(int(i)) for i in numbers]
 
-    # One prefix a chunk, up to its context; tails: the chunk alone, and SOL PRI z EOL x for each thought that ended.
+    # One prefix a chunk, up to its context. Tails: x alone, SOL EOL x, and SOL PRI z EOL x for each thought that ended.
     prefixes, tails = [], []
-    for i, c, row, done, old in zip(numbers, contexts, thoughts, finished, kept):
+    for i, c, row, done in zip(numbers, contexts, thoughts, finished):
         bare, part = write_chunk(tok, corpus, i, c, None, RAW, picked)
-        written = [write_chunk(tok, corpus, i, c, z, PRIOR, picked)[0][part.chunk[0] :] if ok else () for z, ok in zip(row, done)]
-        old = () if old is None else write_chunk(tok, corpus, i, c, old, PRIOR, picked)[0][part.chunk[0] :]
-        prefixes.append(bare[: part.chunk[0]])
-        tails.append([bare[part.chunk[0] :], *written, old])
+        start, x = part.chunk[0], bare[part.chunk[0] :]
+        written = [write_chunk(tok, corpus, i, c, z, PRIOR, picked)[0][start:] if ok else () for z, ok in zip(row, done)]
+        prefixes.append(bare[:start])
+        tails.append([x, [tok.sol, tok.eol, *x], *written])
     scores = engine.score(prefixes, tails)
-    log_raw = np.array([row[0].sum() for row in scores])
-    sums = np.array([[(s[2:].sum(), s[len(s) - len(row[0]) :].sum()) if len(s) else (-np.inf, -np.inf) for s in row[1:]] for row in scores])
-    log_p, log_x = np.moveaxis(sums.reshape(len(numbers), K + 1, 2), 2, 0)  # [n, K + 1]: 2 markers are given; x are the last tokens
-    log_kept = np.full(len(numbers), -np.inf)
-    with_old = [row for row, z in enumerate(kept) if z is not None]
-    if with_old:
-        old_q = engine.score([prompts[row] for row in with_old], [[np.append(kept[row], tok.eol)] for row in with_old])
-        log_kept[with_old] = log_p[with_old, K] - [q.sum() for [q] in old_q]
+    log_alone = np.array([alone.sum() for alone, *_ in scores])
+    log_sol = np.array([none[0] for _, none, *_ in scores])
+    log_none = np.array([none[2:].sum() for _, none, *_ in scores])
+    log_p, log_x = np.full((2, *shape), -np.inf)
+    for row, (alone, _, *behind) in enumerate(scores):
+        for k in np.flatnonzero(finished[row]):
+            log_p[row, k] = behind[k][2:].sum()  # the two markers are given
+            log_x[row, k] = behind[k][len(behind[k]) - len(alone) :].sum()
 
-    def alive(x):
-        return np.where(finished, x, -np.inf)
-
-    log_q, log_p, log_x = alive(log_q), alive(log_p[:, :K]), alive(log_x[:, :K])
-    bad = ~np.isfinite(log_raw) | (finished & ~np.isfinite(log_p + log_q)).any(axis=1)
+    bad = ~np.isfinite(log_alone + log_none + log_sol) | (finished & ~np.isfinite(log_p + log_q)).any(axis=1)
     if bad.any():
         raise UserError(f"chunk {numbers[bad][0]}: log-probabilities are not finite; the model's weights or the arithmetic are broken")
-    log_w = np.where(finished, log_p - np.where(finished, log_q, 0), -np.inf)
-    uniform = hash_uniform(PICK, seed, numbers[:, None], np.arange(K) + first) if select == "mcmc" or first else hash_uniform(PICK, seed, numbers)[:, None]
-    return Samples(thoughts, log_q, log_p, log_x, log_w, length, finished, log_raw, log_kept, choose(select, log_w, uniform, log_kept), kept)
+    log_w = np.where(finished, log_p - log_q, -np.inf)
+    log_q = np.where(finished, log_q, -np.inf)
+    return Samples(thoughts, log_q, log_p, log_x, log_w, length, finished, log_none, log_alone, log_sol, np.full(len(numbers), -1))
 
 
 def normalise(log_w: np.ndarray) -> np.ndarray:
@@ -791,31 +811,14 @@ def pick(log_w: np.ndarray, uniform: np.ndarray) -> np.ndarray:
     return np.where(w.sum(axis=1) > 0, np.minimum(index, w.shape[1] - 1), -1)
 
 
-def choose(select: str, log_w: np.ndarray, uniform: np.ndarray, log_kept: np.ndarray) -> np.ndarray:
-    """The pick of each row of log_w [n, K] by the rule --select; uniform [n, 1], or [n, K] for mcmc. K: what was kept; -1: none."""
+def choose(select: str, log_w: np.ndarray, gain: np.ndarray, min_gain: float, uniform: np.ndarray) -> np.ndarray:
+    """The pick of each row of log_w, gain [n, K] by the rule --select; uniform [n]. -1: no thought ended, or the drawn one gains too little."""
     alive = np.isfinite(log_w)
     if select == "argmax":
-        return np.where(alive.any(axis=1), log_w.argmax(axis=1), -1)
-    if select == "uniform":
-        return pick(np.where(alive, 0.0, -np.inf), uniform[:, 0])
-    if select == "resample":
-        return pick(log_w, uniform[:, 0])
-    # Independence Metropolis-Hastings over the K samples in turn, with q as its proposal (TRICE, Phan et al. 2023, arXiv 2312.02179).
-    now, index = log_kept.copy(), np.where(np.isfinite(log_kept), log_w.shape[1], -1)
-    for k in range(log_w.shape[1]):
-        with np.errstate(divide="ignore", invalid="ignore"):
-            accept = alive[:, k] & (~np.isfinite(now) | (np.log(uniform[:, k]) < log_w[:, k] - now))
-        now, index = np.where(accept, log_w[:, k], now), np.where(accept, k, index)
-    return index
-
-
-def add_samples(old_pick, old_log_w, new_pick, new_log_w, uniform) -> np.ndarray:
-    """The pick among old [n, K] and new [n, M] samples: the old one stays with probability W_old / (W_old + W_new). As if drawn from all at once,
-    so that no thought but the picked one need be stored. Index into both, the old ones first; -1: none."""
-    old, new = (np.logaddexp.reduce(log_w, axis=1) for log_w in (old_log_w, new_log_w))
-    with np.errstate(invalid="ignore"):
-        stays = (old_pick >= 0) & ((new_pick < 0) | (uniform < np.exp(old - np.logaddexp(old, new))))
-    return np.where(stays, old_pick, np.where(new_pick >= 0, new_pick + old_log_w.shape[1], -1))
+        drawn = np.where(alive.any(axis=1), log_w.argmax(axis=1), -1)
+    else:
+        drawn = pick(log_w if select == "resample" else np.where(alive, 0.0, -np.inf), uniform)
+    return np.where(gain[np.arange(len(gain)), drawn] < min_gain, -1, drawn)
 
 
 def ess(log_w: np.ndarray) -> np.ndarray:
@@ -824,53 +827,63 @@ def ess(log_w: np.ndarray) -> np.ndarray:
     return w.sum(axis=1) ** 2 / np.maximum((w**2).sum(axis=1), 1e-300)
 
 
-def bound(log_w: np.ndarray, k: int) -> np.ndarray:
-    """IWAE-k estimates of log p(x | c) from log_w [n, K], K >= k: the mean over disjoint groups of k samples, [n].
+NO_THOUGHT = 0.01  # e of the module's docstring: how often the text model has no thought behind SOL. It is what training leaves open
 
-    k = 1 is the ELBO. A group whose samples were all cut off has log 0; it is left out, and the log of the share of groups that
-    remain is added: by Jensen's inequality that is a lower bound again. -inf where no group remains.
+
+def bound(got, k: int) -> np.ndarray:
+    """IWAE-k estimates of log p_text(x | c) in nats, [n]: means over disjoint groups of k of the K samples, K >= k. Always finite.
+
+    got: Samples, or whatever has its log_w [n, K], log_none, log_alone, log_sol [n]. For each group the estimate is
+
+        log( p(x | c) + p(SOL | c) * ((1 - e) * (1/k) sum w + e * p(x | c, SOL EOL)) ),    e = NO_THOUGHT
+
+    Inside the log stands an unbiased estimate of p_text with p(x, |z| < max_new | c, SOL PRI) in place of p(x | c, SOL PRI), for a thought that
+    was cut off has w = 0. So by Jensen the expectation is at most the log of that, which is at most log p_text. It rises with k and with max_new:
+    a thought that is cut off can only lower it.
     """
-    groups = log_w[:, : log_w.shape[1] // k * k].reshape(len(log_w), -1, k)
-    log_mean = np.logaddexp.reduce(groups, axis=2) - np.log(k)  # [n, n_groups]
-    alive = np.isfinite(log_mean)
-    n = alive.sum(axis=1)
-    total = np.where(alive, log_mean, 0.0).sum(axis=1)
-    with np.errstate(divide="ignore"):
-        return np.where(n > 0, total / np.maximum(n, 1) + np.log(n / alive.shape[1]), -np.inf)
+    groups = got.log_w[:, : got.log_w.shape[1] // k * k].reshape(len(got.log_w), -1, k)
+    behind_thought = np.logaddexp.reduce(groups, axis=2) - np.log(k)  # [n, n_groups]; -inf where a whole group was cut off
+    behind_sol = np.logaddexp(np.log1p(-NO_THOUGHT) + behind_thought, np.log(NO_THOUGHT) + got.log_none[:, None])
+    return np.logaddexp(got.log_alone[:, None], got.log_sol[:, None] + behind_sol).mean(axis=1)
+
+
+def thoughtless(got) -> np.ndarray:
+    """log( p(x | c) + p(SOL | c) * p(x | c, SOL EOL) ) in nats, [n]: the same text by the same model, which never thinks. got: as for bound()."""
+    return np.logaddexp(got.log_alone, got.log_sol + got.log_none)
 
 
 def check(model: Llama, tok: Tokenizer, corpus: Corpus, numbers, got: Samples, limits: Limits, picked) -> np.ndarray:
-    """Largest difference of [log_q, log_p] from score_slowly, in nats a scored token, over all thoughts of the chunks `numbers`."""
-    worst = np.zeros(2)
+    """Largest differences of [log_q, log_p] from score_slowly over all thoughts of the chunks `numbers`, [2, 2].
+
+    First row: nats a token, the sum's difference over its n scored tokens. Second row: the sum's difference over sqrt(n), see SUM_TOLERANCE.
+    """
+    worst = np.zeros((2, 2))
     for row, i in enumerate(numbers):
         c = context_of(corpus, i, limits, picked)
         for z, ok, *fast in zip(got.thoughts[row], got.finished[row], got.log_q[row], got.log_p[row]):
             for side, form in enumerate((POSTERIOR, PRIOR) if ok else ()):
                 ids, part = write_chunk(tok, corpus, i, c, z, form, picked)
                 start, end = part.thought[0], part.chunk[1] if form == PRIOR else part.thought[1]
-                worst[side] = max(worst[side], abs(score_slowly(model, ids, start, end) - fast[side]) / (end - start))
+                n, difference = end - start, abs(score_slowly(model, ids, start, end) - fast[side])
+                worst[:, side] = np.maximum(worst[:, side], (difference / n, difference / n**0.5))
     return worst
 
 
 # ---------------------------------------------------------------------------------------------------- work
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # nats a token by which the engine may differ from score_slowly
+# By how much the engine may differ from score_slowly over n tokens: TOLERANCE * n nats, and SUM_TOLERANCE * sqrt(n) nats. Rounding errors are as
+# often up as down and grow with the square root of n; an error that is the same at every token grows with n, and would tilt all weights.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+SUM_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
+OF_SAMPLES = ("log_q", "log_p", "log_x", "log_w", "length", "finished")  # [n, K] in samples.npz
+OF_CHUNKS = ("log_none", "log_alone", "log_sol", "pick")  # [n]
 EXAMPLES = 50  # chunks of the first part that are written out in full
 
 
 def run_part(path: Path, numbers: np.ndarray, engine: Engine, tok, corpus: Corpus, s: Settings, on_tokens) -> dict:
     """Infer one part and write it whole: the numbers of every sample, and the picked thoughts. A line for metrics.jsonl."""
-    begin, limits, picked, first = time.time(), Limits(s.before, s.max_new, engine.config.seq_len), {}, 0
-    old = np.load(Path(s.add_to) / "samples.npz", allow_pickle=False) if s.add_to else None
-    if s.add_to:
-        first = old["log_w"].shape[1]
-    previous = {}
-    if s.previous:
-        thoughts = open_thoughts(s.previous, corpus)
-        known = Path(s.previous) / "samples.npz"
-        empty = np.load(known, allow_pickle=False)["pick"] >= 0 if known.exists() else np.zeros(corpus.n_chunks, bool)  # a pick can be empty
-        previous = {int(i): thoughts.span(i).astype(np.int64) for i in numbers if len(thoughts.span(i)) or empty[i]}
-    got = infer(engine, tok, corpus, numbers, s.samples - first, limits, s.seed, context=s.context, select=s.select, previous=previous, first=first,
+    begin, limits, picked = time.time(), Limits(s.before, s.max_new, engine.config.seq_len), {}
+    got = infer(engine, tok, corpus, numbers, s.samples, limits, s.seed, context=s.context, select=s.select, min_gain=s.min_gain,
                 on_tokens=on_tokens, picked=picked)  # fmt: skip
     sampled = time.time()
     checked = np.flatnonzero(hash_uniform(CHECK, s.seed, numbers) < 0.01)
@@ -878,20 +891,16 @@ def run_part(path: Path, numbers: np.ndarray, engine: Engine, tok, corpus: Corpu
         checked = np.array([0])
     subset = Samples(**{k: [v[r] for r in checked] if isinstance(v, list) else v[checked] for k, v in vars(got).items()})
     worst = check(engine.model, tok, corpus, numbers[checked], subset, limits, picked)
-    tolerance = TOLERANCE[engine.config.dtype]
-    if not (worst <= tolerance).all():
-        raise UserError(f"the engine's log_q or log_p differs from the slow function by {worst.max():.2g} nats a token (at most {tolerance} wanted): "
+    dtype = engine.config.dtype
+    allowed = np.array([[TOLERANCE[dtype]], [SUM_TOLERANCE[dtype]]])
+    if not (worst <= allowed).all():
+        each, whole = worst.max(axis=1)
+        raise UserError(f"the engine's log_q or log_p differs from the slow function by {each:.2g} nats a token (at most {TOLERANCE[dtype]} wanted), "
+                        f"and over a thought by {whole:.2g} nats times the root of its tokens (at most {SUM_TOLERANCE[dtype]} wanted): "
                         "nothing of this part is kept")  # fmt: skip
-    arrays = {k: getattr(got, k) for k in ("log_q", "log_p", "log_x", "log_w", "length", "finished", "log_raw", "log_kept", "pick")}
     spans = [z if (z := got.chosen(row)) is not None else np.zeros(0, np.int64) for row in range(len(numbers))]
-    if s.add_to:
-        kept, uniform = old["pick"][numbers], hash_uniform(PICK, s.seed, numbers, s.samples, 1)
-        arrays["pick"] = add_samples(kept, old["log_w"][numbers], got.pick, got.log_w, uniform)
-        before = open_thoughts(s.add_to, corpus)
-        spans = [before.span(i) if 0 <= k < first else z for i, k, z in zip(numbers, arrays["pick"], spans)]
-        for k in ("log_q", "log_p", "log_x", "log_w", "length", "finished"):
-            arrays[k] = np.concatenate((old[k][numbers], arrays[k]), axis=1)
-    examples = [describe(tok, corpus, i, got, row) for row, i in enumerate(numbers[:EXAMPLES])] if path.stem == "000000" and not s.add_to else []
+    examples = [describe(tok, corpus, i, got, row) for row, i in enumerate(numbers[:EXAMPLES])] if path.stem == "000000" else []
+    arrays = {k: getattr(got, k) for k in (*OF_SAMPLES, *OF_CHUNKS)}
     arrays |= {"numbers": numbers, "ids": np.concatenate([*spans, []]).astype(np.int64), "sizes": np.array([len(z) for z in spans])}
     with replacing(path) as temporary, open(temporary, "wb") as f:
         np.savez(f, check=worst, n_checked=len(checked), examples=np.array(examples, dtype=str), **arrays)
@@ -903,54 +912,57 @@ def run_part(path: Path, numbers: np.ndarray, engine: Engine, tok, corpus: Corpu
 def describe(tok: Tokenizer, corpus: Corpus, i: int, got: Samples, row: int) -> str:
     """A chunk with its K thoughts, their numbers and the pick, to be read in a terminal."""
     before = "".join(tok.decode(corpus.chunk(j)) for j in corpus.before(i, 1))
-    lines = [f"chunk {i} | before: {before!r} | text: {tok.decode(corpus.chunk(i))!r} | log p(x | c) {got.log_raw[row]:.3f} | ess {ess(got.log_w[row : row + 1])[0]:.2f}"]
+    lines = [f"chunk {i} | before: {before!r} | text: {tok.decode(corpus.chunk(i))!r} | log p(x | c, no thought) {got.log_none[row]:.3f} | ess {ess(got.log_w[row : row + 1])[0]:.2f}"]
     for k, weight in enumerate(normalise(got.log_w[row : row + 1])[0]):
         mark = "->" if k == got.pick[row] else "  "
-        gain = got.log_x[row, k] - got.log_raw[row]
         numbers = " ".join(f"{name} {getattr(got, name)[row, k]:8.3f}" for name in ("log_q", "log_p", "log_w"))
         cut = "" if got.finished[row, k] else " (cut off)"
-        lines.append(f"  {mark} {numbers} gain {gain:7.3f} weight {weight:.3f} | {tok.decode(got.thoughts[row][k])!r}{cut}")
-    if got.kept[row] is not None:
-        mark = "->" if got.pick[row] == got.log_w.shape[1] else "  "
-        lines.append(f"  {mark} of the round before: log_w {got.log_kept[row]:8.3f} | {tok.decode(got.kept[row])!r}")
+        lines.append(f"  {mark} {numbers} gain {got.gain[row, k]:7.3f} weight {weight:.3f} | {tok.decode(got.thoughts[row][k])!r}{cut}")
     return "\n".join(lines)
 
 
 def figures(part: dict, n_bytes: int) -> dict:
-    """What the samples of all chunks tell, for meta.json. gain: log p(x | c, z) - log p(x | c), in nats."""
-    log_w, finished = part["log_w"], part["finished"]
+    """What the samples of all inferred chunks tell, for meta.json: part holds the arrays of OF_SAMPLES, OF_CHUNKS, and log_w. None: of nothing.
+
+    gain: log p(x | c, z) - log p(x | c, no thought), in nats. nll_*: of all these chunks, in nats a byte of theirs, and *_chunk in nats a chunk:
+    nll_bound {k: upper bound of -log p_text}, nll_thoughtless, nll_alone (the text right behind its context, no marker).
+    """
+    got = SimpleNamespace(**part)
+    log_w, finished = got.log_w, got.finished
     w, K = normalise(log_w), log_w.shape[1]
     n_alive = finished.sum(axis=1)
     even = finished / np.maximum(n_alive, 1)[:, None]
-    gain = part["log_x"] - part["log_raw"][:, None]
-    picked = (part["pick"] >= 0) & (part["pick"] < K)
-    edges = 2 ** np.arange(int(part["length"].max(initial=1)).bit_length() + 1)
-    bounds = {k: bound(log_w, k) for k in sorted({1, K} | {2**b for b in range(K.bit_length()) if 2**b <= K})}
+    gain = got.log_x - got.log_none[:, None]
+    picked = got.pick >= 0
+    edges = 2 ** np.arange(int(got.length.max(initial=1)).bit_length() + 1)
+    bounds = {k: bound(got, k) for k in sorted({1, K} | {2**b for b in range(K.bit_length()) if 2**b <= K})}
 
     def mean(x):
         return float(x.mean()) if x.size else None
+
+    def nll(per: int, tail: str = "") -> dict:
+        each = {str(k): float(-v.sum() / max(per, 1)) for k, v in bounds.items()}
+        alone, none = (float(-v.sum() / max(per, 1)) for v in (got.log_alone, thoughtless(got)))
+        return {f"nll_bound{tail}": each, f"nll_thoughtless{tail}": none, f"nll_alone{tail}": alone}
 
     return {
         "ess": mean(ess(log_w)),
         "weight_entropy": mean(-(w * np.log(np.maximum(w, 1e-300))).sum(axis=1)),  # 0: one thought has all; log K: all weigh the same
         "pick_not_uniform": mean(np.abs(w - even)[n_alive > 0].sum(axis=1) / 2),  # share of picks that a uniform choice would make otherwise
-        "kept_previous": int((part["pick"] == K).sum()),
         "gain": mean(gain[finished]),
-        "gain_picked": mean(gain[picked, part["pick"][picked]]),
+        "gain_picked": mean(gain[picked, got.pick[picked]]),
+        "no_gain": int((~picked & (n_alive > 0)).sum()),  # chunks whose pick was dropped by --min_gain
         "cut_off_share": mean(~finished),
-        "lengths": {f"{a}-{b - 1}": int(((part["length"] >= a) & (part["length"] < b)).sum()) for a, b in zip(edges, edges[1:])},
-        # nats a byte of the chunks that were inferred, over those with a finite bound (all_cut_off counts the others)
-        "nll_bound": {str(k): float(-v[np.isfinite(v)].sum() / max(n_bytes, 1)) for k, v in bounds.items()},
-        "nll_bare": float(-part["log_raw"].sum() / max(n_bytes, 1)),
-    }
+        "lengths": {f"{a}-{b - 1}": int(((got.length >= a) & (got.length < b)).sum()) for a, b in zip(edges, edges[1:])},
+    } | nll(n_bytes) | nll(len(log_w), "_chunk")  # fmt: skip
 
 
 def merge(paths: list[Path], corpus: Corpus, tok: Tokenizer, s: Settings, counts: dict) -> dict:
     """Join the parts into the thoughts folder, with the files that lie beside them; its meta.json. UserError unless each chunk is there once."""
     K, n = s.samples, corpus.n_chunks
-    samples = {k: np.full((n, K), np.nan) for k in ("log_q", "log_p", "log_x", "log_w")} | {k: np.full(n, np.nan) for k in ("log_raw", "log_kept")}
+    samples = {k: np.full((n, K), np.nan) for k in OF_SAMPLES} | {k: np.full(n, np.nan) for k in OF_CHUNKS}
     samples |= {"length": np.zeros((n, K), np.int64), "finished": np.zeros((n, K), bool), "pick": np.full(n, -1)}
-    spans, done, worst, n_checked, examples = [()] * n, np.zeros(n, dtype=np.int64), np.zeros(2), 0, []
+    spans, done, worst, n_checked, examples = [()] * n, np.zeros(n, dtype=np.int64), np.zeros((2, 2)), 0, []
     for path in paths:
         with np.load(path, allow_pickle=False) as f:
             part = dict(f)
@@ -971,10 +983,10 @@ def merge(paths: list[Path], corpus: Corpus, tok: Tokenizer, s: Settings, counts
         "all_cut_off": int((~inferred["finished"].any(axis=1)).sum()),
         "empty_picks": int(sum(len(spans[i]) == 0 for i in np.flatnonzero(done & (samples["pick"] >= 0)))),
         "sampled_tokens": int(samples["length"].sum()),
-        "checked": {"chunks": n_checked, "log_q": float(worst[0]), "log_p": float(worst[1])},  # largest difference, nats a token
+        "checked": {"chunks": n_checked} | dict(zip(("log_q", "log_p", "log_q_sum", "log_p_sum"), worst.ravel().tolist())),  # see check()
     }
     how = {"model": str(s.model), "samples": K, "max_new": s.max_new, "temperature": 1.0, "seed": s.seed, "selection": s.select}
-    how |= {"context": s.context, "before": s.before, "weights": fingerprint(s.model)}
+    how |= {"min_gain": s.min_gain, "context": s.context, "before": s.before, "weights": fingerprint(s.model)}
     meta = how | counts | figures(inferred, n_bytes)
     work = paths[0].parent
     (work / "examples.txt").write_text("\n\n".join(examples) + "\n", encoding="utf-8")
@@ -999,15 +1011,24 @@ def fingerprint(model) -> str:
 
 def report(meta: dict) -> str:
     """meta.json in a few lines."""
-    gain, lengths = (meta["gain"], meta["gain_picked"]), meta["lengths"].items()
+
+    def of(name: str, form: str) -> str:
+        return "-" if meta[name] is None else format(meta[name], form)
+
+    lengths, checked = meta["lengths"].items(), meta["checked"]
+    gain = f"gain of a thought, log p(x|c,z) - log p(x|c, no thought): {of('gain', '.2f')} nats, of the picked {of('gain_picked', '.2f')}"
+    bounds = ", ".join(f"K={k} {v:.4f} ({meta['nll_bound_chunk'][k]:.3f})" for k, v in meta["nll_bound"].items())
     return "\n".join([
         f"{meta['n_inferred']} chunks, {meta['samples']} thoughts each, {meta['sampled_tokens']:,} tokens; cut off {meta['cut_off']} ({meta['cut_off_share']:.1%}), "
-        f"chunks with all cut off {meta['all_cut_off']}, empty picks {meta['empty_picks']}",
-        f"ess {meta['ess']:.2f} of {meta['samples']}, entropy of weights {meta['weight_entropy']:.3f} nats, picks that a uniform choice would make otherwise {meta['pick_not_uniform']:.1%}",
-        f"gain of a thought, log p(x|c,z) - log p(x|c): {gain[0]:.2f} nats, of the picked {gain[1]:.2f}" if None not in gain else "no thought ended",
+        f"chunks with all cut off {meta['all_cut_off']}, picks dropped for a gain below {meta['min_gain']:g} nats {meta['no_gain']}, empty picks {meta['empty_picks']}",
+        f"ess {of('ess', '.2f')} of {meta['samples']}, entropy of weights {of('weight_entropy', '.3f')} nats, "
+        f"picks that a uniform choice would make otherwise {of('pick_not_uniform', '.1%')}",
+        gain if meta["gain"] is not None else "no thought ended: raise --max_new, or train the model longer",
         "tokens a thought: " + ", ".join(f"{k}: {v}" for k, v in lengths if v),
-        "bound, nats a byte of these chunks: " + ", ".join(f"K={k} {v:.4f}" for k, v in meta["nll_bound"].items()) + f"; without a thought {meta['nll_bare']:.4f}",
-        f"checked against the slow function on {meta['checked']['chunks']} chunks: log_q within {meta['checked']['log_q']:.1e}, log_p within {meta['checked']['log_p']:.1e} nats a token",
+        f"bound of -log p(x|c), nats a byte (a chunk): {bounds}; without a thought {meta['nll_thoughtless']:.4f} ({meta['nll_thoughtless_chunk']:.3f}), "
+        f"without a marker {meta['nll_alone']:.4f} ({meta['nll_alone_chunk']:.3f})",
+        f"checked against the slow function on {checked['chunks']} chunks: log_q within {checked['log_q']:.1e}, log_p within {checked['log_p']:.1e} nats a token; "
+        f"over a thought, within {checked['log_q_sum']:.1e} and {checked['log_p_sum']:.1e} nats times the root of its tokens",
     ])  # fmt: skip
 
 
@@ -1055,23 +1076,6 @@ def do_parts(parts: list, engine: Engine, tok, corpus: Corpus, s: Settings, work
     on_tokens(0, last=True)
 
 
-def check_settings(s: Settings, corpus: Corpus) -> None:
-    """UserError for settings that do not go together."""
-    if s.previous and s.select != "mcmc":
-        raise UserError(f"--previous={s.previous}: only --select=mcmc keeps thoughts of an earlier round")
-    if s.previous:
-        open_thoughts(s.previous, corpus)
-    if not s.add_to:
-        return
-    if s.context != "bare" or s.select != "resample":
-        raise UserError("--add_to: needs --context=bare (with thoughts, a later chunk's old samples hang on the earlier picks) and --select=resample")
-    meta = open_thoughts(s.add_to, corpus).meta
-    now = {"max_new": s.max_new, "seed": s.seed, "context": s.context, "before": s.before, "selection": s.select, "weights": fingerprint(s.model)}
-    changed = [f"{k} {meta.get(k)} there, {v} here" for k, v in now.items() if meta.get(k) != v]
-    if changed or not meta.get("samples", s.samples) < s.samples:
-        raise UserError(f"{s.add_to}: cannot be added to: " + ("; ".join(changed) or f"it has {meta.get('samples')} samples a chunk, --samples={s.samples}"))
-
-
 def helpers(s: Settings, n_workers: int, threads: int):
     """Start the other workers: this same command, quiet; each ends when we do."""
     flags = [f"--{k}={v}" for k, v in asdict(s).items() if v != ""]
@@ -1081,6 +1085,7 @@ def helpers(s: Settings, n_workers: int, threads: int):
 
 
 def main(s: Settings) -> None:
+    s.min_gain = max(s.min_gain, -1e9)  # JSON has no infinity
     alone, rank = "INFER_WORKER" not in os.environ, int(os.environ.get("RANK", 0))
     if "WORLD_SIZE" in os.environ and torch.cuda.is_available() and s.device in ("", "cuda"):  # torchrun: each rank is a worker of its own
         s.device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -1092,7 +1097,6 @@ def main(s: Settings) -> None:
         torch.cuda.set_device(device)
     model, tok = load_model(s.model, device, s.dtype if s.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32")
     corpus = open_corpus(s.corpus, tok)
-    check_settings(s, corpus)
     free = ("device", "workers", "show")
     if Path(s.out_dir).exists():
         claim(s.out_dir, s, free)

@@ -55,7 +55,7 @@ def convert(flag: str, text: str, kind: type, low: float | None):
         value = kind(text)
     except ValueError:
         raise UserError(f"{flag}={text}: expected {'a whole number' if kind is int else 'a number'}") from None
-    if kind is float and not abs(value) < float("inf"):  # NaN fails this comparison, too
+    if kind is float and value != low and not abs(value) < float("inf"):  # NaN fails this comparison, too; low=-inf allows -inf
         raise UserError(f"{flag}={text}: expected a finite number")
     if low is not None and value < low:
         raise UserError(f"{flag}={text}: must be at least {low}")

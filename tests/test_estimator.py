@@ -1,6 +1,7 @@
 """The estimator is exact: with two letters and thoughts of a few tokens, every thought is enumerated and the numbers are known."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,19 @@ from conftest import TOY, corpus_of
 
 import infer_thoughts
 from data.corpus import POSTERIOR, PRIOR, hash_uniform
-from infer_thoughts import Engine, Limits, add_samples, bound, choose, infer, normalise, pick, score_slowly, write_chunk
+from infer_thoughts import (
+    NO_THOUGHT,
+    Engine,
+    Limits,
+    bound,
+    choose,
+    infer,
+    normalise,
+    pick,
+    score_slowly,
+    thoughtless,
+    write_chunk,
+)
 
 MAX_NEW = 4  # thoughts of up to three tokens and EOL
 CORPUS = corpus_of([[[0, 1], [1, 0, 1]]])
@@ -110,21 +123,86 @@ def test_resampling_approaches_the_posterior(exact, sampled):
     assert distance[64] < 0.03 < 0.1 < distance[1], distance
 
 
-def test_bound_tightens_with_k(exact, sampled):
-    log_p_x = np.log(np.exp(exact[2]).sum())
-    values = [bound(sampled.log_w, k)[0] for k in (1, 4, 16, 256)]
+@pytest.fixture(scope="module")
+def without(toy_model):
+    """p(x | c), p(SOL | c) and p(x | c, SOL EOL) of the chunk, by the slow reference."""
+    t, head, x = TOY, [TOY.bos, 0, 1], [1, 0, 1]
+    none = [*head, t.sol, t.eol, *x]
+    spans = ([*head, *x], 3, 6), (none, 3, 4), (none, 5, 8)
+    return tuple(np.exp(slow_log_prob(toy_model, *span)) for span in spans)
+
+
+def p_text(without, behind_thought):
+    """The probability of the text, from p(x | c, SOL PRI) or an estimate of it."""
+    alone, sol, none = without
+    return alone + sol * ((1 - NO_THOUGHT) * behind_thought + NO_THOUGHT * none)
+
+
+def test_bound_tightens_with_k(exact, sampled, without):
+    log_p_x = np.log(p_text(without, np.exp(exact[2]).sum()))
+    values = [bound(sampled, k)[0] for k in (1, 4, 16, 256)]
     assert values == sorted(values) and values[-1] - values[0] > 0.05
     assert values[2] < log_p_x + 0.01 and abs(values[-1] - log_p_x) < 0.02
 
 
+def by_hand(w, **others) -> SimpleNamespace:
+    """What bound() reads, from weights and probabilities."""
+    with np.errstate(divide="ignore"):
+        return SimpleNamespace(log_w=np.log(np.array(w)), **{f"log_{k}": np.log(np.array([v])) for k, v in others.items()})
+
+
 def test_bound_by_hand():
-    log_w = np.log(np.array([[1.0, 3.0, 2.0, 2.0]]))
-    assert bound(log_w, 1)[0] == pytest.approx(np.log([1, 3, 2, 2]).mean())
-    assert bound(log_w, 2)[0] == pytest.approx(np.log(2.0))
-    cut = np.array([[0.0, -np.inf]])
-    assert bound(cut, 1)[0] == pytest.approx(np.log(0.5))  # one of two remains: log 1 + log(1/2)
-    assert bound(cut, 2)[0] == pytest.approx(np.log(0.5))
-    assert bound(np.array([[-np.inf, -np.inf]]), 1)[0] == -np.inf
+    rest = dict(alone=0.01, sol=0.5, none=0.2)
+
+    def text(w):
+        return np.log(0.01 + 0.5 * ((1 - NO_THOUGHT) * w + NO_THOUGHT * 0.2))
+
+    got = by_hand([[1.0, 3.0, 2.0, 2.0]], **rest)
+    assert bound(got, 1)[0] == pytest.approx(np.mean([text(1), text(3), text(2), text(2)]))
+    assert bound(got, 2)[0] == pytest.approx(text(2))
+    cut = by_hand([[1.0, 0.0]], **rest)
+    assert bound(cut, 1)[0] == pytest.approx((text(1) + text(0)) / 2), "a group that was cut off stays in"
+    assert bound(cut, 2)[0] == pytest.approx(text(0.5))
+    assert bound(by_hand([[0.0, 0.0]], **rest), 1)[0] == pytest.approx(text(0)), "finite with everything cut off"
+    assert thoughtless(got)[0] == pytest.approx(np.log(0.01 + 0.5 * 0.2))
+
+
+def test_the_bound_holds_whatever_is_cut_off(toy_model, exact, without):
+    """Lengths from one that cuts off nearly everything: the limit in k, the expectation at k = 1, and that nothing gained by cutting off.
+
+    All by enumeration. Thoughts of up to three tokens are a part of p(x | c, SOL PRI), so the text's probability made of them is a lower bound of
+    the true one, p_text, and what lies below the one lies below the other."""
+    thoughts, log_q, log_p = exact
+    sizes, w = np.array([len(z) for z in thoughts]), np.exp(log_p - log_q)
+    log_p_text = np.log(p_text(without, np.exp(log_p).sum()))
+    K, shares, before = 2**14, [], {}
+    for max_new in range(1, MAX_NEW + 1):
+        got = infer(Engine(toy_model), TOY, CORPUS, np.array([CHUNK]), K, Limits(3, max_new, 64), seed=0)
+        ends = sizes < max_new
+        shares.append(1 - np.exp(log_q[ends]).sum())
+        values = {k: bound(got, k)[0] for k in (1, 8, 64, 512, K)}
+        limit = np.log(p_text(without, np.exp(log_p[ends]).sum()))
+        assert values[K] == pytest.approx(limit, abs=0.02) and limit <= log_p_text, "K -> infinity: the text behind thoughts that end in time"
+        assert list(values.values()) == sorted(values.values()), "tighter with k"
+        each = np.log(p_text(without, np.append(w[ends], 0.0)))  # what a sample tells, the last one of those that are cut off
+        chance = np.append(np.exp(log_q[ends]), shares[-1])
+        expected, spread = chance @ each, np.sqrt(chance @ each**2 - (chance @ each) ** 2)
+        assert abs(values[1] - expected) < 4 * spread / np.sqrt(K) + 1e-5
+        assert expected < limit <= log_p_text, "in expectation an upper bound of -log p_text"
+        assert all(values[k] >= value - 1e-5 for k, value in before.items()), "the same noise, fewer cut off: never worse"
+        before = values
+    assert shares[0] > shares[1] > 0.5 > 0.1 > shares[-1] > 0, "from most to few"
+
+
+def test_cutting_off_never_improves_the_bound():
+    """Any weights, any probabilities, any further thought cut off."""
+    rng = np.random.default_rng(0)
+    got = SimpleNamespace(log_w=3 * rng.normal(size=(1000, 8)), **{k: -5 * rng.random(1000) for k in ("log_none", "log_alone", "log_sol")})
+    for _ in range(8):
+        log_w = np.where(rng.random(got.log_w.shape) < 0.3, -np.inf, got.log_w)
+        fewer = SimpleNamespace(**vars(got) | {"log_w": log_w})
+        assert all((bound(fewer, k) <= bound(got, k)).all() and np.isfinite(bound(fewer, k)).all() for k in (1, 2, 4, 8))
+        got = fewer
 
 
 def test_cut_off_thoughts_weigh_nothing(toy_model):
@@ -203,9 +281,13 @@ def take(got, rows):
 
 
 def test_raw_and_conditional_likelihoods(toy_model, sampled):
-    """log p(x | c) and log p(x | c, z): what the gain of a thought is made of."""
+    """log p(x | c, z), and of x without a thought: what the gain of a thought is made of. The baseline is the form that training shows."""
     t, x, head = TOY, [1, 0, 1], [TOY.bos, 0, 1]
-    assert sampled.log_raw[0] == pytest.approx(score_slowly(toy_model, [*head, *x], 3, 6), abs=1e-4)
+    none = [*head, t.sol, t.eol, *x]
+    assert sampled.log_alone[0] == pytest.approx(score_slowly(toy_model, [*head, *x], 3, 6), abs=1e-4)
+    assert sampled.log_sol[0] == pytest.approx(score_slowly(toy_model, none, 3, 4), abs=1e-4)
+    assert sampled.log_none[0] == pytest.approx(score_slowly(toy_model, none, 5, 8), abs=1e-4)
+    np.testing.assert_array_equal(sampled.gain, sampled.log_x - sampled.log_none[0])
     for k in np.flatnonzero(sampled.finished[0])[:50]:
         ids = [*head, t.sol, t.pri, *sampled.thoughts[0][k], t.eol, *x]
         assert sampled.log_x[0, k] == pytest.approx(score_slowly(toy_model, ids, len(ids) - 3, len(ids)), abs=1e-4)
@@ -214,42 +296,44 @@ def test_raw_and_conditional_likelihoods(toy_model, sampled):
 def test_selection_rules():
     n, K = 100000, 3
     log_w = np.tile([np.log(1.0), -np.inf, np.log(3.0)], (n, 1))
-    none, u = np.full(n, -np.inf), hash_uniform(3, 0, np.arange(n)[:, None], np.arange(K))
-    assert (choose("argmax", log_w, u, none) == 2).all()
-    assert np.bincount(choose("uniform", log_w, u, none)) / n == pytest.approx([0.5, 0, 0.5], abs=0.01)
-    assert np.bincount(choose("resample", log_w, u, none)) / n == pytest.approx([0.25, 0, 0.75], abs=0.01)
+    u, gain, always = hash_uniform(3, 0, np.arange(n)), np.tile([-1.0, -np.inf, 2.0], (n, 1)), -np.inf
+
+    def shares(rule, min_gain):
+        return np.bincount(choose(rule, log_w, gain, min_gain, u) + 1, minlength=K + 1) / n  # none, and each of the three
+
+    assert (choose("argmax", log_w, gain, always, u) == 2).all()
+    assert shares("uniform", always) == pytest.approx([0, 0.5, 0, 0.5], abs=0.01)
+    assert shares("resample", always) == pytest.approx([0, 0.25, 0, 0.75], abs=0.01)
     dead = np.full((2, K), -np.inf)
-    for rule in ("argmax", "uniform", "resample", "mcmc"):
-        assert (choose(rule, dead, u[:2], none[:2]) == -1).all(), "a chunk with no thought that ended gets none"
-    assert (choose("mcmc", dead, u[:2], np.zeros(2)) == K).all(), "... or keeps the old one"
-    assert (choose("mcmc", np.zeros((2, K)), u[:2], np.full(2, -50.0)) < K).all(), "a far better one is accepted"
+    for rule in ("argmax", "uniform", "resample"):
+        assert (choose(rule, dead, dead, always, u[:2]) == -1).all(), "a chunk with no thought that ended gets none"
+        assert (choose(rule, dead, dead, 0.0, u[:2]) == -1).all()
+        assert np.array_equal(choose(rule, log_w, gain, -1.0, u), choose(rule, log_w, gain, always, u)), "a gain of exactly min_gain is enough"
+    assert shares("uniform", 0.0) == pytest.approx([0.5, 0, 0, 0.5], abs=0.01), "a pick that gains too little is dropped, not drawn again"
+    assert shares("resample", 0.0) == pytest.approx([0.25, 0, 0, 0.75], abs=0.01)
+    assert shares("argmax", 2.5)[0] == 1
 
 
-def test_mcmc_leaves_the_posterior_as_it_is():
-    """Thoughts kept from the posterior, new ones proposed from q: after K steps they are still distributed as the posterior."""
-    rng, n, K = np.random.default_rng(0), 200000, 3
-    posterior, q = np.array([0.5, 0.3, 0.15, 0.05]), np.array([0.1, 0.2, 0.3, 0.4])
-    log_w = np.log(posterior / q)
-    old, new = rng.choice(4, n, p=posterior), rng.choice(4, (n, K), p=q)
-    index = choose("mcmc", log_w[new], rng.random((n, K)), log_w[old])
-    now = np.where(index == K, old, new[np.arange(n), np.minimum(index, K - 1)])
-    assert np.bincount(now, minlength=4) / n == pytest.approx(posterior, abs=0.005)
-    assert 0.2 < (index == K).mean() < 0.8
+def test_picks_that_gain_too_little_are_dropped(toy_model):
+    """The same picks as without the rule, but for those; their chunks stand in later contexts as plain text, and all numbers are still right."""
+    corpus, limits = corpus_of([[[0, 1], [1, 0]]] * 200), Limits(3, 4, 64)
+    without, picked = {}, {}
 
+    def picks(min_gain, picked):
+        return infer(Engine(toy_model), TOY, corpus, np.arange(400), 2, limits, 0, context="thoughts", min_gain=min_gain, picked=picked)
 
-def test_added_samples_are_as_if_drawn_at_once():
-    """K = 4, then 12 more: the pick is distributed as one among all 16, for any weights; cut-off thoughts included."""
-    rng, n = np.random.default_rng(0), 200000
-    for cut in (0.0, 0.6):
-        log_w = rng.normal(size=16) * 1.5
-        log_w[rng.random(16) < cut] = -np.inf
-        log_w = np.tile(log_w, (n, 1))
-        u = rng.random((3, n))
-        old, new = pick(log_w[:, :4], u[0]), pick(log_w[:, 4:], u[1])
-        both = add_samples(old, log_w[:, :4], new, log_w[:, 4:], u[2])
-        assert np.bincount(both, minlength=16) / n == pytest.approx(normalise(log_w[:1])[0], abs=0.005)
-    nothing = np.full((1, 2), -np.inf)
-    assert add_samples(np.array([-1]), nothing, np.array([-1]), nothing, np.array([0.5]))[0] == -1
+    every, some = picks(-np.inf, without), picks(0.0, picked)
+    first = np.arange(0, 400, 2)  # their contexts are alike in both
+    gains = every.gain[first, every.pick[first]]
+    drawn = every.pick[first] >= 0
+    dropped = drawn & (gains < 0)
+    assert 20 < dropped.sum() < drawn.sum() - 20
+    np.testing.assert_array_equal(some.pick[first], np.where(dropped, -1, every.pick[first]))
+    assert all(some.chosen(row) is None and row in without and row not in picked for row in first[dropped] if len(every.chosen(row)))
+    subset = np.concatenate((first[dropped][:10], first[dropped][:10] + 1, first[~dropped][:10] + 1))
+    assert (infer_thoughts.check(toy_model, TOY, corpus, subset, take(some, subset), limits, picked) < 1e-4).all()
+    plain = score_slowly(toy_model, [TOY.bos, 0, 1, TOY.sol, TOY.eol, 1, 0], 5, 7)
+    assert some.log_none[first[dropped] + 1] == pytest.approx(plain, abs=1e-4)
 
 
 @pytest.mark.parametrize("samples,n_rows", [(1, 4), (3, 2), (4, 7), (16, 512)])
