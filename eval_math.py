@@ -4,44 +4,53 @@
     latent    BOS  Problem .. Solution: SOL PRI s s s EOL The final answer is a.   ...   Problem .. Solution: SOL PRI -> z z z EOL x x x
 
 In latent mode the solution is the thought, laid out as in training (data/corpus.py), and only what follows EOL is graded. The prompts of a
-corpus are the chunks before the answer (questions.npy), as in infer_thoughts.py, without examples. Where the corpus writes its answers on one
-line, and what follows them in a document on the next, a response ends with its first line (see answers_end_with_line). A corpus without questions
-has nothing to answer: its results are the likelihood alone, without "accuracy".
+corpus are the chunks before the answer (questions.npy), as in infer_thoughts.py, without examples. Where the
+corpus writes its answers on one line, and what follows them on the next, a response ends with its first line
+(see answers_end_with_line). A corpus without questions, as data/text.py makes them, has nothing to answer: its
+results.json is the likelihood alone, without "accuracy".
 
     python eval_math.py --benchmark=gsm8k --model=M --out_dir=out/gsm8k                 # greedy; data/benchmarks/gsm8k/test.jsonl, 8 shots
     python eval_math.py --benchmark=math500 --model=M --mode=latent --k=16 --out_dir=out/math     # 16 samples more: maj@k and pass@k
     python eval_math.py --benchmark=mine.jsonl --shots=few.jsonl --model=A,B --out_dir=out/mine   # lines of {"question", "answer"}; two models
-    python eval_math.py --compare=out/a,out/b --out_dir=out/compared                    # tables, picture, paired tests
+    python eval_math.py --compare=out/a,out/b --out_dir=out/compared    # tables, picture, paired tests
     python eval_math.py --benchmark=gsm8k --model=M --finetune --seeds=5 --out_dir=out/sft        # train.py on the training problems first
     python eval_math.py --corpus=out/digits/heldout --model=out/M1 --out_dir=out/M1/eval          # a corpus: accuracy and likelihood
 
 A prompt that does not fit the model's context is refused, or, with --drop_shots, loses examples, which is counted. Written into --out_dir: responses.jsonl
-(a line a problem; a run that was cut off goes on behind the last block there), results.json (names of scores as lm-evaluation-harness has them), timing.json;
-for a corpus likelihood.npz.
+(a line a problem; a run that was cut off goes on behind the last block there), results.json (names of scores as lm-evaluation-harness has them), timing.json,
+and for a corpus likelihood.npz.
 
-Likelihood of a corpus: raw and latent models on the same chunks, tokens and givens. Scored is each chunk x that can carry a thought (no question, not
-empty, fits the context beside --max_new: the E-step's rule, so give raw models the same --max_new) of the first --bound_docs documents, given
-the chunks c before it, up to --before of them, and nothing else: whether a thought follows is not told. BOS, EOS and markers are no text. In nats:
+Likelihood of a corpus: raw and latent models on the same chunks, the same tokens, the same givens. A chunk x is
+scored if the E-step would infer thoughts for it: it is no question, not empty, and fits into the model's context
+beside --max_new (so give raw models the same --max_new). Of the first --bound_docs documents. Given are the chunks
+c before it, up to --before of them, and nothing else: that the question is over, or that a thought follows, is not
+told. BOS, EOS and markers are no text. In nats:
 
     raw       nll              -log p(x | c)
-    latent    nll_alone        -log p(x | c), in the form of a chunk without a thought
+    latent    nll_alone        -log p(x | c), of a chunk written without a thought
               nll_thoughtless  -log( p(x | c) + p(SOL | c) p(x | c, SOL EOL) ): the same model, which never thinks
-              nll_bound        -log( p(x | c) + p(SOL | c) ((1 - e) mean_k w + e p(x | c, SOL EOL)) ), the mean over groups of k = 1 (ELBO), 4, 16
-                               (IWAE) of the K = max(--samples, 16) thoughts that the model infers as in the E-step; e = NO_THOUGHT, 0.01
+              nll_bound        -log( p(x | c) + p(SOL | c) ((1 - e) mean w + e p(x | c, SOL EOL)) ), e = NO_THOUGHT,
+                               the mean over groups of k = 1 (ELBO), 4 and 16 (IWAE) of the K = max(--samples, 16)
+                               thoughts that the model infers as in the E-step; then the mean over groups
 
-A text shows no markers, so its probability is the sum over the ways to write it: p_text(x | c) = p(x | c) + p(SOL | c) ((1 - e) p(x | c, SOL PRI)
-+ e p(x | c, SOL EOL)), in which training leaves only e open. The mean of w = p(z, x | c) / q(z | c, x) is unbiased for p(x, |z| < max_new | c, SOL PRI),
-since a thought that is cut off weighs 0. That is at most p(x | c, SOL PRI); so by Jensen each nll_bound is, in expectation, at least -log p_text. It is
-finite however many thoughts are cut off, and no cut-off improves it: nothing is left out of a sum. What the figures of the samples tell of a run with
---samples thoughts (ess, pick_right, no_pick_share) comes from groups of as many.
+A text shows no markers. So its probability is a sum over the ways to write it; training leaves only e open:
 
-The c of a raw model is text. That of a latent one is text (--context=bare), or text with the thoughts that were picked for it among all K
-(--context=thoughts), the same ones for every k, for nll_alone and nll_thoughtless and for the questions. A pick depends on its chunk, on earlier
-ones and on chance, never on what follows it. So for every k the sum over a document's chunks bounds, in expectation, the -log of a probability of
-documents: that of predicting each chunk in its turn. Only the contexts' thoughts are those of a run with K samples, whatever k is.
+    p_text(x | c)  =  p(x | c)  +  p(SOL | c) ( (1 - e) p(x | c, SOL PRI)  +  e p(x | c, SOL EOL) )
 
-Each figure is given a byte, a token (_token) and a document (_document) of these chunks; nll_questions in nats a byte of the same documents' questions.
-likelihood.npz has the nats of each document, by which --compare and paired_difference() compare models document by document.
+w = p(z, x | c, SOL PRI) / q(z | c, x), and 0 where z was cut off. Its mean is unbiased for
+p(x, |z| < max_new | c, SOL PRI), what x gets behind thoughts that end in time, which is at most p(x | c, SOL PRI).
+By Jensen each nll_bound is in expectation at least -log p_text. It is finite however many thoughts are cut off, and no
+cut-off improves it. So nothing is left out of a sum: where all are cut off the rest of the mixture is what counts.
+
+The c of a raw model is text. That of a latent one is text (--context=bare), or text with the thoughts that were
+picked for it among all K (--context=thoughts): the same c for every k, for nll_alone, nll_thoughtless and the
+questions. A pick depends on its chunk, on earlier ones and on chance, never on what follows. So for every k the sum
+over a document's chunks is, in expectation, at least the -log of a probability of documents: that of telling each
+chunk from those before it. But for k < K it is not what a run with K = k would find: its contexts are better ones.
+
+Each figure is given a byte, a token (_token) and a document (_document) of the scored chunks; nll_questions, in
+nats a byte of the same documents' questions, is apart. ess, pick_right, no_pick_share and cut_off_share tell of
+E-steps with --samples thoughts. likelihood.npz has the nats of each document: --compare shows paired differences.
 
 Part one runs all that; part two is the grader: extract_answer(response), grade(response, gold).
 """
@@ -99,8 +108,8 @@ class Settings:
     model: str = opt("", "model folder; several with commas between are compared")
     out_dir: str = opt(help="where the results go")
     mode: Literal["latent", "raw"] = opt("latent", "think first, or answer at once")
-    max_new: int = opt(0, "longest thought in tokens, its EOL included; in raw mode the longest solution (of a corpus: the room that a chunk's "
-        "thought would need, by which chunks are left out); 0: 512 for a benchmark, 128 for a corpus", low=0)  # fmt: skip
+    max_new: int = opt(0, "longest thought in tokens, its EOL included; raw mode: the longest solution, and of a "
+        "corpus the room that a thought would need; 0: 512 for a benchmark, 128 for a corpus", low=0)  # fmt: skip
     max_answer: int = opt(32, "longest answer in tokens (latent mode, corpora)", low=1)
     max_thought: int = opt(0, "latent mode: close a thought after so many tokens, and let the model answer; 0: one that is not ended is wrong", low=0)
     k: int = opt(0, "responses sampled for each problem, beside the greedy one", low=0)
@@ -114,7 +123,8 @@ class Settings:
     # likelihood of a corpus
     thoughts: str = opt("", "the true thoughts of the corpus, if known: to report how often the picked thought is right")
     samples: int = opt(4, "thoughts a chunk (K) for the effective sample size and the share of right picks", low=1)
-    min_gain: float = opt(0.0, "a pick is dropped if log p(x|c,z) - log p(x|c, no thought) is below this, in nats; -inf: never", low=-math.inf)
+    min_gain: float = opt(0.0, "a pick is dropped if log p(x|c,z) - log p(x|c, no thought) is below this, in "
+        "nats; -inf: never", low=-math.inf)  # fmt: skip
     context: Literal["bare", "thoughts"] = opt("thoughts", "earlier chunks as plain text, or (latent mode) with thoughts that the model infers for them")
     before: int = opt(3, "chunks before a chunk that are given", low=0)
     bound_docs: int = opt(250, "documents for the likelihood, the first ones; 0: all", low=0)
@@ -263,12 +273,13 @@ def benchmark_problems(s: Settings, tok, seq_len: int) -> tuple[list[Problem], d
 
 
 def can_think(corpus: Corpus, max_new: int, seq_len: int) -> np.ndarray:
-    """Which chunks can carry a thought, [n_chunks] bool: infer_thoughts.main's rule, so that no chunk is scored that the E-step refuses."""
+    """Which chunks can carry a thought, [n_chunks] bool: infer_thoughts.main's rule, so that none is scored that
+    the E-step refuses."""
     return ~corpus.questions & (np.diff(corpus.chunks) > 0) & fits(corpus, max_new, seq_len)
 
 
 def fits(corpus: Corpus, max_new: int, seq_len: int) -> np.ndarray:
-    """Which chunks leave room for a thought of max_new tokens and the six tokens around both, [n_chunks] bool."""
+    """Which chunks leave room for a thought of max_new tokens and six tokens around both, [n_chunks] bool."""
     return np.diff(corpus.chunks) + 6 + max_new <= seq_len
 
 
@@ -282,8 +293,9 @@ def asked_chunks(corpus: Corpus) -> np.ndarray:
 def answers_end_with_line(tok, corpus: Corpus) -> bool:
     """Whether a response to this corpus's questions ends where its first line ends.
 
-    A document is chunks end to end: nothing but the next chunk's beginning says that an answer is over. So the corpus must show it: some answers
-    are followed by another chunk of their document, each such chunk begins on a new line, and no answer has a line end inside. Elsewhere, as in
+    A document is chunks end to end: nothing but the next chunk's beginning says that an answer is over, and a
+    model goes on with it. So the corpus must show where that is: some answers are followed by another chunk of
+    their document, each such chunk begins on a new line, and no answer has a line end inside. Elsewhere, as in
     documents of one problem, a response ends at EOS.
     """
     answers = asked_chunks(corpus)
@@ -294,8 +306,13 @@ def answers_end_with_line(tok, corpus: Corpus) -> bool:
     return len(behind) > 0 and not any("\n" in tok.decode(corpus.chunk(i)).strip() for i in answers)
 
 
-def corpus_problems(s: Settings, tok, corpus: Corpus, seq_len: int, picked=NOTHING) -> tuple[list[Problem], dict]:
-    """The chunks that follow a question, with up to --before chunks as context, and counts for results.json. None for a corpus without questions."""
+def corpus_problems(
+    s: Settings, tok, corpus: Corpus, seq_len: int, picked=NOTHING
+) -> tuple[list[Problem], dict]:
+    """The chunks that follow a question, with up to --before chunks as context, and counts for results.json.
+
+    There are none in a corpus without questions. An answer that cannot carry a thought is left out and counted.
+    """
     numbers, fitting = asked_chunks(corpus), can_think(corpus, s.max_new, seq_len)
     limits, problems = Limits(s.before, s.max_new + s.max_answer, seq_len), []
     for i in numbers[fitting[numbers]][: s.limit or None]:
@@ -303,7 +320,9 @@ def corpus_problems(s: Settings, tok, corpus: Corpus, seq_len: int, picked=NOTHI
         prompt = write_chunk(tok, corpus, i, context_of(corpus, i, limits, picked), None, PRIOR, picked)[0]
         gold = tok.decode(corpus.chunk(i))
         known = hashlib.sha256(corpus.chunk(i - 1).tobytes() + corpus.chunk(i).tobytes()).hexdigest()[:16]
-        problems.append(Problem(int(i), prompt if s.mode == "latent" else prompt[:-2], gold, {"question": known}))
+        problems.append(
+            Problem(int(i), prompt if s.mode == "latent" else prompt[:-2], gold, {"question": known})
+        )
     return problems, {"answers_too_long": int((~fitting[numbers]).sum())}
 
 
@@ -311,17 +330,17 @@ def corpus_problems(s: Settings, tok, corpus: Corpus, seq_len: int, picked=NOTHI
 
 
 def first_line(text: str) -> str:
-    """A text up to the end of its first line that says something: " is 9.\\nStart" -> " is 9.", "\\nIt is 9.\\nTom" -> "\\nIt is 9."."""
+    """A text up to the end of its first line that says something: "\\n It is 9.\\nTom has" -> "\\n It is 9."."""
     begin = len(text) - len(text.lstrip())
     return text[: begin + len(text[begin:].partition("\n")[0])]
 
 
-def respond(engine: Engine, tok, problems: list[Problem], s: Settings, samples: int, temperature: float, top_p: float, on_tokens=None,
-            one_line: bool = False) -> list[list[dict]]:  # fmt: skip
+def respond(engine: Engine, tok, problems: list[Problem], s: Settings, samples: int, temperature: float,
+            top_p: float, on_tokens=None, one_line: bool = False) -> list[list[dict]]:  # fmt: skip
     """`samples` responses to each problem, not yet graded: thought (latent), response, tokens, cut_off, forced.
 
-    one_line: a response of a corpus ends with its first line, see answers_end_with_line. Generation stops there, a few tokens later at most, and
-    what came behind the line is cut; tokens counts all that was sampled.
+    one_line: a response ends with its first line (answers_end_with_line). Generation stops there, a few tokens
+    later at most, and what came behind the line is cut; tokens counts all that was sampled.
     """
     latent = s.mode == "latent"
     stop = {tok.eos, tok.sol} if latent else {tok.eos, tok.sol, tok.eol}
@@ -330,7 +349,8 @@ def respond(engine: Engine, tok, problems: list[Problem], s: Settings, samples: 
     asked = [p for p in problems if len(p.prompt)]
 
     def answer_ends(ids: list[int]) -> bool:
-        return first_line(text := tok.decode(ids)) < text if one_line else bool(END.search(tok.decode(ids[-48:])))
+        text = tok.decode(ids if one_line else ids[-48:])
+        return first_line(text) != text if one_line else bool(END.search(text))
 
     def ends(ids) -> bool:
         ids = ids.tolist()
@@ -339,17 +359,19 @@ def respond(engine: Engine, tok, problems: list[Problem], s: Settings, samples: 
         return tok.eol in ids and answer_ends(ids[ids.index(tok.eol) + 1 :])
 
     def generate(prompts, keys, n, length, ends):
-        drawn = engine.generate(prompts, keys, n, length, stop, s.seed, purpose=TEST_DRAW, temperature=temperature, top_p=top_p,
-                                on_tokens=on_tokens, ends=ends if one_line or not s.corpus else None)  # fmt: skip
+        how = {"purpose": TEST_DRAW, "temperature": temperature, "top_p": top_p, "on_tokens": on_tokens}
+        how |= {"ends": ends if one_line or not s.corpus else None}
+        drawn = engine.generate(prompts, keys, n, length, stop, s.seed, **how)
         return [[(list(ids[:-1] if len(ids) and ids[-1] in stop else ids), done) for ids, done, _ in row] for row in drawn]
 
     def read(answer: list[int], done: bool) -> tuple[str, bool]:
-        """(response, whether it ended): the same cut for raw and latent models, and for thoughts that were closed."""
+        """(response, whether it ended): the same for raw and latent models, and behind thoughts that were closed."""
         text = tok.decode(answer)
         kept = first_line(text) if one_line else text
-        return kept, done or kept < text
+        return kept, done or kept != text
 
-    drawn, out, late = iter(generate([p.prompt for p in asked], [p.key for p in asked], samples, longest, ends)), [], []
+    drawn = iter(generate([p.prompt for p in asked], [p.key for p in asked], samples, longest, ends))
+    out, late = [], []
     for p in problems:
         if not len(p.prompt):  # too long for the model even without examples
             out.append([{"response": "", "tokens": 0, "cut_off": True, "forced": False} for _ in range(samples)])
@@ -357,12 +379,14 @@ def respond(engine: Engine, tok, problems: list[Problem], s: Settings, samples: 
         out.append([])
         for ids, done in next(drawn):
             response, done = ("", done) if latent else read(ids, done)
-            record = {"thought": "", "response": response, "tokens": len(ids), "cut_off": not done, "forced": False}
+            record = {"thought": "", "response": response, "tokens": len(ids)}
+            record |= {"cut_off": not done, "forced": False}
             if latent:
                 ended = tok.eol in ids[:thought_limit]
                 end = ids.index(tok.eol) if ended else min(len(ids), thought_limit)
                 answer = ids[end + 1 :] if ended else []
-                record |= {"thought": tok.decode(ids[:end]), "response": read(answer, done)[0], "cut_off": not ended}
+                record |= {"thought": tok.decode(ids[:end]), "response": read(answer, done)[0]}
+                record["cut_off"] = not ended
                 if not ended and s.max_thought:
                     late.append((p, len(out[-1]), record, ids[:end]))
             out[-1].append(record)
@@ -372,18 +396,24 @@ def respond(engine: Engine, tok, problems: list[Problem], s: Settings, samples: 
         answered = generate(prompts, keys, 1, s.max_answer, lambda ids: answer_ends(ids.tolist()))
         for (_, _, record, ids), [(answer, done)] in zip(late, answered):
             response, done = read(answer, done)
-            record |= {"response": response, "tokens": len(ids) + 1 + len(answer), "cut_off": not done, "forced": True}
+            record |= {"response": response, "tokens": len(ids) + 1 + len(answer)}
+            record |= {"cut_off": not done, "forced": True}
     for record in (r for row in out for r in row):
         if not latent:
             record.pop("thought", None)
     return out
 
 
-def answer_block(engine: Engine, tok, problems: list[Problem], s: Settings, grader, on_tokens=None, one_line: bool = False) -> list[dict]:
-    """The records of some problems: the greedy response first, then the sampled ones, all graded. one_line: as for respond()."""
+def answer_block(engine: Engine, tok, problems: list[Problem], s: Settings, grader, on_tokens=None,
+                 one_line: bool = False) -> list[dict]:  # fmt: skip
+    """The records of some problems: the greedy response first, then the sampled ones, all graded.
+
+    one_line: as for respond().
+    """
     rows = respond(engine, tok, problems, s, 1, 0.0, 1.0, on_tokens, one_line)
     if s.k:
-        rows = [a + b for a, b in zip(rows, respond(engine, tok, problems, s, s.k, s.temperature, s.top_p, on_tokens, one_line))]
+        sampled = respond(engine, tok, problems, s, s.k, s.temperature, s.top_p, on_tokens, one_line)
+        rows = [a + b for a, b in zip(rows, sampled)]
     records = []
     for p, row in zip(problems, rows):
         for r in row:
@@ -406,7 +436,8 @@ def read_done(path: Path, problems: list[Problem], block: int) -> list[dict]:
     return records[: known if known == len(problems) else known // block * block]
 
 
-def answer_all(engine: Engine, tok, problems: list[Problem], s: Settings, grader, out_dir: Path, timing: dict, one_line: bool) -> list[dict]:
+def answer_all(engine: Engine, tok, problems: list[Problem], s: Settings, grader, out_dir: Path, timing: dict,
+               one_line: bool) -> list[dict]:  # fmt: skip
     """All records, block by block; each block is written when it is done. one_line: as for respond()."""
     partial, whole = out_dir / "responses.partial.jsonl", out_dir / "responses.jsonl"
     block = s.block or (64 if engine.device.type == "cpu" and not s.corpus else 1024)
@@ -424,7 +455,8 @@ def answer_all(engine: Engine, tok, problems: list[Problem], s: Settings, grader
         progress.update(min(len(records), len(problems) - 1), right=f"{right}/{len(records)}", sampled=f"{tokens / (time.time() - begin):,.0f} tok/s")
 
     while len(records) < len(problems):
-        done = answer_block(engine, tok, problems[len(records) : len(records) + block], s, grader, on_tokens, one_line)
+        some = problems[len(records) : len(records) + block]
+        done = answer_block(engine, tok, some, s, grader, on_tokens, one_line)
         records += done
         with open(partial, "ab") as f:
             f.write(b"".join(map(line_of, done)))
@@ -490,14 +522,21 @@ def scores(records: list[dict], k: int) -> dict:
 
 def text_nll(engine: Engine, tok, corpus: Corpus, numbers, s: Settings, picked=NOTHING) -> np.ndarray:
     """-log p(chunk | up to s.before chunks before it, with the thoughts in `picked`), in nats, for each chunk in `numbers` as plain text."""
-    limits = Limits(s.before, s.max_new, engine.config.seq_len)  # room for a thought: the givens of a latent model
-    written = [write_chunk(tok, corpus, i, context_of(corpus, i, limits, picked), None, RAW, picked) for i in numbers]
-    scores = engine.score([ids[: part.chunk[0]] for ids, part in written], [[ids[part.chunk[0] :]] for ids, part in written])
+    limits = Limits(
+        s.before, s.max_new, engine.config.seq_len
+    )  # room for a thought: the givens of a latent model
+    written = [
+        write_chunk(tok, corpus, i, context_of(corpus, i, limits, picked), None, RAW, picked) for i in numbers
+    ]
+    scores = engine.score(
+        [ids[: part.chunk[0]] for ids, part in written], [[ids[part.chunk[0] :]] for ids, part in written]
+    )
     return -np.array([row[0].sum() for row in scores])
 
 
 class Scored(NamedTuple):
-    """What likelihood() scores: chunks that can carry a thought, the questions of their documents, and what was left out."""
+    """What likelihood() scores: chunks that can carry a thought, the questions of their documents; and counts of
+    what is left out."""
 
     numbers: np.ndarray
     asked: np.ndarray
@@ -514,44 +553,66 @@ def choose_scored(s: Settings, corpus: Corpus, seq_len: int) -> Scored:
     """The chunks of the first --bound_docs documents; UserError when none can be scored."""
     n_docs = min(s.bound_docs or corpus.n_docs, corpus.n_docs)
     there = np.arange(corpus.docs[n_docs])
-    thinking, fitting, questions = can_think(corpus, s.max_new, seq_len)[there], fits(corpus, s.max_new, seq_len)[there], corpus.questions[there]
+    thinking, fitting, questions = (
+        can_think(corpus, s.max_new, seq_len)[there],
+        fits(corpus, s.max_new, seq_len)[there],
+        corpus.questions[there],
+    )
     numbers = there[thinking]
     if not len(numbers):
-        raise UserError(f"{corpus.folder}: no chunk of the first {n_docs} documents can be scored: each is a question, empty, or longer than "
-                        f"the model's {seq_len} tokens less --max_new={s.max_new} and 6")  # fmt: skip
+        raise UserError(f"{corpus.folder}: no chunk of the first {n_docs} documents can be scored: each is a question, "
+                        f"empty, or longer than the model's {seq_len} tokens less --max_new={s.max_new} and 6")  # fmt: skip
     docs = np.unique(corpus.doc_of(numbers))
     asked = there[questions & fitting]
     asked = asked[np.isin(corpus.doc_of(asked), docs)]
-    counts = {"too_long": int((~questions & ~fitting).sum()), "questions_too_long": int((questions & ~fitting).sum()),
-              "empty": int((~questions & fitting & ~thinking).sum()), "docs_left_out": n_docs - len(docs)}  # fmt: skip
+    left_out = {"too_long": ~questions & ~fitting, "questions_too_long": questions & ~fitting,
+                "empty": ~questions & fitting & ~thinking}  # fmt: skip
+    counts = {key: int(which.sum()) for key, which in left_out.items()} | {"docs_left_out": n_docs - len(docs)}
     return Scored(numbers, asked, docs, counts)
 
 
 def likelihood(engine: Engine, tok, corpus: Corpus, s: Settings, truth, on_tokens) -> tuple[dict, dict]:
-    """(figures for results.json, arrays for likelihood.npz), see the module's docstring. truth: the corpus's true thoughts, or None."""
+    """(figures for results.json, arrays for likelihood.npz), see the module's docstring.
+
+    truth: the corpus's true thoughts, or None.
+    """
     scored, picked, about = choose_scored(s, corpus, engine.config.seq_len), {}, {}
     if s.mode == "raw":
         nats = {"nll": text_nll(engine, tok, corpus, scored.numbers, s)}
     else:
         limits, K = Limits(s.before, s.max_new, engine.config.seq_len), max(s.samples, *BOUNDS)
-        got = infer(engine, tok, corpus, scored.numbers, K, limits, s.seed, context=s.context, min_gain=s.min_gain, purpose=TEST_DRAW,
-                    on_tokens=on_tokens, picked=picked)  # fmt: skip
-        nats = {"thoughtless": -thoughtless(got), "alone": -got.log_alone} | {f"bound_{k}": -bound(got, k) for k in BOUNDS}
+        how = {"context": s.context, "min_gain": s.min_gain, "purpose": TEST_DRAW, "on_tokens": on_tokens}
+        got = infer(engine, tok, corpus, scored.numbers, K, limits, s.seed, picked=picked, **how)
+        nats = {"thoughtless": -thoughtless(got), "alone": -got.log_alone} | {
+            f"bound_{k}": -bound(got, k) for k in BOUNDS
+        }
         about = of_samples(got, s, scored.numbers, truth)
     questions = text_nll(engine, tok, corpus, scored.asked, s, picked)
-    n_bytes, n_asked = (np.array([tok.n_bytes(corpus.chunk(i)) for i in numbers]) for numbers in (scored.numbers, scored.asked))
+    n_bytes, n_asked = (
+        np.array([tok.n_bytes(corpus.chunk(i)) for i in numbers])
+        for numbers in (scored.numbers, scored.asked)
+    )
     sizes = np.diff(corpus.chunks)[scored.numbers]
     sums = {key: scored.by_document(corpus, scored.numbers, v) for key, v in nats.items()}
     sums["questions"] = scored.by_document(corpus, scored.asked, questions)
-    whole = {key: scored.by_document(corpus, scored.numbers, v).astype(np.int64) for key, v in (("bytes", n_bytes), ("tokens", sizes))}
-    counts = {"bound_docs": len(scored.docs), "bound_chunks": len(scored.numbers), "bytes": int(n_bytes.sum()), "tokens": int(sizes.sum()),
-              "question_bytes": int(n_asked.sum()), "short_context": shortened(corpus, scored.numbers, s, engine.config.seq_len, picked)}  # fmt: skip
+    whole = {
+        key: scored.by_document(corpus, scored.numbers, v).astype(np.int64)
+        for key, v in (("bytes", n_bytes), ("tokens", sizes))
+    }
+    counts = {"bound_docs": len(scored.docs), "bound_chunks": len(scored.numbers)}
+    counts |= {"bytes": int(n_bytes.sum()), "tokens": int(sizes.sum()), "question_bytes": int(n_asked.sum())}
+    counts["short_context"] = shortened(corpus, scored.numbers, s, engine.config.seq_len, picked)
     asked = {"nll_questions": float(questions.sum() / n_asked.sum()) if n_asked.sum() else None}
-    return in_units(sums, counts) | asked | about | counts | scored.counts, {"doc": scored.docs, **whole, **sums}
+    return in_units(sums, counts) | asked | about | counts | scored.counts, {
+        "doc": scored.docs,
+        **whole,
+        **sums,
+    }
 
 
 def in_units(sums: dict, counts: dict) -> dict:
-    """Nats of each document -> nats a byte, a token and a document of all: nll, or nll_thoughtless, nll_alone and nll_bound {k: ...}."""
+    """Nats of each document -> nats a byte, a token and a document of all: nll, or nll_bound {k: ...},
+    nll_thoughtless and nll_alone."""
     figures = {}
     for unit, n in (("", counts["bytes"]), ("_token", counts["tokens"]), ("_document", counts["bound_docs"])):
         mean = {key: float(values.sum() / n) for key, values in sums.items()}
@@ -570,7 +631,10 @@ def shortened(corpus: Corpus, numbers, s: Settings, seq_len: int, picked) -> int
 
 
 def of_samples(got, s: Settings, numbers, truth) -> dict:
-    """What E-steps with --samples thoughts find: each group of as many is one. pick_right is null without the true thoughts."""
+    """What E-steps with --samples thoughts find: each group of as many samples is one.
+
+    ess, and shares of picks: pick_right (None without `truth`), no_pick_share; and of thoughts: cut_off_share.
+    """
     n, K = got.log_w.shape
     n_groups = K // s.samples
 
@@ -580,13 +644,25 @@ def of_samples(got, s: Settings, numbers, truth) -> dict:
     weights, gain = grouped(got.log_w), grouped(got.log_x - got.log_none[:, None])
     picks = got.pick
     if n_groups > 1 or K > s.samples:
-        picks = choose_picks("resample", weights, gain, s.min_gain, hash_uniform(PICK, s.seed, np.arange(len(weights))))
+        picks = choose_picks(
+            "resample", weights, gain, s.min_gain, hash_uniform(PICK, s.seed, np.arange(len(weights)))
+        )
     right = None
     if truth:
         rows, groups = np.divmod(np.arange(len(picks)), n_groups)
-        chosen = [got.thoughts[r][g * s.samples + j] if j >= 0 else None for r, g, j in zip(rows, groups, picks)]
-        right = float(np.mean([z is not None and np.array_equal(z, truth.span(numbers[r])) for z, r in zip(chosen, rows)]))
-    shares = {"pick_right": right, "no_pick_share": float((picks < 0).mean()), "cut_off_share": float((~got.finished).mean())}
+        chosen = [
+            got.thoughts[r][g * s.samples + j] if j >= 0 else None for r, g, j in zip(rows, groups, picks)
+        ]
+        right = float(
+            np.mean(
+                [z is not None and np.array_equal(z, truth.span(numbers[r])) for z, r in zip(chosen, rows)]
+            )
+        )
+    shares = {
+        "pick_right": right,
+        "no_pick_share": float((picks < 0).mean()),
+        "cut_off_share": float((~got.finished).mean()),
+    }
     return {"ess": float(ess(weights).mean())} | shares
 
 
@@ -596,8 +672,22 @@ def thoughts_before(engine: Engine, tok, corpus: Corpus, s: Settings) -> dict:
     if s.context == "thoughts" and s.mode == "latent":
         limits = Limits(s.before, s.max_new, engine.config.seq_len)
         numbers = np.flatnonzero(can_think(corpus, s.max_new, limits.seq_len))
-        numbers = numbers[:-1][np.diff(corpus.doc_of(numbers)) == 0]  # a document's last one stands before none
-        infer(engine, tok, corpus, numbers, s.samples, limits, s.seed, context=s.context, min_gain=s.min_gain, purpose=TEST_DRAW, picked=picked)
+        numbers = numbers[:-1][
+            np.diff(corpus.doc_of(numbers)) == 0
+        ]  # a document's last one stands before none
+        infer(
+            engine,
+            tok,
+            corpus,
+            numbers,
+            s.samples,
+            limits,
+            s.seed,
+            context=s.context,
+            min_gain=s.min_gain,
+            purpose=TEST_DRAW,
+            picked=picked,
+        )
     return picked
 
 
@@ -618,12 +708,15 @@ def paired(a: dict, b: dict) -> dict:
 
 
 def paired_difference(a, b) -> tuple[float, float]:
-    """(mean, standard error) of b - a over documents: a, b [n_docs] from likelihood.npz, in nats, of two models or measures on the same documents."""
+    """(mean, standard error) of b - a over documents, in nats.
+
+    a, b [n_docs]: arrays of likelihood.npz, of two models or measures on the same documents.
+    """
     return mean_and_error(np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64))
 
 
 def compare(folders: list[str], out_dir: Path) -> None:
-    """compare.json, compare.png and tables of runs on the same problems, and on the same documents where they have a likelihood."""
+    """compare.json, compare.png and tables: runs on the same problems, and the likelihood of the same documents."""
     names = [str(folder) for folder in folders]
     shared = os.path.commonprefix(names) if len(names) > 1 else ""
     names = [name[shared.rfind("/") + 1 :] for name in names]
@@ -631,7 +724,10 @@ def compare(folders: list[str], out_dir: Path) -> None:
     nats, why = compare_likelihood(folders, names)
     graded = ["exact_match,flexible-extract" in r for r in results]
     if not all(graded) and (any(graded) or not nats):
-        raise UserError(f"{folders[graded.index(False)]}: no results of a benchmark (results.json and responses.jsonl)" + (f"; {why}" if why else ""))
+        raise UserError(
+            f"{folders[graded.index(False)]}: no results of a benchmark (results.json and responses.jsonl)"
+            + (f"; {why}" if why else "")
+        )
     pairs = compare_accuracy(folders, names, results) if graded[0] else []
     if nats:
         print_likelihood(nats)
@@ -641,12 +737,14 @@ def compare(folders: list[str], out_dir: Path) -> None:
     runs = [{"folder": str(f)} | r for f, r in zip(folders, results)]
     write_json(out_dir / "compare.json", {"runs": runs, "pairs": pairs, "likelihood": nats})
     drawn = graded[0] and draw_comparison(names, results, out_dir / "compare.png")
-    no_picture = "; no picture: " + ("matplotlib is not installed" if graded[0] else "it would show accuracies, and there is none")
+    no_picture = "; no picture: " + (
+        "matplotlib is not installed" if graded[0] else "it would show accuracies, and there is none"
+    )
     print(f"{out_dir}/compare.json" + (f", {out_dir}/compare.png" if drawn else no_picture))
 
 
 def compare_accuracy(folders: list[str], names: list[str], results: list[dict]) -> list[dict]:
-    """Print a table of runs with responses.jsonl; the paired tests. UserError where they were asked other problems."""
+    """Print a table of runs with responses.jsonl; the paired tests. UserError if they were asked other problems."""
     runs = []
     for folder in folders:
         path = Path(folder) / "responses.jsonl"
@@ -654,19 +752,42 @@ def compare_accuracy(folders: list[str], names: list[str], results: list[dict]) 
             raise UserError(f"{folder}: no results of a benchmark (results.json and responses.jsonl)")
         right = {r["question"] + f"-{r['problem']}": r["responses"][0]["correct"] for r in read_rows(path)}
         if runs and right.keys() != runs[0].keys():
-            raise UserError(f"{folder}: asked other problems than {folders[0]}: {len(right)} and {len(runs[0])}, {len(right.keys() & runs[0].keys())} in common")
+            both = len(right.keys() & runs[0].keys())
+            counts = f"{len(right)} and {len(runs[0])}, {both} in common"
+            raise UserError(f"{folder}: asked other problems than {folders[0]}: {counts}")
         runs.append(right)
-    pairs = [{"first": names[i], "second": names[j]} | paired(runs[i], runs[j]) for j in range(len(runs)) for i in range(j)]
-    rows = [["", "mode", "n", "shots", "flexible", "strict", "mean of k", "maj@k", "pass@k", "cut off", "no answer"]]
+    pairs = [
+        {"first": names[i], "second": names[j]} | paired(runs[i], runs[j])
+        for j in range(len(runs))
+        for i in range(j)
+    ]
+    rows = [
+        [
+            "",
+            "mode",
+            "n",
+            "shots",
+            "flexible",
+            "strict",
+            "mean of k",
+            "maj@k",
+            "pass@k",
+            "cut off",
+            "no answer",
+        ]
+    ]
     for name, r in zip(names, results):
         sampled = r.get("sampled", {})
         k = sampled.get("k", 0)
-        more = [f"{sampled[key]:.3f}" if key in sampled else "-" for key in ("accuracy", f"maj@{k}", f"pass@{k}")]
+        more = [
+            f"{sampled[key]:.3f}" if key in sampled else "-" for key in ("accuracy", f"maj@{k}", f"pass@{k}")
+        ]
         rows.append([name, r["mode"], r["n"], r.get("n_shots", "-"), f"{r['accuracy']:.3f} ± {r['accuracy_se']:.3f}",
                      f"{r['exact_match,strict-match']:.3f}", *more, r["cut_off"], r["no_answer"]])  # fmt: skip
     print_table(rows)
     for p in pairs:
-        print(f"{p['second']} - {p['first']}: {p['difference']:+.3f} ± {p['difference_se']:.3f}, {p['only_second']} against {p['only_first']} problems that only one solves, p = {p['p']:.2g}")
+        print(f"{p['second']} - {p['first']}: {p['difference']:+.3f} ± {p['difference_se']:.3f}, {p['only_second']} against "
+              f"{p['only_first']} problems that only one solves, p = {p['p']:.2g}")  # fmt: skip
     return pairs
 
 
@@ -675,11 +796,18 @@ def print_table(rows: list[list]) -> None:
     print("\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]))
 
 
-MEASURES = {"nll": "NLL", "thoughtless": "thoughtless NLL", f"bound_{BOUNDS[-1]}": f"IWAE-{BOUNDS[-1]}"}  # of likelihood.npz, as shown
+MEASURES = {
+    "nll": "NLL",
+    "thoughtless": "thoughtless NLL",
+    f"bound_{BOUNDS[-1]}": f"IWAE-{BOUNDS[-1]}",
+}  # of likelihood.npz, as shown
 
 
 def compare_likelihood(folders: list[str], names: list[str]) -> tuple[dict, str]:
-    """({rows, pairs} over the documents of all likelihood.npz, "") or ({}, why there is none). Differences are second - first, in nats a document."""
+    """({documents, rows, pairs}, "") of all folders' likelihood.npz, or ({}, why not). In nats a document.
+
+    Rows are means over documents, pairs the paired differences second - first, each with its standard error.
+    """
     paths = [Path(folder) / "likelihood.npz" for folder in folders]
     missing = [path for path in paths if not path.exists()]
     if missing:
@@ -692,7 +820,10 @@ def compare_likelihood(folders: list[str], names: list[str]) -> tuple[dict, str]
         if str(table["corpus"]) != str(first["corpus"]):
             return {}, f"{folder}: measured on another corpus than {folders[0]}"
         if any(not np.array_equal(table[key], first[key]) for key in ("doc", "bytes", "tokens")):
-            return {}, f"{folder}: measured on other documents or chunks than {folders[0]}; give both the same --bound_docs and --max_new"
+            return (
+                {},
+                f"{folder}: measured on other documents or chunks than {folders[0]}; give both the same --bound_docs and --max_new",
+            )
         rows += [(f"{name} {label}", table[key]) for key, label in MEASURES.items() if key in table]
     pairs = []
     for j, (b, there) in enumerate(rows):
@@ -700,14 +831,24 @@ def compare_likelihood(folders: list[str], names: list[str]) -> tuple[dict, str]
             mean, error = paired_difference(here, there)
             pairs.append({"first": a, "second": b, "difference": mean, "difference_se": error})
     keys = ("nats", "nats_se")
-    return {"documents": len(first["doc"]), "rows": [{"name": n} | dict(zip(keys, mean_and_error(v))) for n, v in rows], "pairs": pairs}, ""
+    return {
+        "documents": len(first["doc"]),
+        "rows": [{"name": n} | dict(zip(keys, mean_and_error(v))) for n, v in rows],
+        "pairs": pairs,
+    }, ""
 
 
 def print_likelihood(nats: dict) -> None:
     """The rows and pairs of compare_likelihood() as text."""
-    print_table([["", f"nats a document, of {nats['documents']}"], *([r["name"], f"{r['nats']:.4f} ± {r['nats_se']:.4f}"] for r in nats["rows"])])
+    print_table(
+        [
+            ["", f"nats a document, of {nats['documents']}"],
+            *([r["name"], f"{r['nats']:.4f} ± {r['nats_se']:.4f}"] for r in nats["rows"]),
+        ]
+    )
     for p in nats["pairs"]:
-        print(f"{p['second']} - {p['first']}: {p['difference']:+.4f} ± {p['difference_se']:.4f} nats a document")
+        difference = f"{p['difference']:+.4f} ± {p['difference_se']:.4f}"
+        print(f"{p['second']} - {p['first']}: {difference} nats a document")
 
 
 def draw_comparison(names: list[str], results: list[dict], path: Path) -> bool:
@@ -812,7 +953,8 @@ def evaluate(s: Settings) -> None:
         one_line = answers_end_with_line(tok, corpus)
         counts["until"] = ["its first line's end"] if one_line else []
         if not problems:
-            print(f"{s.corpus}: no question with an answer that fits (too long {counts['answers_too_long']}); the likelihood only")
+            too_long = counts["answers_too_long"]
+            print(f"{s.corpus}: no question with an answer that fits (too long {too_long}); the likelihood only")
     else:
         problems, counts = benchmark_problems(s, tok, engine.config.seq_len)
         lengths, one_line = [len(p.prompt) for p in problems], False
@@ -847,13 +989,17 @@ def measure_likelihood(engine: Engine, tok, corpus: Corpus, s: Settings, truth, 
     with replacing(out_dir / "likelihood.npz") as temporary, open(temporary, "wb") as f:
         np.savez(f, corpus=np.array(corpus.meta["sha256"]), **arrays)
     progress.update(1)
-    bounds = "".join(f", K={k} {v:.4f}" for k, v in figures.get("nll_bound", {}).items())
-    print(f"nats a byte of {figures['bound_chunks']} chunks: " + (f"NLL {figures['nll']:.4f}" if "nll" in figures else
-          f"without a thought {figures['nll_thoughtless']:.4f}, bounds{bounds.removeprefix(',')}"))  # fmt: skip
+    if "nll" in figures:
+        said = f"NLL {figures['nll']:.4f}"
+    else:
+        bounds = ", ".join(f"K={k} {v:.4f}" for k, v in figures["nll_bound"].items())
+        said = f"without a thought {figures['nll_thoughtless']:.4f}, bounds {bounds}"
+    print(f"nats a byte of {figures['bound_chunks']} chunks: {said}")
     return figures
 
 
 def main(s: Settings) -> None:
+    s = replace(s, min_gain=max(s.min_gain, -1e9))  # JSON has no infinity
     if sum(map(bool, (s.benchmark, s.corpus, s.compare))) != 1:
         raise UserError("give one of --benchmark=NAME, --corpus=FOLDER and --compare=FOLDER,FOLDER")
     if s.compare:
