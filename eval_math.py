@@ -4,10 +4,10 @@
     latent    BOS  Problem .. Solution: SOL PRI s s s EOL The final answer is a.   ...   Problem .. Solution: SOL PRI -> z z z EOL x x x
 
 In latent mode the solution is the thought, laid out as in training (data/corpus.py), and only what follows EOL is graded. The prompts of a
-corpus are the chunks before the answer (questions.npy), as in infer_thoughts.py, without examples. Where the
-corpus writes its answers on one line, and what follows them on the next, a response ends with its first line
-(see answers_end_with_line). A corpus without questions, as data/text.py makes them, has nothing to answer: its
-results.json is the likelihood alone, without "accuracy".
+corpus are the chunks before the answer (questions.npy), as in infer_thoughts.py, without examples. Where
+the corpus writes its answers on one line, and what follows them on the next, a response ends with its first
+line (see answers_end_with_line). A corpus without questions, as data/text.py makes them, has nothing to
+answer: its results.json is the likelihood alone, without "accuracy".
 
     python eval_math.py --benchmark=gsm8k --model=M --out_dir=out/gsm8k                 # greedy; data/benchmarks/gsm8k/test.jsonl, 8 shots
     python eval_math.py --benchmark=math500 --model=M --mode=latent --k=16 --out_dir=out/math     # 16 samples more: maj@k and pass@k
@@ -17,40 +17,44 @@ results.json is the likelihood alone, without "accuracy".
     python eval_math.py --corpus=out/digits/heldout --model=out/M1 --out_dir=out/M1/eval          # a corpus: accuracy and likelihood
 
 A prompt that does not fit the model's context is refused, or, with --drop_shots, loses examples, which is counted. Written into --out_dir: responses.jsonl
-(a line a problem; a run that was cut off goes on behind the last block there), results.json (names of scores as lm-evaluation-harness has them), timing.json,
-and for a corpus likelihood.npz.
+(a line a problem; a run that was cut off goes on behind the last block there), results.json (names of
+scores as lm-evaluation-harness has them), timing.json, and for a corpus likelihood.npz.
 
-Likelihood of a corpus: raw and latent models on the same chunks, the same tokens, the same givens. A chunk x is
-scored if the E-step would infer thoughts for it: it is no question, not empty, and fits into the model's context
-beside --max_new (so give raw models the same --max_new). Of the first --bound_docs documents. Given are the chunks
-c before it, up to --before of them, and nothing else: that the question is over, or that a thought follows, is not
-told. BOS, EOS and markers are no text. In nats:
+Likelihood of a corpus: raw and latent models on the same chunks, the same tokens, the same givens. A chunk
+x is scored if the E-step would infer thoughts for it: it is no question, not empty, and fits into the
+model's context beside --max_new (so give raw models the same --max_new). Of the first --bound_docs
+documents. Given are the chunks c before it, up to --before of them, and nothing else: that the question is
+over, or that a thought follows, is not told. BOS, EOS and markers are no text. In nats:
 
     raw       nll              -log p(x | c)
     latent    nll_alone        -log p(x | c), of a chunk written without a thought
-              nll_thoughtless  -log( p(x | c) + p(SOL | c) p(x | c, SOL EOL) ): the same model, which never thinks
-              nll_bound        -log( p(x | c) + p(SOL | c) ((1 - e) mean w + e p(x | c, SOL EOL)) ), e = NO_THOUGHT,
-                               the mean over groups of k = 1 (ELBO), 4 and 16 (IWAE) of the K = max(--samples, 16)
-                               thoughts that the model infers as in the E-step; then the mean over groups
+              nll_thoughtless  -log( p(x | c) + p(SOL | c) p(x | c, SOL EOL) ): the same, not thinking
+              nll_bound        -log( p(x | c) + p(SOL | c) ((1 - e) mean w + e p(x | c, SOL EOL)) )
+                               with the mean over k = 1 (ELBO), 4 or 16 (IWAE) thoughts and e = NO_THOUGHT;
+                               averaged over the groups of k in the K = max(--samples, 16) thoughts that
+                               the model infers as in the E-step
 
 A text shows no markers. So its probability is a sum over the ways to write it; training leaves only e open:
 
     p_text(x | c)  =  p(x | c)  +  p(SOL | c) ( (1 - e) p(x | c, SOL PRI)  +  e p(x | c, SOL EOL) )
 
-w = p(z, x | c, SOL PRI) / q(z | c, x), and 0 where z was cut off. Its mean is unbiased for
-p(x, |z| < max_new | c, SOL PRI), what x gets behind thoughts that end in time, which is at most p(x | c, SOL PRI).
-By Jensen each nll_bound is in expectation at least -log p_text. It is finite however many thoughts are cut off, and no
-cut-off improves it. So nothing is left out of a sum: where all are cut off the rest of the mixture is what counts.
+w = p(z, x | c, SOL PRI) / q(z | c, x), and 0 where z was cut off. Its mean is unbiased for p(x, |z| <
+max_new | c, SOL PRI), what x gets behind thoughts that end in time, which is at most p(x | c, SOL PRI). By
+Jensen each nll_bound is in expectation at least -log p_text. It is finite however many thoughts are cut
+off, and in the same context no cut-off improves it. So nothing is left out of a sum: where all are cut off
+the rest of the mixture is what counts.
 
-The c of a raw model is text. That of a latent one is text (--context=bare), or text with the thoughts that were
-picked for it among all K (--context=thoughts): the same c for every k, for nll_alone, nll_thoughtless and the
-questions. A pick depends on its chunk, on earlier ones and on chance, never on what follows. So for every k the sum
-over a document's chunks is, in expectation, at least the -log of a probability of documents: that of telling each
-chunk from those before it. But for k < K it is not what a run with K = k would find: its contexts are better ones.
+The c of a raw model is text. That of a latent one is text (--context=bare), or text with the thoughts that
+were picked for it among all K (--context=thoughts): the same c for every k, for nll_alone, nll_thoughtless
+and the questions. A pick depends on its chunk, on earlier ones and on chance, never on what follows. So for
+every k the sum over a document's chunks is, in expectation, at least the -log of a probability of
+documents: that of telling each chunk from those before it. But for k < K it is not what a run with K = k
+would find: the contexts have picks among K.
 
-Each figure is given a byte, a token (_token) and a document (_document) of the scored chunks; nll_questions, in
-nats a byte of the same documents' questions, is apart. ess, pick_right, no_pick_share and cut_off_share tell of
-E-steps with --samples thoughts. likelihood.npz has the nats of each document: --compare shows paired differences.
+Each figure is given a byte, a token (_token) and a document (_document) of the scored chunks;
+nll_questions, in nats a byte of the same documents' questions, is apart. ess, pick_right, no_pick_share and
+cut_off_share tell of E-steps with --samples thoughts. likelihood.npz has the nats of each document:
+--compare shows paired differences.
 
 Part one runs all that; part two is the grader: extract_answer(response), grade(response, gold).
 """
@@ -108,8 +112,8 @@ class Settings:
     model: str = opt("", "model folder; several with commas between are compared")
     out_dir: str = opt(help="where the results go")
     mode: Literal["latent", "raw"] = opt("latent", "think first, or answer at once")
-    max_new: int = opt(0, "longest thought in tokens, its EOL included; raw mode: the longest solution, and of a "
-        "corpus the room that a thought would need; 0: 512 for a benchmark, 128 for a corpus", low=0)  # fmt: skip
+    max_new: int = opt(0, "longest thought in tokens, its EOL included; raw mode: the longest solution, or of "
+        "a corpus the room for a thought; 0: 512 for a benchmark, 128 for a corpus", low=0)  # fmt: skip
     max_answer: int = opt(32, "longest answer in tokens (latent mode, corpora)", low=1)
     max_thought: int = opt(0, "latent mode: close a thought after so many tokens, and let the model answer; 0: one that is not ended is wrong", low=0)
     k: int = opt(0, "responses sampled for each problem, beside the greedy one", low=0)
@@ -273,8 +277,10 @@ def benchmark_problems(s: Settings, tok, seq_len: int) -> tuple[list[Problem], d
 
 
 def can_think(corpus: Corpus, max_new: int, seq_len: int) -> np.ndarray:
-    """Which chunks can carry a thought, [n_chunks] bool: infer_thoughts.main's rule, so that none is scored that
-    the E-step refuses."""
+    """Which chunks can carry a thought, [n_chunks] bool.
+
+    The rule of infer_thoughts.main, so that nothing is scored that the E-step refuses.
+    """
     return ~corpus.questions & (np.diff(corpus.chunks) > 0) & fits(corpus, max_new, seq_len)
 
 
@@ -293,10 +299,10 @@ def asked_chunks(corpus: Corpus) -> np.ndarray:
 def answers_end_with_line(tok, corpus: Corpus) -> bool:
     """Whether a response to this corpus's questions ends where its first line ends.
 
-    A document is chunks end to end: nothing but the next chunk's beginning says that an answer is over, and a
-    model goes on with it. So the corpus must show where that is: some answers are followed by another chunk of
-    their document, each such chunk begins on a new line, and no answer has a line end inside. Elsewhere, as in
-    documents of one problem, a response ends at EOS.
+    A document is chunks end to end: nothing but the next chunk's beginning says that an answer is over, and
+    a model goes on with it. So the corpus must show where that is: some answers are followed by another chunk
+    of their document, each such chunk begins on a new line, and no answer has a line end inside. Elsewhere,
+    as in documents of one problem, a response ends at EOS.
     """
     answers = asked_chunks(corpus)
     behind = answers[answers + 1 < corpus.n_chunks] + 1
@@ -311,7 +317,7 @@ def corpus_problems(
 ) -> tuple[list[Problem], dict]:
     """The chunks that follow a question, with up to --before chunks as context, and counts for results.json.
 
-    There are none in a corpus without questions. An answer that cannot carry a thought is left out and counted.
+    None in a corpus without questions. An answer that cannot carry a thought is left out and counted.
     """
     numbers, fitting = asked_chunks(corpus), can_think(corpus, s.max_new, seq_len)
     limits, problems = Limits(s.before, s.max_new + s.max_answer, seq_len), []
@@ -330,17 +336,17 @@ def corpus_problems(
 
 
 def first_line(text: str) -> str:
-    """A text up to the end of its first line that says something: "\\n It is 9.\\nTom has" -> "\\n It is 9."."""
+    """A text to the end of its first line that says something: "\\n It is 9.\\nTom has" -> "\\n It is 9."."""
     begin = len(text) - len(text.lstrip())
     return text[: begin + len(text[begin:].partition("\n")[0])]
 
 
 def respond(engine: Engine, tok, problems: list[Problem], s: Settings, samples: int, temperature: float,
             top_p: float, on_tokens=None, one_line: bool = False) -> list[list[dict]]:  # fmt: skip
-    """`samples` responses to each problem, not yet graded: thought (latent), response, tokens, cut_off, forced.
+    """`samples` responses to each problem, ungraded: thought (latent), response, tokens, cut_off, forced.
 
-    one_line: a response ends with its first line (answers_end_with_line). Generation stops there, a few tokens
-    later at most, and what came behind the line is cut; tokens counts all that was sampled.
+    one_line: a response ends with its first line (answers_end_with_line). Generation stops there or a few
+    tokens later, and what came behind the line is cut; tokens counts all that was sampled.
     """
     latent = s.mode == "latent"
     stop = {tok.eos, tok.sol} if latent else {tok.eos, tok.sol, tok.eol}
@@ -365,7 +371,7 @@ def respond(engine: Engine, tok, problems: list[Problem], s: Settings, samples: 
         return [[(list(ids[:-1] if len(ids) and ids[-1] in stop else ids), done) for ids, done, _ in row] for row in drawn]
 
     def read(answer: list[int], done: bool) -> tuple[str, bool]:
-        """(response, whether it ended): the same for raw and latent models, and behind thoughts that were closed."""
+        """(response, whether it ended): alike for raw and latent models, and behind closed thoughts."""
         text = tok.decode(answer)
         kept = first_line(text) if one_line else text
         return kept, done or kept != text
@@ -535,8 +541,10 @@ def text_nll(engine: Engine, tok, corpus: Corpus, numbers, s: Settings, picked=N
 
 
 class Scored(NamedTuple):
-    """What likelihood() scores: chunks that can carry a thought, the questions of their documents; and counts of
-    what is left out."""
+    """What likelihood() scores: chunks that can carry a thought, and their documents' questions.
+
+    counts: of what is left out.
+    """
 
     numbers: np.ndarray
     asked: np.ndarray
@@ -560,14 +568,16 @@ def choose_scored(s: Settings, corpus: Corpus, seq_len: int) -> Scored:
     )
     numbers = there[thinking]
     if not len(numbers):
-        raise UserError(f"{corpus.folder}: no chunk of the first {n_docs} documents can be scored: each is a question, "
-                        f"empty, or longer than the model's {seq_len} tokens less --max_new={s.max_new} and 6")  # fmt: skip
+        room = f"the model's {seq_len} tokens less --max_new={s.max_new} and 6"
+        raise UserError(f"{corpus.folder}: no chunk of the first {n_docs} documents can be scored: each is a "
+                        f"question, empty, or longer than {room}")  # fmt: skip
     docs = np.unique(corpus.doc_of(numbers))
     asked = there[questions & fitting]
     asked = asked[np.isin(corpus.doc_of(asked), docs)]
     left_out = {"too_long": ~questions & ~fitting, "questions_too_long": questions & ~fitting,
                 "empty": ~questions & fitting & ~thinking}  # fmt: skip
-    counts = {key: int(which.sum()) for key, which in left_out.items()} | {"docs_left_out": n_docs - len(docs)}
+    counts = {key: int(which.sum()) for key, which in left_out.items()}
+    counts["docs_left_out"] = n_docs - len(docs)
     return Scored(numbers, asked, docs, counts)
 
 
@@ -633,7 +643,7 @@ def shortened(corpus: Corpus, numbers, s: Settings, seq_len: int, picked) -> int
 def of_samples(got, s: Settings, numbers, truth) -> dict:
     """What E-steps with --samples thoughts find: each group of as many samples is one.
 
-    ess, and shares of picks: pick_right (None without `truth`), no_pick_share; and of thoughts: cut_off_share.
+    ess; shares of picks: pick_right (None without `truth`), no_pick_share; of thoughts: cut_off_share.
     """
     n, K = got.log_w.shape
     n_groups = K // s.samples
@@ -716,7 +726,7 @@ def paired_difference(a, b) -> tuple[float, float]:
 
 
 def compare(folders: list[str], out_dir: Path) -> None:
-    """compare.json, compare.png and tables: runs on the same problems, and the likelihood of the same documents."""
+    """compare.json, compare.png, tables: runs on the same problems, likelihood of the same documents."""
     names = [str(folder) for folder in folders]
     shared = os.path.commonprefix(names) if len(names) > 1 else ""
     names = [name[shared.rfind("/") + 1 :] for name in names]
@@ -744,7 +754,7 @@ def compare(folders: list[str], out_dir: Path) -> None:
 
 
 def compare_accuracy(folders: list[str], names: list[str], results: list[dict]) -> list[dict]:
-    """Print a table of runs with responses.jsonl; the paired tests. UserError if they were asked other problems."""
+    """Print a table of runs with responses.jsonl; the paired tests. UserError if their problems differ."""
     runs = []
     for folder in folders:
         path = Path(folder) / "responses.jsonl"
@@ -786,8 +796,9 @@ def compare_accuracy(folders: list[str], names: list[str], results: list[dict]) 
                      f"{r['exact_match,strict-match']:.3f}", *more, r["cut_off"], r["no_answer"]])  # fmt: skip
     print_table(rows)
     for p in pairs:
-        print(f"{p['second']} - {p['first']}: {p['difference']:+.3f} ± {p['difference_se']:.3f}, {p['only_second']} against "
-              f"{p['only_first']} problems that only one solves, p = {p['p']:.2g}")  # fmt: skip
+        difference = f"{p['difference']:+.3f} ± {p['difference_se']:.3f}"
+        only = f"{p['only_second']} against {p['only_first']} problems that only one solves"
+        print(f"{p['second']} - {p['first']}: {difference}, {only}, p = {p['p']:.2g}")
     return pairs
 
 
@@ -822,7 +833,8 @@ def compare_likelihood(folders: list[str], names: list[str]) -> tuple[dict, str]
         if any(not np.array_equal(table[key], first[key]) for key in ("doc", "bytes", "tokens")):
             return (
                 {},
-                f"{folder}: measured on other documents or chunks than {folders[0]}; give both the same --bound_docs and --max_new",
+                f"{folder}: measured on other documents or chunks than {folders[0]}; "
+                "give both the same --bound_docs and --max_new",
             )
         rows += [(f"{name} {label}", table[key]) for key, label in MEASURES.items() if key in table]
     pairs = []
@@ -954,7 +966,7 @@ def evaluate(s: Settings) -> None:
         counts["until"] = ["its first line's end"] if one_line else []
         if not problems:
             too_long = counts["answers_too_long"]
-            print(f"{s.corpus}: no question with an answer that fits (too long {too_long}); the likelihood only")
+            print(f"{s.corpus}: no question with an answer that fits (too long {too_long}); likelihood only")
     else:
         problems, counts = benchmark_problems(s, tok, engine.config.seq_len)
         lengths, one_line = [len(p.prompt) for p in problems], False
