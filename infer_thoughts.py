@@ -12,36 +12,42 @@ For a chunk x with the chunks c before it, and a model that was trained on thoug
     p:  BOS c c c  SOL PRI  z z z EOL  x x x x
                            [------ log_p -----]
 
-The same text without a thought, in the two ways that training writes it (log_sol scores the first SOL, which there is a choice):
+The same text without a thought, in the two ways in which training writes it:
 
-    none:   BOS c c c  SOL EOL  x x x x                            alone:   BOS c c c  x x x x
-                               [log_none]                                              [log_alone]
+    none:   BOS c c c  SOL EOL  x x x x          alone:   BOS c c c  x x x x         log_sol scores the SOL
+                               [log_none]                            [log_alone]     behind c: a choice there.
 
-The pick tends to the exact posterior p(z | c, x) as K grows. A thought that was cut off at --max_new has no EOL, thus weight 0; a chunk
-with all K cut off gets no thought. Both are counted. Weights compare the K thoughts with one another only: when all K mislead, one of them
-is picked all the same, and training on it teaches p to expect thoughts that do not fit their text. So a pick that gains less than --min_gain
-nats over log_none is dropped: the chunk goes to training without a thought, and is counted (no_gain). The paper has no such rule
-(--min_gain=-inf); RLP (arXiv 2510.01265) has the same difference as its reward.
+The pick tends to the exact posterior p(z | c, x) as K grows. A thought that was cut off at --max_new has no
+EOL, thus weight 0; a chunk with all K cut off gets no thought. Both are counted.
 
-What the bounds bound. A text shows no markers, so it can come about in three ways, and the model's probability of it is their sum:
+--min_gain. Weights compare the K thoughts only with one another: when all K mislead, one is picked all the
+same, and training on it teaches p to expect thoughts that do not fit their text. So a pick that gains less
+than --min_gain nats over log_none is dropped: its chunk goes to training without a thought, and is counted
+(no_gain). The paper has no such rule (--min_gain=-inf); RLP (arXiv 2510.01265) takes the same difference as
+its reward.
 
-    p_text(x | c)  =  p(x | c)  +  p(SOL | c) * ( (1 - e) * p(x | c, SOL PRI)  +  e * p(x | c, SOL EOL) )        e = NO_THOUGHT
-                      alone                        behind a thought                 none
+What the bounds bound. A text shows no markers, so there are three ways to write it. They add up to:
 
-(1/K) sum_k w_k is an unbiased estimate not of p(x | c), nor of p(x | c, SOL PRI), but of p(x, |z| < max_new | c, SOL PRI): of what x gets
-behind thoughts that end in time. It stands in the sum for p(x | c, SOL PRI), which is at least as large. By Jensen the log is in expectation
-at most log p_text: the ELBO at K = 1, and tighter with every K (IWAE, Burda et al. 2016). However many thoughts are cut off, the bound is finite
-and valid, and no cut-off improves it. With --context=thoughts c hangs on earlier text and on random picks only, so the sum over a document's
-chunks bounds the log of a probability of documents, too, whatever the rule of the picks.
+    p_text(x | c)  =  p(x | c)  +  p(SOL | c) * ((1 - e) * p(x | c, SOL PRI)  +  e * p(x | c, SOL EOL))
+                      alone                      behind a thought                none        e = NO_THOUGHT
 
-    --context=thoughts  c is up to --before earlier chunks with the thoughts that were picked for them, as in training. Documents advance chunk
-                        by chunk: sequential importance sampling, whose product of a document's (1/K) sum_k w_k is unbiased for it
-                        (p(z_1, x_1, z_2, x_2 ...) summed over thoughts that end in time) if picks are drawn by weight and none is dropped.
+(1/K) sum_k w_k is an unbiased estimate of p(x, |z| < max_new | c, SOL PRI): of what x gets behind thoughts
+that end in time. It is no estimate of p(x | c). In the sum it stands for p(x | c, SOL PRI), which is never
+less. So by Jensen the log of the sum is in expectation at most log p_text: the ELBO at K = 1, tighter with
+every K (IWAE, Burda et al. 2016). Whatever is cut off, the bound is finite and holds, and each cut-off makes
+it worse. With thoughts in the context, c depends on earlier text and on random numbers only. So the sum over
+a document's chunks bounds the log of a probability of whole documents too, by whatever rule the picks are
+made.
+
+    --context=thoughts  c is up to --before earlier chunks with the thoughts that were picked for them, as in
+                        training. Documents advance chunk by chunk: sequential importance sampling. If picks
+                        are drawn by weight and none is dropped, the product of a document's (1/K) sum_k w_k
+                        is unbiased for p(x_1, x_2 ...) behind thoughts that end in time.
     --context=bare      c is plain text: the paper's choice, and far worse (README) unless train.py --bare has shown the model such contexts.
 
     python infer_thoughts.py --model=out/M0 --corpus=out/digits/raw --out_dir=out/E1 --samples=4 --show=3      # a CPU, or one GPU
     torchrun --nproc_per_node=8 infer_thoughts.py --model=M0 --corpus=C --out_dir=E1 --max_new=1024            # eight
-    python infer_thoughts.py ... --select=uniform --min_gain=-inf                   # neither weights nor the rule of the gain
+    python infer_thoughts.py ... --select=uniform --min_gain=-inf             # neither weights nor --min_gain
 
 Writes a thoughts folder (data/corpus.py). Work is done in parts, each written once, by any number of these commands at the same time,
 on any machines that share --out_dir; one that is killed costs the part it was at, and the last to finish joins the parts.
@@ -100,9 +106,8 @@ class Settings:
     max_new: int = opt(128, "longest thought in tokens, its EOL included", low=1)
     context: Literal["bare", "thoughts"] = opt("thoughts", "earlier chunks as plain text, or with their picked thoughts")
     before: int = opt(3, "chunks before the chunk that are given", low=0)
-    select: Literal["resample", "argmax", "uniform"] = opt("resample", "the pick: by weight (the paper's), the heaviest, or any that ended")
-    min_gain: float = opt(0.0, "a pick is dropped if log p(x|c,z) - log p(x|c, no thought) is below this, in nats; -inf: never (the paper's)",
-                          low=-math.inf)  # fmt: skip
+    select: Literal["resample", "argmax", "uniform"] = opt("resample", "by weight, the heaviest, any")
+    min_gain: float = opt(0.0, "drop picks that gain fewer nats for their text; -inf: none", low=-math.inf)
     part_size: int = opt(0, "chunks a part: what a kill can cost; 0: 500 on a CPU, 20000 on a GPU", low=0)
     rows: int = opt(0, "thoughts sampled side by side, at most; 0: 1024, fewer where memory is short", low=0)
     workers: int = opt(0, "processes that share the work on a CPU; 0: one a core for models below 20M parameters, else one", low=0)
@@ -463,12 +468,14 @@ class Engine:
         self.graphs[step].replay()
 
     @torch.inference_mode()
-    def generate(self, prompts, keys, samples: int, max_new: int, stop: set[int], seed: int, *, purpose: int = DRAW,
-                 temperature: float = 1.0, top_p: float = 1.0, on_tokens=None, ends=None) -> list[list[tuple]]:  # fmt: skip
+    def generate(self, prompts, keys, samples: int, max_new: int, stop: set[int], seed: int, *,
+                 purpose: int = DRAW, temperature: float = 1.0, top_p: float = 1.0, on_tokens=None,
+                 ends=None) -> list[list[tuple]]:  # fmt: skip
         """Continue each prompt `samples` times until a token of `stop` or `max_new` tokens.
 
-        prompts: lists of ids; keys: an integer each, which seeds its noise, as does the sample's number. Returns for each
-        prompt its samples (ids with the stop token if there is one, finished, sum of the ids' log-probabilities: sample_slowly's).
+        prompts: lists of ids; keys: an integer each, which seeds its noise, as does the sample's number. Returns
+        for each prompt its samples (ids with the stop token if there is one, finished, sum of the ids'
+        log-probabilities: sample_slowly's).
         on_tokens(n) is told of every n sampled tokens. temperature 0: the likeliest tokens. top_p: of the likeliest tokens only, see nucleus.
         ends(ids) is asked every 8 tokens whether a sample has ended by what it says; it then counts as finished.
 
@@ -481,7 +488,8 @@ class Engine:
         self.reserve(samples, max(map(len, prompts)) - 1, max_new, len(prompts))
         n_slots, C, results = self.shape[0], self.shape[3], [[None] * samples for _ in prompts]
         self.stop = self.stops.setdefault(frozenset(stop), torch.tensor(sorted(stop), device=self.device))
-        noise = hash_state(purpose, seed, keys[:, None], np.arange(samples)).astype(np.int64)  # [n_prompts, samples]
+        noise = hash_state(purpose, seed, keys[:, None], np.arange(samples))  # [n_prompts, samples]
+        noise = noise.astype(np.int64)
         todo = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))  # longest first, for little padding
         free = list(range(1, n_slots))  # a heap: low slots first, so that the ones in use lie close together
         holder, begun, left = np.full(n_slots, -1), np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64)
@@ -702,8 +710,8 @@ class Samples:
     log_w: np.ndarray
     length: np.ndarray  # sampled tokens, with EOL
     finished: np.ndarray
-    log_none: np.ndarray  # [n] log p(x | c, SOL EOL): the text in the form that training knows, without a thought before it
-    log_alone: np.ndarray  # [n] log p(x | c): the text right behind its context, as training writes a chunk without a thought
+    log_none: np.ndarray  # [n] log p(x | c, SOL EOL): the first half of the posterior form
+    log_alone: np.ndarray  # [n] log p(x | c): as training writes a chunk without a thought
     log_sol: np.ndarray  # [n] log p(SOL | c)
     pick: np.ndarray  # [n] index of the pick; -1: none
 
@@ -726,13 +734,15 @@ def rank_in_group(group: np.ndarray) -> np.ndarray:
     return rank
 
 
-def infer(engine: Engine, tok: Tokenizer, corpus: Corpus, numbers, samples: int, limits: Limits, seed: int, *, context: str = "bare",
-          select: str = "resample", min_gain: float = -math.inf, purpose: int = DRAW, on_tokens=None, picked=None) -> Samples:  # fmt: skip
+def infer(engine: Engine, tok: Tokenizer, corpus: Corpus, numbers, samples: int, limits: Limits, seed: int, *,
+          context: str = "bare", select: str = "resample", min_gain: float = -math.inf, purpose: int = DRAW,
+          on_tokens=None, picked=None) -> Samples:  # fmt: skip
     """Sample, weigh and pick among `samples` thoughts for each chunk in `numbers`.
 
-    context="thoughts": documents advance side by side, a chunk of each at a time, so that every pick stands in the context of the next. Each earlier
-    chunk there takes the prior or the posterior form by a coin of its own, as in training; one without a pick is plain text, as in training.
-    The picks are put into the dict `picked`, if given.
+    context="thoughts": documents advance side by side, a chunk of each at a time, so that every pick stands
+    in the context of the next. Each earlier chunk there takes the prior or the posterior form by a coin of
+    its own, as in training; without a pick it is plain text. The picks are put into the dict `picked`, if
+    given. min_gain: see choose.
     """
     numbers, picked = np.asarray(numbers), {} if picked is None else picked
     wave = rank_in_group(corpus.doc_of(numbers)) if context == "thoughts" else np.zeros(len(numbers), np.int64)
@@ -742,7 +752,8 @@ def infer(engine: Engine, tok: Tokenizer, corpus: Corpus, numbers, samples: int,
         here = numbers[rows[-1]]
         contexts = [context_of(corpus, i, limits, picked) for i in here]
         prompts = [write_chunk(tok, corpus, i, c, None, POSTERIOR, picked)[0] for i, c in zip(here, contexts)]
-        drawn = engine.generate(prompts, here, samples, limits.max_new, {tok.eol}, seed, purpose=purpose, on_tokens=on_tokens)
+        stop, how = {tok.eol}, dict(purpose=purpose, on_tokens=on_tokens)
+        drawn = engine.generate(prompts, here, samples, limits.max_new, stop, seed, **how)
         got = weigh(engine, tok, corpus, here, contexts, drawn, picked)
         got.pick = choose(select, got.log_w, got.gain, min_gain, hash_uniform(PICK, seed, here))
         waves.append(got)
@@ -763,21 +774,27 @@ def infer(engine: Engine, tok: Tokenizer, corpus: Corpus, numbers, samples: int,
 
 
 def weigh(engine: Engine, tok, corpus: Corpus, numbers: np.ndarray, contexts, drawn, picked: dict) -> Samples:
-    """The thoughts that were drawn for the chunks `numbers` in their contexts (Engine.generate's results), scored; none is picked yet."""
+    """What Engine.generate has drawn for the chunks `numbers` in their contexts, weighed; none is picked yet.
+
+    UserError for a log-probability that is not finite.
+    """
     shape = len(numbers), len(drawn[0]) if drawn else 1
     finished = np.array([[done for _, done, _ in row] for row in drawn], dtype=bool).reshape(shape)
     length = np.array([[len(ids) for ids, _, _ in row] for row in drawn], dtype=np.int64).reshape(shape)
     log_q = np.array([[q for _, _, q in row] for row in drawn], dtype=np.float64).reshape(shape)
     thoughts = [[ids[:-1] if done else ids for ids, done, _ in row] for row in drawn]
 
-    # One prefix a chunk, up to its context. Tails: x alone, SOL EOL x, and SOL PRI z EOL x for each thought that ended.
+    # One prefix a chunk, up to its context. Tails: x alone, SOL EOL x, and SOL PRI z EOL x of ended thoughts.
     prefixes, tails = [], []
     for i, c, row, done in zip(numbers, contexts, thoughts, finished):
         bare, part = write_chunk(tok, corpus, i, c, None, RAW, picked)
         start, x = part.chunk[0], bare[part.chunk[0] :]
-        written = [write_chunk(tok, corpus, i, c, z, PRIOR, picked)[0][start:] if ok else () for z, ok in zip(row, done)]
+        thinking = [
+            write_chunk(tok, corpus, i, c, z, PRIOR, picked)[0][start:] if ok else ()
+            for z, ok in zip(row, done)
+        ]
         prefixes.append(bare[:start])
-        tails.append([x, [tok.sol, tok.eol, *x], *written])
+        tails.append([x, [tok.sol, tok.eol, *x], *thinking])
     scores = engine.score(prefixes, tails)
     log_alone = np.array([alone.sum() for alone, *_ in scores])
     log_sol = np.array([none[0] for _, none, *_ in scores])
@@ -793,7 +810,8 @@ def weigh(engine: Engine, tok, corpus: Corpus, numbers: np.ndarray, contexts, dr
         raise UserError(f"chunk {numbers[bad][0]}: log-probabilities are not finite; the model's weights or the arithmetic are broken")
     log_w = np.where(finished, log_p - log_q, -np.inf)
     log_q = np.where(finished, log_q, -np.inf)
-    return Samples(thoughts, log_q, log_p, log_x, log_w, length, finished, log_none, log_alone, log_sol, np.full(len(numbers), -1))
+    pick = np.full(len(numbers), -1)
+    return Samples(thoughts, log_q, log_p, log_x, log_w, length, finished, log_none, log_alone, log_sol, pick)
 
 
 def normalise(log_w: np.ndarray) -> np.ndarray:
@@ -811,8 +829,12 @@ def pick(log_w: np.ndarray, uniform: np.ndarray) -> np.ndarray:
     return np.where(w.sum(axis=1) > 0, np.minimum(index, w.shape[1] - 1), -1)
 
 
-def choose(select: str, log_w: np.ndarray, gain: np.ndarray, min_gain: float, uniform: np.ndarray) -> np.ndarray:
-    """The pick of each row of log_w, gain [n, K] by the rule --select; uniform [n]. -1: no thought ended, or the drawn one gains too little."""
+def choose(select: str, log_w: np.ndarray, gain: np.ndarray, min_gain: float, uniform) -> np.ndarray:
+    """The pick of each row by the rule --select, [n]; log_w, gain [n, K], uniform [n].
+
+    -1: no thought ended, or the pick gains less than min_gain nats. Then it is dropped and not drawn again,
+    for a second draw would follow another distribution than the posterior.
+    """
     alive = np.isfinite(log_w)
     if select == "argmax":
         drawn = np.where(alive.any(axis=1), log_w.argmax(axis=1), -1)
@@ -827,35 +849,40 @@ def ess(log_w: np.ndarray) -> np.ndarray:
     return w.sum(axis=1) ** 2 / np.maximum((w**2).sum(axis=1), 1e-300)
 
 
-NO_THOUGHT = 0.01  # e of the module's docstring: how often the text model has no thought behind SOL. It is what training leaves open
+# e in p_text: how often there is no thought behind SOL. A model has no say in it, for the marker that comes
+# next is learned from the coin between the two forms.
+NO_THOUGHT = 0.01
 
 
 def bound(got, k: int) -> np.ndarray:
-    """IWAE-k estimates of log p_text(x | c) in nats, [n]: means over disjoint groups of k of the K samples, K >= k. Always finite.
+    """IWAE-k estimates of log p_text(x | c) in nats, [n], always finite. k = 1: the ELBO.
 
-    got: Samples, or whatever has its log_w [n, K], log_none, log_alone, log_sol [n]. For each group the estimate is
+    got: Samples, or whatever has its log_w [n, K], log_none, log_alone, log_sol [n]. The K >= k samples are
+    cut into groups of k, and the estimate is the mean over the groups of
 
-        log( p(x | c) + p(SOL | c) * ((1 - e) * (1/k) sum w + e * p(x | c, SOL EOL)) ),    e = NO_THOUGHT
+        log(p(x | c) + p(SOL | c) * ((1 - e) * (1/k) sum w + e * p(x | c, SOL EOL)))        e = NO_THOUGHT
 
-    Inside the log stands an unbiased estimate of p_text with p(x, |z| < max_new | c, SOL PRI) in place of p(x | c, SOL PRI), for a thought that
-    was cut off has w = 0. So by Jensen the expectation is at most the log of that, which is at most log p_text. It rises with k and with max_new:
-    a thought that is cut off can only lower it.
+    A thought that was cut off has w = 0. So what stands in the log is unbiased for p_text with p(x, |z| <
+    max_new | c, SOL PRI) in place of p(x | c, SOL PRI), which is never less. By Jensen the expectation is at
+    most log p_text. It rises with k and with max_new; for the same samples each cut-off lowers the value
+    itself.
     """
     groups = got.log_w[:, : got.log_w.shape[1] // k * k].reshape(len(got.log_w), -1, k)
-    behind_thought = np.logaddexp.reduce(groups, axis=2) - np.log(k)  # [n, n_groups]; -inf where a whole group was cut off
-    behind_sol = np.logaddexp(np.log1p(-NO_THOUGHT) + behind_thought, np.log(NO_THOUGHT) + got.log_none[:, None])
+    behind_thought = np.logaddexp.reduce(groups, axis=2) - np.log(k)  # [n, n_groups]; -inf: all cut off
+    behind_none = got.log_none[:, None]
+    behind_sol = np.logaddexp(np.log1p(-NO_THOUGHT) + behind_thought, np.log(NO_THOUGHT) + behind_none)
     return np.logaddexp(got.log_alone[:, None], got.log_sol[:, None] + behind_sol).mean(axis=1)
 
 
 def thoughtless(got) -> np.ndarray:
-    """log( p(x | c) + p(SOL | c) * p(x | c, SOL EOL) ) in nats, [n]: the same text by the same model, which never thinks. got: as for bound()."""
+    """log(p(x | c) + p(SOL | c) * p(x | c, SOL EOL)) in nats, [n]: without thoughts. got: see bound()."""
     return np.logaddexp(got.log_alone, got.log_sol + got.log_none)
 
 
 def check(model: Llama, tok: Tokenizer, corpus: Corpus, numbers, got: Samples, limits: Limits, picked) -> np.ndarray:
-    """Largest differences of [log_q, log_p] from score_slowly over all thoughts of the chunks `numbers`, [2, 2].
+    """[2, 2]: largest differences of [log_q, log_p] from score_slowly over all thoughts of the chunks.
 
-    First row: nats a token, the sum's difference over its n scored tokens. Second row: the sum's difference over sqrt(n), see SUM_TOLERANCE.
+    Each is the difference of a sum of n tokens, in nats: over n in the first row, over sqrt(n) in the second.
     """
     worst = np.zeros((2, 2))
     for row, i in enumerate(numbers):
@@ -871,20 +898,25 @@ def check(model: Llama, tok: Tokenizer, corpus: Corpus, numbers, got: Samples, l
 
 # ---------------------------------------------------------------------------------------------------- work
 
-# By how much the engine may differ from score_slowly over n tokens: TOLERANCE * n nats, and SUM_TOLERANCE * sqrt(n) nats. Rounding errors are as
-# often up as down and grow with the square root of n; an error that is the same at every token grows with n, and would tilt all weights.
+# By how much a sum over n tokens may differ from score_slowly's, in nats: by TOLERANCE * n and SUM_TOLERANCE
+# * sqrt(n). Rounding goes up as often as down, so its sum grows as the square root of n. An error that is
+# alike at every token grows as n, and tilts the weights: with 0.1 nats a token alone, a thought of 500 tokens
+# could be off by 50 nats; now by 5.6. bfloat16's rounding, measured on SmolLM2-135M: 0.05 in the root of the
+# mean square, at most 0.11.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 SUM_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 OF_SAMPLES = ("log_q", "log_p", "log_x", "log_w", "length", "finished")  # [n, K] in samples.npz
 OF_CHUNKS = ("log_none", "log_alone", "log_sol", "pick")  # [n]
+CHECKED = ("log_q", "log_p", "log_q_sum", "log_p_sum")  # check()'s numbers: over n, and over sqrt(n)
 EXAMPLES = 50  # chunks of the first part that are written out in full
 
 
 def run_part(path: Path, numbers: np.ndarray, engine: Engine, tok, corpus: Corpus, s: Settings, on_tokens) -> dict:
     """Infer one part and write it whole: the numbers of every sample, and the picked thoughts. A line for metrics.jsonl."""
     begin, limits, picked = time.time(), Limits(s.before, s.max_new, engine.config.seq_len), {}
-    got = infer(engine, tok, corpus, numbers, s.samples, limits, s.seed, context=s.context, select=s.select, min_gain=s.min_gain,
-                on_tokens=on_tokens, picked=picked)  # fmt: skip
+    rules = dict(context=s.context, select=s.select, min_gain=s.min_gain)
+    rules |= dict(on_tokens=on_tokens, picked=picked)
+    got = infer(engine, tok, corpus, numbers, s.samples, limits, s.seed, **rules)
     sampled = time.time()
     checked = np.flatnonzero(hash_uniform(CHECK, s.seed, numbers) < 0.01)
     if not len(checked) and path.stem == "000000":
@@ -895,11 +927,14 @@ def run_part(path: Path, numbers: np.ndarray, engine: Engine, tok, corpus: Corpu
     allowed = np.array([[TOLERANCE[dtype]], [SUM_TOLERANCE[dtype]]])
     if not (worst <= allowed).all():
         each, whole = worst.max(axis=1)
-        raise UserError(f"the engine's log_q or log_p differs from the slow function by {each:.2g} nats a token (at most {TOLERANCE[dtype]} wanted), "
-                        f"and over a thought by {whole:.2g} nats times the root of its tokens (at most {SUM_TOLERANCE[dtype]} wanted): "
-                        "nothing of this part is kept")  # fmt: skip
+        raise UserError(
+            f"the engine's log_q or log_p differs from the slow function by {each:.2g} nats a token (at most "
+            f"{TOLERANCE[dtype]} wanted), and over a thought by {whole:.2g} nats times the root of its "
+            f"tokens (at most {SUM_TOLERANCE[dtype]} wanted): nothing of this part is kept"
+        )
     spans = [z if (z := got.chosen(row)) is not None else np.zeros(0, np.int64) for row in range(len(numbers))]
-    examples = [describe(tok, corpus, i, got, row) for row, i in enumerate(numbers[:EXAMPLES])] if path.stem == "000000" else []
+    shown = numbers[: EXAMPLES if path.stem == "000000" else 0]
+    examples = [describe(tok, corpus, i, got, row) for row, i in enumerate(shown)]
     arrays = {k: getattr(got, k) for k in (*OF_SAMPLES, *OF_CHUNKS)}
     arrays |= {"numbers": numbers, "ids": np.concatenate([*spans, []]).astype(np.int64), "sizes": np.array([len(z) for z in spans])}
     with replacing(path) as temporary, open(temporary, "wb") as f:
@@ -912,20 +947,24 @@ def run_part(path: Path, numbers: np.ndarray, engine: Engine, tok, corpus: Corpu
 def describe(tok: Tokenizer, corpus: Corpus, i: int, got: Samples, row: int) -> str:
     """A chunk with its K thoughts, their numbers and the pick, to be read in a terminal."""
     before = "".join(tok.decode(corpus.chunk(j)) for j in corpus.before(i, 1))
-    lines = [f"chunk {i} | before: {before!r} | text: {tok.decode(corpus.chunk(i))!r} | log p(x | c, no thought) {got.log_none[row]:.3f} | ess {ess(got.log_w[row : row + 1])[0]:.2f}"]
+    size = ess(got.log_w[row : row + 1])[0]
+    lines = [f"chunk {i} | before: {before!r} | text: {tok.decode(corpus.chunk(i))!r} | "
+             f"log p(x | c, no thought) {got.log_none[row]:.3f} | ess {size:.2f}"]  # fmt: skip
     for k, weight in enumerate(normalise(got.log_w[row : row + 1])[0]):
         mark = "->" if k == got.pick[row] else "  "
         numbers = " ".join(f"{name} {getattr(got, name)[row, k]:8.3f}" for name in ("log_q", "log_p", "log_w"))
         cut = "" if got.finished[row, k] else " (cut off)"
-        lines.append(f"  {mark} {numbers} gain {got.gain[row, k]:7.3f} weight {weight:.3f} | {tok.decode(got.thoughts[row][k])!r}{cut}")
+        text = tok.decode(got.thoughts[row][k])
+        lines.append(f"  {mark} {numbers} gain {got.gain[row, k]:7.3f} weight {weight:.3f} | {text!r}{cut}")
     return "\n".join(lines)
 
 
 def figures(part: dict, n_bytes: int) -> dict:
-    """What the samples of all inferred chunks tell, for meta.json: part holds the arrays of OF_SAMPLES, OF_CHUNKS, and log_w. None: of nothing.
+    """What the samples of all inferred chunks tell, for meta.json; None: the mean of nothing.
 
-    gain: log p(x | c, z) - log p(x | c, no thought), in nats. nll_*: of all these chunks, in nats a byte of theirs, and *_chunk in nats a chunk:
-    nll_bound {k: upper bound of -log p_text}, nll_thoughtless, nll_alone (the text right behind its context, no marker).
+    part: the arrays of OF_SAMPLES and OF_CHUNKS. gain: log p(x | c, z) - log_none, in nats. nll_bound
+    {k: -bound()}, nll_thoughtless (-thoughtless()) and nll_alone (-log_alone) are of all these chunks, whatever
+    was cut off: in nats a byte, and with _chunk in nats a chunk.
     """
     got = SimpleNamespace(**part)
     log_w, finished = got.log_w, got.finished
@@ -945,6 +984,7 @@ def figures(part: dict, n_bytes: int) -> dict:
         alone, none = (float(-v.sum() / max(per, 1)) for v in (got.log_alone, thoughtless(got)))
         return {f"nll_bound{tail}": each, f"nll_thoughtless{tail}": none, f"nll_alone{tail}": alone}
 
+    lengths = [(got.length >= a) & (got.length < b) for a, b in zip(edges, edges[1:])]
     return {
         "ess": mean(ess(log_w)),
         "weight_entropy": mean(-(w * np.log(np.maximum(w, 1e-300))).sum(axis=1)),  # 0: one thought has all; log K: all weigh the same
@@ -953,7 +993,7 @@ def figures(part: dict, n_bytes: int) -> dict:
         "gain_picked": mean(gain[picked, got.pick[picked]]),
         "no_gain": int((~picked & (n_alive > 0)).sum()),  # chunks whose pick was dropped by --min_gain
         "cut_off_share": mean(~finished),
-        "lengths": {f"{a}-{b - 1}": int(((got.length >= a) & (got.length < b)).sum()) for a, b in zip(edges, edges[1:])},
+        "lengths": {f"{a}-{b - 1}": int(inside.sum()) for a, b, inside in zip(edges, edges[1:], lengths)},
     } | nll(n_bytes) | nll(len(log_w), "_chunk")  # fmt: skip
 
 
@@ -983,7 +1023,7 @@ def merge(paths: list[Path], corpus: Corpus, tok: Tokenizer, s: Settings, counts
         "all_cut_off": int((~inferred["finished"].any(axis=1)).sum()),
         "empty_picks": int(sum(len(spans[i]) == 0 for i in np.flatnonzero(done & (samples["pick"] >= 0)))),
         "sampled_tokens": int(samples["length"].sum()),
-        "checked": {"chunks": n_checked} | dict(zip(("log_q", "log_p", "log_q_sum", "log_p_sum"), worst.ravel().tolist())),  # see check()
+        "checked": {"chunks": n_checked} | dict(zip(CHECKED, worst.ravel().tolist())),
     }
     how = {"model": str(s.model), "samples": K, "max_new": s.max_new, "temperature": 1.0, "seed": s.seed, "selection": s.select}
     how |= {"min_gain": s.min_gain, "context": s.context, "before": s.before, "weights": fingerprint(s.model)}
@@ -1015,21 +1055,30 @@ def report(meta: dict) -> str:
     def of(name: str, form: str) -> str:
         return "-" if meta[name] is None else format(meta[name], form)
 
-    lengths, checked = meta["lengths"].items(), meta["checked"]
-    gain = f"gain of a thought, log p(x|c,z) - log p(x|c, no thought): {of('gain', '.2f')} nats, of the picked {of('gain_picked', '.2f')}"
-    bounds = ", ".join(f"K={k} {v:.4f} ({meta['nll_bound_chunk'][k]:.3f})" for k, v in meta["nll_bound"].items())
-    return "\n".join([
-        f"{meta['n_inferred']} chunks, {meta['samples']} thoughts each, {meta['sampled_tokens']:,} tokens; cut off {meta['cut_off']} ({meta['cut_off_share']:.1%}), "
-        f"chunks with all cut off {meta['all_cut_off']}, picks dropped for a gain below {meta['min_gain']:g} nats {meta['no_gain']}, empty picks {meta['empty_picks']}",
-        f"ess {of('ess', '.2f')} of {meta['samples']}, entropy of weights {of('weight_entropy', '.3f')} nats, "
+    n, lengths, checked = meta["samples"], meta["lengths"].items(), meta["checked"]
+    bounds = [f"K={k} {v:.4f} ({meta['nll_bound_chunk'][k]:.3f})" for k, v in meta["nll_bound"].items()]
+    others = [f"{name} {meta[k]:.4f} ({meta[f'{k}_chunk']:.3f})"
+              for name, k in (("no thought", "nll_thoughtless"), ("no marker", "nll_alone"))]  # fmt: skip
+    lines = [
+        f"{meta['n_inferred']} chunks, {n} thoughts each, {meta['sampled_tokens']:,} tokens; "
+        f"cut off {meta['cut_off']} ({meta['cut_off_share']:.1%}), "
+        f"chunks with all cut off {meta['all_cut_off']}, "
+        f"picks dropped for a gain below {meta['min_gain']:g} nats {meta['no_gain']}, "
+        f"empty picks {meta['empty_picks']}",
+        f"ess {of('ess', '.2f')} of {n}, entropy of weights {of('weight_entropy', '.3f')} nats, "
         f"picks that a uniform choice would make otherwise {of('pick_not_uniform', '.1%')}",
-        gain if meta["gain"] is not None else "no thought ended: raise --max_new, or train the model longer",
+        f"gain of a thought, log p(x|c,z) - log p(x|c, no thought): {of('gain', '.2f')} nats, "
+        f"of the picked {of('gain_picked', '.2f')}",
         "tokens a thought: " + ", ".join(f"{k}: {v}" for k, v in lengths if v),
-        f"bound of -log p(x|c), nats a byte (a chunk): {bounds}; without a thought {meta['nll_thoughtless']:.4f} ({meta['nll_thoughtless_chunk']:.3f}), "
-        f"without a marker {meta['nll_alone']:.4f} ({meta['nll_alone_chunk']:.3f})",
-        f"checked against the slow function on {checked['chunks']} chunks: log_q within {checked['log_q']:.1e}, log_p within {checked['log_p']:.1e} nats a token; "
-        f"over a thought, within {checked['log_q_sum']:.1e} and {checked['log_p_sum']:.1e} nats times the root of its tokens",
-    ])  # fmt: skip
+        "bound of -log p, nats a byte (a chunk): " + ", ".join(bounds) + "; " + ", ".join(others),
+        f"checked against the slow function on {checked['chunks']} chunks: "
+        f"log_q within {checked['log_q']:.1e}, log_p within {checked['log_p']:.1e} nats a token; "
+        f"over a thought within {checked['log_q_sum']:.1e} and {checked['log_p_sum']:.1e} nats "
+        "times the root of its tokens",
+    ]
+    if meta["gain"] is None:
+        lines[2] = "no thought ended: raise --max_new, or train the model longer"
+    return "\n".join(lines)
 
 
 def split_parts(corpus: Corpus, chosen: np.ndarray, size: int) -> list[np.ndarray]:

@@ -55,7 +55,8 @@ def convert(flag: str, text: str, kind: type, low: float | None):
         value = kind(text)
     except ValueError:
         raise UserError(f"{flag}={text}: expected {'a whole number' if kind is int else 'a number'}") from None
-    if kind is float and value != low and not abs(value) < float("inf"):  # NaN fails this comparison, too; low=-inf allows -inf
+    # NaN fails the last comparison, too. -inf is a number only for a setting whose low is -inf.
+    if kind is float and value != low and not abs(value) < float("inf"):
         raise UserError(f"{flag}={text}: expected a finite number")
     if low is not None and value < low:
         raise UserError(f"{flag}={text}: must be at least {low}")

@@ -144,6 +144,37 @@ def test_a_wrong_engine_stops_the_run(toy_model, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("dtype,error", [("float32", 5e-4), ("bfloat16", 0.06)])
+def test_an_error_at_every_token_is_no_rounding(monkeypatch, tmp_path, dtype, error):
+    """Rounding passes both rules. An error that is alike at each token passes that of nats a token only."""
+    sizes = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48, head_dim=8, seq_len=128)
+    model = train.build(train.Config(n_vocab=30, **sizes), "cpu")
+    train.init_weights(model, 0)
+    model = model.to(getattr(torch, dtype)).eval()
+    model.config.dtype = dtype
+    corpus, numbers = corpus_of([[[0, 1], [1, 0, 1]]] * 20), np.arange(1, 40, 2)
+    s = infer_thoughts.Settings(corpus="", model="", out_dir="", max_new=60, samples=8)
+    tok = type("Tok", (), vars(TOY) | {"decode": staticmethod(str)})
+
+    path = tmp_path / "000000.npz"  # the part of which something is always checked
+
+    def run_part():
+        infer_thoughts.run_part(path, numbers, Engine(model), tok, corpus, s, None)
+
+    run_part()
+    found, n_checked = (np.load(path)[k] for k in ("check", "n_checked"))
+    assert n_checked >= 1 and (found > 0).any() and (found[0] <= found[1]).all()
+    path.unlink()
+    fast = infer_thoughts.draw
+    monkeypatch.setattr(infer_thoughts, "draw", lambda *a: (lambda t, p: (t, p + error))(*fast(*a)))
+    tolerance = infer_thoughts.TOLERANCE[dtype]
+    message = f"by {error:.1g}.* nats a token .at most {tolerance} wanted.* over a thought by .* the root"
+    with pytest.raises(UserError, match=message) as e:
+        run_part()
+    each, whole = (float(e.value.args[0].split(" by ")[i].split()[0]) for i in (1, 2))
+    assert each < tolerance and whole > infer_thoughts.SUM_TOLERANCE[dtype] and not path.exists()
+
+
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
     """The real SmolLM2-135M in Hugging Face layout, with markers (needs ../shared and its package)."""

@@ -147,8 +147,9 @@ def test_bound_tightens_with_k(exact, sampled, without):
 
 def by_hand(w, **others) -> SimpleNamespace:
     """What bound() reads, from weights and probabilities."""
+    logs = {f"log_{k}": np.log(np.array([v])) for k, v in others.items()}
     with np.errstate(divide="ignore"):
-        return SimpleNamespace(log_w=np.log(np.array(w)), **{f"log_{k}": np.log(np.array([v])) for k, v in others.items()})
+        return SimpleNamespace(log_w=np.log(np.array(w)), **logs)
 
 
 def test_bound_by_hand():
@@ -163,15 +164,15 @@ def test_bound_by_hand():
     cut = by_hand([[1.0, 0.0]], **rest)
     assert bound(cut, 1)[0] == pytest.approx((text(1) + text(0)) / 2), "a group that was cut off stays in"
     assert bound(cut, 2)[0] == pytest.approx(text(0.5))
-    assert bound(by_hand([[0.0, 0.0]], **rest), 1)[0] == pytest.approx(text(0)), "finite with everything cut off"
+    assert bound(by_hand([[0.0, 0.0]], **rest), 1)[0] == pytest.approx(text(0)), "finite with all cut off"
     assert thoughtless(got)[0] == pytest.approx(np.log(0.01 + 0.5 * 0.2))
 
 
 def test_the_bound_holds_whatever_is_cut_off(toy_model, exact, without):
-    """Lengths from one that cuts off nearly everything: the limit in k, the expectation at k = 1, and that nothing gained by cutting off.
+    """By enumeration, from lengths that cut off nearly all: the limit in k, the mean at k = 1, nothing gained.
 
-    All by enumeration. Thoughts of up to three tokens are a part of p(x | c, SOL PRI), so the text's probability made of them is a lower bound of
-    the true one, p_text, and what lies below the one lies below the other."""
+    Thoughts of up to three tokens are a part of p(x | c, SOL PRI), so p_text made of them is a lower bound of
+    the true one, and what lies below the one lies below the other."""
     thoughts, log_q, log_p = exact
     sizes, w = np.array([len(z) for z in thoughts]), np.exp(log_p - log_q)
     log_p_text = np.log(p_text(without, np.exp(log_p).sum()))
@@ -182,14 +183,15 @@ def test_the_bound_holds_whatever_is_cut_off(toy_model, exact, without):
         shares.append(1 - np.exp(log_q[ends]).sum())
         values = {k: bound(got, k)[0] for k in (1, 8, 64, 512, K)}
         limit = np.log(p_text(without, np.exp(log_p[ends]).sum()))
-        assert values[K] == pytest.approx(limit, abs=0.02) and limit <= log_p_text, "K -> infinity: the text behind thoughts that end in time"
+        assert values[K] == pytest.approx(limit, abs=0.02), "it tends to thoughts that end in time"
         assert list(values.values()) == sorted(values.values()), "tighter with k"
-        each = np.log(p_text(without, np.append(w[ends], 0.0)))  # what a sample tells, the last one of those that are cut off
+        each = np.log(p_text(without, np.append(w[ends], 0.0)))  # of each thought; the last: cut off
         chance = np.append(np.exp(log_q[ends]), shares[-1])
         expected, spread = chance @ each, np.sqrt(chance @ each**2 - (chance @ each) ** 2)
         assert abs(values[1] - expected) < 4 * spread / np.sqrt(K) + 1e-5
         assert expected < limit <= log_p_text, "in expectation an upper bound of -log p_text"
-        assert all(values[k] >= value - 1e-5 for k, value in before.items()), "the same noise, fewer cut off: never worse"
+        fewer_cut = all(values[k] >= value - 1e-5 for k, value in before.items())
+        assert fewer_cut, "the same noise, fewer cut off: never worse"
         before = values
     assert shares[0] > shares[1] > 0.5 > 0.1 > shares[-1] > 0, "from most to few"
 
@@ -197,11 +199,13 @@ def test_the_bound_holds_whatever_is_cut_off(toy_model, exact, without):
 def test_cutting_off_never_improves_the_bound():
     """Any weights, any probabilities, any further thought cut off."""
     rng = np.random.default_rng(0)
-    got = SimpleNamespace(log_w=3 * rng.normal(size=(1000, 8)), **{k: -5 * rng.random(1000) for k in ("log_none", "log_alone", "log_sol")})
+    others = {k: -5 * rng.random(1000) for k in ("log_none", "log_alone", "log_sol")}
+    got = SimpleNamespace(log_w=3 * rng.normal(size=(1000, 8)), **others)
     for _ in range(8):
         log_w = np.where(rng.random(got.log_w.shape) < 0.3, -np.inf, got.log_w)
         fewer = SimpleNamespace(**vars(got) | {"log_w": log_w})
-        assert all((bound(fewer, k) <= bound(got, k)).all() and np.isfinite(bound(fewer, k)).all() for k in (1, 2, 4, 8))
+        for k in (1, 2, 4, 8):
+            assert (bound(fewer, k) <= bound(got, k)).all() and np.isfinite(bound(fewer, k)).all()
         got = fewer
 
 
@@ -281,7 +285,7 @@ def take(got, rows):
 
 
 def test_raw_and_conditional_likelihoods(toy_model, sampled):
-    """log p(x | c, z), and of x without a thought: what the gain of a thought is made of. The baseline is the form that training shows."""
+    """log p(x | c, z), and of x without a thought in the form that training shows: what the gain is made of."""
     t, x, head = TOY, [1, 0, 1], [TOY.bos, 0, 1]
     none = [*head, t.sol, t.eol, *x]
     assert sampled.log_alone[0] == pytest.approx(score_slowly(toy_model, [*head, *x], 3, 6), abs=1e-4)
@@ -299,7 +303,8 @@ def test_selection_rules():
     u, gain, always = hash_uniform(3, 0, np.arange(n)), np.tile([-1.0, -np.inf, 2.0], (n, 1)), -np.inf
 
     def shares(rule, min_gain):
-        return np.bincount(choose(rule, log_w, gain, min_gain, u) + 1, minlength=K + 1) / n  # none, and each of the three
+        picks = choose(rule, log_w, gain, min_gain, u)
+        return np.bincount(picks + 1, minlength=K + 1) / n  # none, and each of the three
 
     assert (choose("argmax", log_w, gain, always, u) == 2).all()
     assert shares("uniform", always) == pytest.approx([0, 0.5, 0, 0.5], abs=0.01)
@@ -308,19 +313,22 @@ def test_selection_rules():
     for rule in ("argmax", "uniform", "resample"):
         assert (choose(rule, dead, dead, always, u[:2]) == -1).all(), "a chunk with no thought that ended gets none"
         assert (choose(rule, dead, dead, 0.0, u[:2]) == -1).all()
-        assert np.array_equal(choose(rule, log_w, gain, -1.0, u), choose(rule, log_w, gain, always, u)), "a gain of exactly min_gain is enough"
-    assert shares("uniform", 0.0) == pytest.approx([0.5, 0, 0, 0.5], abs=0.01), "a pick that gains too little is dropped, not drawn again"
+        enough, kept = choose(rule, log_w, gain, -1.0, u), choose(rule, log_w, gain, always, u)
+        assert np.array_equal(enough, kept), "a gain of exactly min_gain is enough"
+    # A pick that gains too little is dropped, and not drawn again.
+    assert shares("uniform", 0.0) == pytest.approx([0.5, 0, 0, 0.5], abs=0.01)
     assert shares("resample", 0.0) == pytest.approx([0.25, 0, 0, 0.75], abs=0.01)
     assert shares("argmax", 2.5)[0] == 1
 
 
 def test_picks_that_gain_too_little_are_dropped(toy_model):
-    """The same picks as without the rule, but for those; their chunks stand in later contexts as plain text, and all numbers are still right."""
+    """The same picks as without the rule but for those, whose chunks are plain text in later contexts."""
     corpus, limits = corpus_of([[[0, 1], [1, 0]]] * 200), Limits(3, 4, 64)
     without, picked = {}, {}
 
     def picks(min_gain, picked):
-        return infer(Engine(toy_model), TOY, corpus, np.arange(400), 2, limits, 0, context="thoughts", min_gain=min_gain, picked=picked)
+        rules = dict(context="thoughts", min_gain=min_gain, picked=picked)
+        return infer(Engine(toy_model), TOY, corpus, np.arange(400), 2, limits, 0, **rules)
 
     every, some = picks(-np.inf, without), picks(0.0, picked)
     first = np.arange(0, 400, 2)  # their contexts are alike in both
@@ -329,9 +337,11 @@ def test_picks_that_gain_too_little_are_dropped(toy_model):
     dropped = drawn & (gains < 0)
     assert 20 < dropped.sum() < drawn.sum() - 20
     np.testing.assert_array_equal(some.pick[first], np.where(dropped, -1, every.pick[first]))
-    assert all(some.chosen(row) is None and row in without and row not in picked for row in first[dropped] if len(every.chosen(row)))
+    gone = [row for row in first[dropped] if len(every.chosen(row))]
+    assert gone and all(some.chosen(row) is None and row in without and row not in picked for row in gone)
     subset = np.concatenate((first[dropped][:10], first[dropped][:10] + 1, first[~dropped][:10] + 1))
-    assert (infer_thoughts.check(toy_model, TOY, corpus, subset, take(some, subset), limits, picked) < 1e-4).all()
+    checked = infer_thoughts.check(toy_model, TOY, corpus, subset, take(some, subset), limits, picked)
+    assert (checked < 1e-4).all(), "the numbers are those of contexts without the dropped thoughts"
     plain = score_slowly(toy_model, [TOY.bos, 0, 1, TOY.sol, TOY.eol, 1, 0], 5, 7)
     assert some.log_none[first[dropped] + 1] == pytest.approx(plain, abs=1e-4)
 
