@@ -74,6 +74,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -112,8 +113,8 @@ class Settings:
     model: str = opt("", "model folder; several with commas between are compared")
     out_dir: str = opt(help="where the results go")
     mode: Literal["latent", "raw"] = opt("latent", "think first, or answer at once")
-    max_new: int = opt(0, "longest thought in tokens, its EOL included; raw mode: the longest solution, or of "
-        "a corpus the room for a thought; 0: 512 for a benchmark, 128 for a corpus", low=0)  # fmt: skip
+    max_new: int = opt(0, "longest thought in tokens, its EOL included; raw mode: the longest solution, or "
+        "of a corpus the room for a thought; 0: 512 for a benchmark, 128 for a corpus", low=0)  # fmt: skip
     max_answer: int = opt(32, "longest answer in tokens (latent mode, corpora)", low=1)
     max_thought: int = opt(0, "latent mode: close a thought after so many tokens, and let the model answer; 0: one that is not ended is wrong", low=0)
     k: int = opt(0, "responses sampled for each problem, beside the greedy one", low=0)
@@ -531,12 +532,8 @@ def text_nll(engine: Engine, tok, corpus: Corpus, numbers, s: Settings, picked=N
     limits = Limits(
         s.before, s.max_new, engine.config.seq_len
     )  # room for a thought: the givens of a latent model
-    written = [
-        write_chunk(tok, corpus, i, context_of(corpus, i, limits, picked), None, RAW, picked) for i in numbers
-    ]
-    scores = engine.score(
-        [ids[: part.chunk[0]] for ids, part in written], [[ids[part.chunk[0] :]] for ids, part in written]
-    )
+    written = [write_chunk(tok, corpus, i, context_of(corpus, i, limits, picked), None, RAW, picked) for i in numbers]
+    scores = engine.score([ids[: part.chunk[0]] for ids, part in written], [[ids[part.chunk[0] :]] for ids, part in written])
     return -np.array([row[0].sum() for row in scores])
 
 
@@ -551,21 +548,13 @@ class Scored(NamedTuple):
     docs: np.ndarray  # of the documents of `numbers`, rising
     counts: dict
 
-    def by_document(self, corpus: Corpus, numbers, values) -> np.ndarray:
-        """values [len(numbers)] of chunks, summed for each of docs."""
-        place = np.searchsorted(self.docs, corpus.doc_of(numbers))
-        return np.bincount(place, weights=np.asarray(values, dtype=np.float64), minlength=len(self.docs))
-
 
 def choose_scored(s: Settings, corpus: Corpus, seq_len: int) -> Scored:
     """The chunks of the first --bound_docs documents; UserError when none can be scored."""
     n_docs = min(s.bound_docs or corpus.n_docs, corpus.n_docs)
     there = np.arange(corpus.docs[n_docs])
-    thinking, fitting, questions = (
-        can_think(corpus, s.max_new, seq_len)[there],
-        fits(corpus, s.max_new, seq_len)[there],
-        corpus.questions[there],
-    )
+    questions, fitting = corpus.questions[there], fits(corpus, s.max_new, seq_len)[there]
+    thinking = can_think(corpus, s.max_new, seq_len)[there]
     numbers = there[thinking]
     if not len(numbers):
         room = f"the model's {seq_len} tokens less --max_new={s.max_new} and 6"
@@ -593,45 +582,51 @@ def likelihood(engine: Engine, tok, corpus: Corpus, s: Settings, truth, on_token
         limits, K = Limits(s.before, s.max_new, engine.config.seq_len), max(s.samples, *BOUNDS)
         how = {"context": s.context, "min_gain": s.min_gain, "purpose": TEST_DRAW, "on_tokens": on_tokens}
         got = infer(engine, tok, corpus, scored.numbers, K, limits, s.seed, picked=picked, **how)
-        nats = {"thoughtless": -thoughtless(got), "alone": -got.log_alone} | {
-            f"bound_{k}": -bound(got, k) for k in BOUNDS
-        }
+        nats = {"thoughtless": -thoughtless(got), "alone": -got.log_alone}
+        nats |= {f"bound_{k}": -bound(got, k) for k in BOUNDS}
         about = of_samples(got, s, scored.numbers, truth)
+    short = shortened(corpus, scored.numbers, s, engine.config.seq_len, picked)
     questions = text_nll(engine, tok, corpus, scored.asked, s, picked)
-    n_bytes, n_asked = (
-        np.array([tok.n_bytes(corpus.chunk(i)) for i in numbers])
-        for numbers in (scored.numbers, scored.asked)
-    )
-    sizes = np.diff(corpus.chunks)[scored.numbers]
-    sums = {key: scored.by_document(corpus, scored.numbers, v) for key, v in nats.items()}
-    sums["questions"] = scored.by_document(corpus, scored.asked, questions)
-    whole = {
-        key: scored.by_document(corpus, scored.numbers, v).astype(np.int64)
-        for key, v in (("bytes", n_bytes), ("tokens", sizes))
-    }
+    arrays = by_document(tok, corpus, scored, nats, questions)
+    figures = in_units(tok, corpus, scored, arrays) | about | scored.counts | {"short_context": short}
+    return figures, arrays
+
+
+def by_document(tok, corpus: Corpus, scored: Scored, nats: dict, questions) -> dict:
+    """The arrays of likelihood.npz, [n_docs] each: doc (numbers), bytes and tokens of the scored chunks, nats.
+
+    nats {name: [len(scored.numbers)]} and questions [len(scored.asked)] are summed for each document.
+    """
+
+    def total(numbers, values):
+        place = np.searchsorted(scored.docs, corpus.doc_of(numbers))
+        return np.bincount(place, weights=np.asarray(values, dtype=np.float64), minlength=len(scored.docs))
+
+    n_bytes = [tok.n_bytes(corpus.chunk(i)) for i in scored.numbers]
+    arrays = {"doc": scored.docs, "bytes": total(scored.numbers, n_bytes).astype(np.int64)}
+    arrays["tokens"] = total(scored.numbers, np.diff(corpus.chunks)[scored.numbers]).astype(np.int64)
+    arrays |= {key: total(scored.numbers, values) for key, values in nats.items()}
+    return arrays | {"questions": total(scored.asked, questions)}
+
+
+def in_units(tok, corpus: Corpus, scored: Scored, arrays: dict) -> dict:
+    """Nats a byte, a token and a document of all: nll, or nll_bound {k: ...}, nll_thoughtless and nll_alone.
+
+    And nll_questions, nats a byte of the questions (None where there are none); and what was counted.
+    """
+    n_asked = sum(tok.n_bytes(corpus.chunk(i)) for i in scored.asked)
     counts = {"bound_docs": len(scored.docs), "bound_chunks": len(scored.numbers)}
-    counts |= {"bytes": int(n_bytes.sum()), "tokens": int(sizes.sum()), "question_bytes": int(n_asked.sum())}
-    counts["short_context"] = shortened(corpus, scored.numbers, s, engine.config.seq_len, picked)
-    asked = {"nll_questions": float(questions.sum() / n_asked.sum()) if n_asked.sum() else None}
-    return in_units(sums, counts) | asked | about | counts | scored.counts, {
-        "doc": scored.docs,
-        **whole,
-        **sums,
-    }
-
-
-def in_units(sums: dict, counts: dict) -> dict:
-    """Nats of each document -> nats a byte, a token and a document of all: nll, or nll_bound {k: ...},
-    nll_thoughtless and nll_alone."""
+    counts |= {key: int(arrays[key].sum()) for key in ("bytes", "tokens")} | {"question_bytes": n_asked}
     figures = {}
     for unit, n in (("", counts["bytes"]), ("_token", counts["tokens"]), ("_document", counts["bound_docs"])):
-        mean = {key: float(values.sum() / n) for key, values in sums.items()}
+        mean = {key: float(values.sum() / n) for key, values in arrays.items()}
         if "nll" in mean:
             figures["nll" + unit] = mean["nll"]
             continue
         figures["nll_bound" + unit] = {str(k): mean[f"bound_{k}"] for k in BOUNDS}
         figures |= {f"nll_{key}{unit}": mean[key] for key in ("thoughtless", "alone")}
-    return figures
+    figures["nll_questions"] = float(arrays["questions"].sum() / n_asked) if n_asked else None
+    return figures | counts
 
 
 def shortened(corpus: Corpus, numbers, s: Settings, seq_len: int, picked) -> int:
@@ -654,26 +649,18 @@ def of_samples(got, s: Settings, numbers, truth) -> dict:
     weights, gain = grouped(got.log_w), grouped(got.log_x - got.log_none[:, None])
     picks = got.pick
     if n_groups > 1 or K > s.samples:
-        picks = choose_picks(
-            "resample", weights, gain, s.min_gain, hash_uniform(PICK, s.seed, np.arange(len(weights)))
-        )
-    right = None
+        uniform = hash_uniform(PICK, s.seed, np.arange(len(weights)))
+        picks = choose_picks("resample", weights, gain, s.min_gain, uniform)
+    shares = {"no_pick_share": (picks < 0).mean(), "cut_off_share": (~got.finished).mean()}
+    figures = {"ess": ess(weights).mean()} | shares
     if truth:
         rows, groups = np.divmod(np.arange(len(picks)), n_groups)
-        chosen = [
-            got.thoughts[r][g * s.samples + j] if j >= 0 else None for r, g, j in zip(rows, groups, picks)
+        right = [
+            j >= 0 and np.array_equal(got.thoughts[r][g * s.samples + j], truth.span(numbers[r]))
+            for r, g, j in zip(rows, groups, picks)
         ]
-        right = float(
-            np.mean(
-                [z is not None and np.array_equal(z, truth.span(numbers[r])) for z, r in zip(chosen, rows)]
-            )
-        )
-    shares = {
-        "pick_right": right,
-        "no_pick_share": float((picks < 0).mean()),
-        "cut_off_share": float((~got.finished).mean()),
-    }
-    return {"ess": float(ess(weights).mean())} | shares
+        figures["pick_right"] = np.mean(right)
+    return {key: float(x) for key, x in figures.items()} | ({} if truth else {"pick_right": None})
 
 
 def thoughts_before(engine: Engine, tok, corpus: Corpus, s: Settings) -> dict:
@@ -682,22 +669,9 @@ def thoughts_before(engine: Engine, tok, corpus: Corpus, s: Settings) -> dict:
     if s.context == "thoughts" and s.mode == "latent":
         limits = Limits(s.before, s.max_new, engine.config.seq_len)
         numbers = np.flatnonzero(can_think(corpus, s.max_new, limits.seq_len))
-        numbers = numbers[:-1][
-            np.diff(corpus.doc_of(numbers)) == 0
-        ]  # a document's last one stands before none
-        infer(
-            engine,
-            tok,
-            corpus,
-            numbers,
-            s.samples,
-            limits,
-            s.seed,
-            context=s.context,
-            min_gain=s.min_gain,
-            purpose=TEST_DRAW,
-            picked=picked,
-        )
+        numbers = numbers[:-1][np.diff(corpus.doc_of(numbers)) == 0]  # a document's last stands before none
+        how = {"context": s.context, "min_gain": s.min_gain, "purpose": TEST_DRAW}
+        infer(engine, tok, corpus, numbers, s.samples, limits, s.seed, picked=picked, **how)
     return picked
 
 
@@ -734,10 +708,8 @@ def compare(folders: list[str], out_dir: Path) -> None:
     nats, why = compare_likelihood(folders, names)
     graded = ["exact_match,flexible-extract" in r for r in results]
     if not all(graded) and (any(graded) or not nats):
-        raise UserError(
-            f"{folders[graded.index(False)]}: no results of a benchmark (results.json and responses.jsonl)"
-            + (f"; {why}" if why else "")
-        )
+        folder, more = folders[graded.index(False)], f"; {why}" if why else ""
+        raise UserError(f"{folder}: no results of a benchmark (results.json and responses.jsonl){more}")
     pairs = compare_accuracy(folders, names, results) if graded[0] else []
     if nats:
         print_likelihood(nats)
@@ -747,9 +719,8 @@ def compare(folders: list[str], out_dir: Path) -> None:
     runs = [{"folder": str(f)} | r for f, r in zip(folders, results)]
     write_json(out_dir / "compare.json", {"runs": runs, "pairs": pairs, "likelihood": nats})
     drawn = graded[0] and draw_comparison(names, results, out_dir / "compare.png")
-    no_picture = "; no picture: " + (
-        "matplotlib is not installed" if graded[0] else "it would show accuracies, and there is none"
-    )
+    why = "matplotlib is not installed" if graded[0] else "it would show accuracies, and there are none"
+    no_picture = f"; no picture: {why}"
     print(f"{out_dir}/compare.json" + (f", {out_dir}/compare.png" if drawn else no_picture))
 
 
@@ -771,29 +742,17 @@ def compare_accuracy(folders: list[str], names: list[str], results: list[dict]) 
         for j in range(len(runs))
         for i in range(j)
     ]
-    rows = [
-        [
-            "",
-            "mode",
-            "n",
-            "shots",
-            "flexible",
-            "strict",
-            "mean of k",
-            "maj@k",
-            "pass@k",
-            "cut off",
-            "no answer",
-        ]
-    ]
+    heads = "mode, n, shots, flexible, strict, mean of k, maj@k, pass@k, cut off, no answer"
+    rows = [["", *heads.split(", ")]]
     for name, r in zip(names, results):
         sampled = r.get("sampled", {})
         k = sampled.get("k", 0)
-        more = [
-            f"{sampled[key]:.3f}" if key in sampled else "-" for key in ("accuracy", f"maj@{k}", f"pass@{k}")
-        ]
-        rows.append([name, r["mode"], r["n"], r.get("n_shots", "-"), f"{r['accuracy']:.3f} ± {r['accuracy_se']:.3f}",
-                     f"{r['exact_match,strict-match']:.3f}", *more, r["cut_off"], r["no_answer"]])  # fmt: skip
+        keys = ("accuracy", f"maj@{k}", f"pass@{k}")
+        more = [f"{sampled[key]:.3f}" if key in sampled else "-" for key in keys]
+        flexible = f"{r['accuracy']:.3f} ± {r['accuracy_se']:.3f}"
+        strict = f"{r['exact_match,strict-match']:.3f}"
+        how = (r["mode"], r["n"], r.get("n_shots", "-"))
+        rows.append([name, *how, flexible, strict, *more, r["cut_off"], r["no_answer"]])
     print_table(rows)
     for p in pairs:
         difference = f"{p['difference']:+.3f} ± {p['difference_se']:.3f}"
@@ -807,11 +766,8 @@ def print_table(rows: list[list]) -> None:
     print("\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]))
 
 
-MEASURES = {
-    "nll": "NLL",
-    "thoughtless": "thoughtless NLL",
-    f"bound_{BOUNDS[-1]}": f"IWAE-{BOUNDS[-1]}",
-}  # of likelihood.npz, as shown
+# Of likelihood.npz, as they are shown.
+MEASURES = {"nll": "NLL", "thoughtless": "thoughtless NLL", f"bound_{BOUNDS[-1]}": f"IWAE-{BOUNDS[-1]}"}
 
 
 def compare_likelihood(folders: list[str], names: list[str]) -> tuple[dict, str]:
@@ -823,41 +779,38 @@ def compare_likelihood(folders: list[str], names: list[str]) -> tuple[dict, str]
     missing = [path for path in paths if not path.exists()]
     if missing:
         return {}, f"{missing[0]}: no such file" if len(missing) < len(paths) else ""
-    rows, first = [], None
-    for folder, name, path in zip(folders, names, paths):
+    tables, rows, pairs = [read_table(path) for path in paths], [], []
+    for folder, name, table in zip(folders, names, tables):
+        if str(table["corpus"]) != str(tables[0]["corpus"]):
+            return {}, f"{folder}: measured on another corpus than {folders[0]}"
+        if any(not np.array_equal(table[key], tables[0][key]) for key in ("doc", "bytes", "tokens")):
+            need = "give both the same --bound_docs and --max_new"
+            return {}, f"{folder}: measured on other documents or chunks than {folders[0]}; {need}"
+        rows += [(f"{name} {label}", table[key]) for key, label in MEASURES.items() if key in table]
+    for j, (second, b) in enumerate(rows):
+        for first, a in rows[:j]:
+            mean, error = paired_difference(a, b)
+            pairs.append({"first": first, "second": second, "difference": mean, "difference_se": error})
+    means = [{"name": name} | dict(zip(("nats", "nats_se"), mean_and_error(values))) for name, values in rows]
+    return {"documents": len(tables[0]["doc"]), "rows": means, "pairs": pairs}, ""
+
+
+def read_table(path: Path) -> dict:
+    """The arrays of a likelihood.npz; UserError when it is damaged."""
+    try:
         with np.load(path, allow_pickle=False) as f:
             table = dict(f)
-        first = first or table
-        if str(table["corpus"]) != str(first["corpus"]):
-            return {}, f"{folder}: measured on another corpus than {folders[0]}"
-        if any(not np.array_equal(table[key], first[key]) for key in ("doc", "bytes", "tokens")):
-            return (
-                {},
-                f"{folder}: measured on other documents or chunks than {folders[0]}; "
-                "give both the same --bound_docs and --max_new",
-            )
-        rows += [(f"{name} {label}", table[key]) for key, label in MEASURES.items() if key in table]
-    pairs = []
-    for j, (b, there) in enumerate(rows):
-        for a, here in rows[:j]:
-            mean, error = paired_difference(here, there)
-            pairs.append({"first": a, "second": b, "difference": mean, "difference_se": error})
-    keys = ("nats", "nats_se")
-    return {
-        "documents": len(first["doc"]),
-        "rows": [{"name": n} | dict(zip(keys, mean_and_error(v))) for n, v in rows],
-        "pairs": pairs,
-    }, ""
+    except (ValueError, EOFError, zipfile.BadZipFile) as e:
+        raise UserError(f"{path}: damaged ({e}); remove its folder and run again") from None
+    if not {"corpus", "doc", "bytes", "tokens"} <= table.keys():
+        raise UserError(f"{path}: not a likelihood.npz of eval_math.py")
+    return table
 
 
 def print_likelihood(nats: dict) -> None:
     """The rows and pairs of compare_likelihood() as text."""
-    print_table(
-        [
-            ["", f"nats a document, of {nats['documents']}"],
-            *([r["name"], f"{r['nats']:.4f} ± {r['nats_se']:.4f}"] for r in nats["rows"]),
-        ]
-    )
+    rows = [[r["name"], f"{r['nats']:.4f} ± {r['nats_se']:.4f}"] for r in nats["rows"]]
+    print_table([["", f"nats a document, of {nats['documents']}"], *rows])
     for p in nats["pairs"]:
         difference = f"{p['difference']:+.4f} ± {p['difference_se']:.4f}"
         print(f"{p['second']} - {p['first']}: {difference} nats a document")

@@ -735,6 +735,9 @@ def test_a_corpus_without_questions_has_a_likelihood_only(models, tmp_path):
     )
     done = script("eval_math.py", f"--compare={tmp_path}/r,{tmp_path}/o", f"--out_dir={tmp_path}/c2", code=1)
     assert "measured on another corpus" in done.stderr
+    (tmp_path / "o/likelihood.npz").write_bytes((tmp_path / "r/likelihood.npz").read_bytes()[:300])
+    done = script("eval_math.py", f"--compare={tmp_path}/r,{tmp_path}/o", f"--out_dir={tmp_path}/c2", code=1)
+    assert "o/likelihood.npz: damaged" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.slow
