@@ -473,8 +473,8 @@ class Engine:
                  ends=None) -> list[list[tuple]]:  # fmt: skip
         """Continue each prompt `samples` times until a token of `stop` or `max_new` tokens.
 
-        prompts: lists of ids; keys: an integer each, which seeds its noise, as does the sample's number. Returns
-        for each prompt its samples (ids with the stop token if there is one, finished, sum of the ids'
+        prompts: lists of ids; keys: an integer each, which seeds its noise, as does the sample's number.
+        Returns for each prompt its samples (ids with the stop token if there is one, finished, sum of the ids'
         log-probabilities: sample_slowly's).
         on_tokens(n) is told of every n sampled tokens. temperature 0: the likeliest tokens. top_p: of the likeliest tokens only, see nucleus.
         ends(ids) is asked every 8 tokens whether a sample has ended by what it says; it then counts as finished.
@@ -862,10 +862,10 @@ def bound(got, k: int) -> np.ndarray:
 
         log(p(x | c) + p(SOL | c) * ((1 - e) * (1/k) sum w + e * p(x | c, SOL EOL)))        e = NO_THOUGHT
 
-    A thought that was cut off has w = 0. So what stands in the log is unbiased for p_text with p(x, |z| <
-    max_new | c, SOL PRI) in place of p(x | c, SOL PRI), which is never less. By Jensen the expectation is at
-    most log p_text. It rises with k and with max_new; for the same samples each cut-off lowers the value
-    itself.
+    A thought that was cut off has w = 0. So what stands in the log is unbiased for p_text with
+    p(x, |z| < max_new | c, SOL PRI) in place of p(x | c, SOL PRI), which is never less. By Jensen the
+    expectation is at most log p_text. It rises with k and with max_new; for the same samples, each cut-off
+    lowers the value itself.
     """
     groups = got.log_w[:, : got.log_w.shape[1] // k * k].reshape(len(got.log_w), -1, k)
     behind_thought = np.logaddexp.reduce(groups, axis=2) - np.log(k)  # [n, n_groups]; -inf: all cut off
@@ -963,8 +963,8 @@ def figures(part: dict, n_bytes: int) -> dict:
     """What the samples of all inferred chunks tell, for meta.json; None: the mean of nothing.
 
     part: the arrays of OF_SAMPLES and OF_CHUNKS. gain: log p(x | c, z) - log_none, in nats. nll_bound
-    {k: -bound()}, nll_thoughtless (-thoughtless()) and nll_alone (-log_alone) are of all these chunks, whatever
-    was cut off: in nats a byte, and with _chunk in nats a chunk.
+    {k: -bound()}, nll_thoughtless (-thoughtless()) and nll_alone (-log_alone) are of all these chunks,
+    whatever was cut off: in nats a byte, and with _chunk in nats a chunk.
     """
     got = SimpleNamespace(**part)
     log_w, finished = got.log_w, got.finished

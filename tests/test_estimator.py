@@ -169,7 +169,7 @@ def test_bound_by_hand():
 
 
 def test_the_bound_holds_whatever_is_cut_off(toy_model, exact, without):
-    """By enumeration, from lengths that cut off nearly all: the limit in k, the mean at k = 1, nothing gained.
+    """By enumeration, from lengths that cut off nearly all: the limit in k, the mean at k = 1, no gain.
 
     Thoughts of up to three tokens are a part of p(x | c, SOL PRI), so p_text made of them is a lower bound of
     the true one, and what lies below the one lies below the other."""
@@ -285,7 +285,7 @@ def take(got, rows):
 
 
 def test_raw_and_conditional_likelihoods(toy_model, sampled):
-    """log p(x | c, z), and of x without a thought in the form that training shows: what the gain is made of."""
+    """log p(x | c, z), and of x without a thought in the form that training shows."""
     t, x, head = TOY, [1, 0, 1], [TOY.bos, 0, 1]
     none = [*head, t.sol, t.eol, *x]
     assert sampled.log_alone[0] == pytest.approx(score_slowly(toy_model, [*head, *x], 3, 6), abs=1e-4)
@@ -311,7 +311,7 @@ def test_selection_rules():
     assert shares("resample", always) == pytest.approx([0, 0.25, 0, 0.75], abs=0.01)
     dead = np.full((2, K), -np.inf)
     for rule in ("argmax", "uniform", "resample"):
-        assert (choose(rule, dead, dead, always, u[:2]) == -1).all(), "a chunk with no thought that ended gets none"
+        assert (choose(rule, dead, dead, always, u[:2]) == -1).all(), "no thought ended: there is no pick"
         assert (choose(rule, dead, dead, 0.0, u[:2]) == -1).all()
         enough, kept = choose(rule, log_w, gain, -1.0, u), choose(rule, log_w, gain, always, u)
         assert np.array_equal(enough, kept), "a gain of exactly min_gain is enough"
