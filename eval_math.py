@@ -4,25 +4,57 @@
     latent    BOS  Problem .. Solution: SOL PRI s s s EOL The final answer is a.   ...   Problem .. Solution: SOL PRI -> z z z EOL x x x
 
 In latent mode the solution is the thought, laid out as in training (data/corpus.py), and only what follows EOL is graded. The prompts of a
-corpus are the chunks before the answer (questions.npy), as in infer_thoughts.py, without examples.
+corpus are the chunks before the answer (questions.npy), as in infer_thoughts.py, without examples. Where
+the corpus writes its answers on one line, and what follows them on the next, a response ends with its first
+line (see answers_end_with_line). A corpus without questions, as data/text.py makes them, has nothing to
+answer: its results.json is the likelihood alone, without "accuracy".
 
     python eval_math.py --benchmark=gsm8k --model=M --out_dir=out/gsm8k                 # greedy; data/benchmarks/gsm8k/test.jsonl, 8 shots
     python eval_math.py --benchmark=math500 --model=M --mode=latent --k=16 --out_dir=out/math     # 16 samples more: maj@k and pass@k
     python eval_math.py --benchmark=mine.jsonl --shots=few.jsonl --model=A,B --out_dir=out/mine   # lines of {"question", "answer"}; two models
-    python eval_math.py --compare=out/a,out/b --out_dir=out/compared                    # table, picture, paired tests
+    python eval_math.py --compare=out/a,out/b --out_dir=out/compared    # tables, picture, paired tests
     python eval_math.py --benchmark=gsm8k --model=M --finetune --seeds=5 --out_dir=out/sft        # train.py on the training problems first
     python eval_math.py --corpus=out/digits/heldout --model=out/M1 --out_dir=out/M1/eval          # a corpus: accuracy and likelihood
 
 A prompt that does not fit the model's context is refused, or, with --drop_shots, loses examples, which is counted. Written into --out_dir: responses.jsonl
-(a line a problem; a run that was cut off goes on behind the last block there), results.json (names of scores as lm-evaluation-harness has them), timing.json.
+(a line a problem; a run that was cut off goes on behind the last block there), results.json (names of
+scores as lm-evaluation-harness has them), timing.json, and for a corpus likelihood.npz.
 
-Likelihood of a corpus, in nats a byte and a token of its text (all chunks, questions included; BOS, EOS and markers are not scored), and as the mean of
-documents' sums, each document counting once:
-    raw       nll         -log p(text)
-    latent    nll_bound   -log p(questions) minus a bound of log p(x | c) for every other chunk, from thoughts that the model infers as in
-                          the E-step: minus the ELBO (K = 1) and IWAE-4, IWAE-16. Upper bounds: lower is better.
-The chunks before a chunk, up to --before of them, are given as in infer_thoughts.py: as text (--context=bare), or with the thoughts that the model
-infers for them, one picked from --samples (--context=thoughts; the bounds then come from a run of their own for each K).
+Likelihood of a corpus: raw and latent models on the same chunks, the same tokens, the same givens. A chunk
+x is scored if the E-step would infer thoughts for it: it is no question, not empty, and fits into the
+model's context beside --max_new (so give raw models the same --max_new). Of the first --bound_docs
+documents. Given are the chunks c before it, up to --before of them, and nothing else: that the question is
+over, or that a thought follows, is not told. BOS, EOS and markers are no text. In nats:
+
+    raw       nll              -log p(x | c)
+    latent    nll_alone        -log p(x | c), of a chunk written without a thought
+              nll_thoughtless  -log( p(x | c) + p(SOL | c) p(x | c, SOL EOL) ): the same, not thinking
+              nll_bound        -log( p(x | c) + p(SOL | c) ((1 - e) mean w + e p(x | c, SOL EOL)) )
+                               with the mean over k = 1 (ELBO), 4 or 16 (IWAE) thoughts and e = NO_THOUGHT;
+                               averaged over the groups of k in the K = max(--samples, 16) thoughts that
+                               the model infers as in the E-step
+
+A text shows no markers. So its probability is a sum over the ways to write it; training leaves only e open:
+
+    p_text(x | c)  =  p(x | c)  +  p(SOL | c) ( (1 - e) p(x | c, SOL PRI)  +  e p(x | c, SOL EOL) )
+
+w = p(z, x | c, SOL PRI) / q(z | c, x), and 0 where z was cut off. Its mean is unbiased for p(x, |z| <
+max_new | c, SOL PRI), what x gets behind thoughts that end in time, which is at most p(x | c, SOL PRI). By
+Jensen each nll_bound is in expectation at least -log p_text. It is finite however many thoughts are cut
+off, and in the same context no cut-off improves it. So nothing is left out of a sum: where all are cut off
+the rest of the mixture is what counts.
+
+The c of a raw model is text. That of a latent one is text (--context=bare), or text with the thoughts that
+were picked for it among all K (--context=thoughts): the same c for every k, for nll_alone, nll_thoughtless
+and the questions. A pick depends on its chunk, on earlier ones and on chance, never on what follows. So for
+every k the sum over a document's chunks is, in expectation, at least the -log of a probability of
+documents: that of telling each chunk from those before it. But for k < K it is not what a run with K = k
+would find: the contexts have picks among K.
+
+Each figure is given a byte, a token (_token) and a document (_document) of the scored chunks;
+nll_questions, in nats a byte of the same documents' questions, is apart. ess, pick_right, no_pick_share and
+cut_off_share tell of E-steps with --samples thoughts. likelihood.npz has the nats of each document:
+--compare shows paired differences.
 
 Part one runs all that; part two is the grader: extract_answer(response), grade(response, gold).
 """
@@ -42,6 +74,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -55,7 +88,8 @@ from data.benchmarks import fault, read_rows
 from data.cli import Progress, UserError, claim, opt, read_json, replacing, run, write_json
 from data.corpus import PICK, PRIOR, RAW, TEST_DRAW, Corpus, hash_uniform, layout, open_corpus, open_thoughts, write_corpus, write_thoughts
 from data.tokenizer import load_tokenizer
-from infer_thoughts import NOTHING, Engine, Limits, bound, context_of, ess, infer, pick, rank_in_group, write_chunk
+from infer_thoughts import NOTHING, Engine, Limits, bound, context_of, ess, infer, thoughtless, write_chunk
+from infer_thoughts import choose as choose_picks
 from train import load_model, pick_device
 
 HERE = Path(__file__).resolve().parent
@@ -79,7 +113,8 @@ class Settings:
     model: str = opt("", "model folder; several with commas between are compared")
     out_dir: str = opt(help="where the results go")
     mode: Literal["latent", "raw"] = opt("latent", "think first, or answer at once")
-    max_new: int = opt(0, "longest thought in tokens, its EOL included; in raw mode the longest solution; 0: 512 for a benchmark, 128 for a corpus", low=0)
+    max_new: int = opt(0, "longest thought in tokens, its EOL included; raw mode: the longest solution, or "
+        "of a corpus the room for a thought; 0: 512 for a benchmark, 128 for a corpus", low=0)  # fmt: skip
     max_answer: int = opt(32, "longest answer in tokens (latent mode, corpora)", low=1)
     max_thought: int = opt(0, "latent mode: close a thought after so many tokens, and let the model answer; 0: one that is not ended is wrong", low=0)
     k: int = opt(0, "responses sampled for each problem, beside the greedy one", low=0)
@@ -93,6 +128,8 @@ class Settings:
     # likelihood of a corpus
     thoughts: str = opt("", "the true thoughts of the corpus, if known: to report how often the picked thought is right")
     samples: int = opt(4, "thoughts a chunk (K) for the effective sample size and the share of right picks", low=1)
+    min_gain: float = opt(0.0, "a pick is dropped if log p(x|c,z) - log p(x|c, no thought) is below this, in "
+        "nats; -inf: never", low=-math.inf)  # fmt: skip
     context: Literal["bare", "thoughts"] = opt("thoughts", "earlier chunks as plain text, or (latent mode) with thoughts that the model infers for them")
     before: int = opt(3, "chunks before a chunk that are given", low=0)
     bound_docs: int = opt(250, "documents for the likelihood, the first ones; 0: all", low=0)
@@ -240,76 +277,150 @@ def benchmark_problems(s: Settings, tok, seq_len: int) -> tuple[list[Problem], d
     return problems, {"n_shots": len(shots), "dropped_shots": dropped, "too_long": too_long, "until": list(UNTIL)}
 
 
-def corpus_problems(s: Settings, tok, corpus: Corpus, seq_len: int, picked=NOTHING) -> tuple[list[Problem], dict]:
-    """The chunks that follow a question, with up to --before chunks as context."""
+def can_think(corpus: Corpus, max_new: int, seq_len: int) -> np.ndarray:
+    """Which chunks can carry a thought, [n_chunks] bool.
+
+    The rule of infer_thoughts.main, so that nothing is scored that the E-step refuses.
+    """
+    return ~corpus.questions & (np.diff(corpus.chunks) > 0) & fits(corpus, max_new, seq_len)
+
+
+def fits(corpus: Corpus, max_new: int, seq_len: int) -> np.ndarray:
+    """Which chunks leave room for a thought of max_new tokens and six tokens around both, [n_chunks] bool."""
+    return np.diff(corpus.chunks) + 6 + max_new <= seq_len
+
+
+def asked_chunks(corpus: Corpus) -> np.ndarray:
+    """The numbers of the chunks right behind a question of their document: the answers."""
     after_question = np.flatnonzero(corpus.questions[:-1]) + 1
     same_doc = corpus.doc_of(after_question) == corpus.doc_of(after_question - 1)
-    numbers = after_question[same_doc & ~corpus.questions[after_question]]
-    if not len(numbers):
-        raise UserError(f"{s.corpus}: has no questions to answer (questions.npy)")
+    return after_question[same_doc & ~corpus.questions[after_question]]
+
+
+def answers_end_with_line(tok, corpus: Corpus) -> bool:
+    """Whether a response to this corpus's questions ends where its first line ends.
+
+    A document is chunks end to end: nothing but the next chunk's beginning says that an answer is over, and
+    a model goes on with it. So the corpus must show where that is: some answers are followed by another chunk
+    of their document, each such chunk begins on a new line, and no answer has a line end inside. Elsewhere,
+    as in documents of one problem, a response ends at EOS.
+    """
+    answers = asked_chunks(corpus)
+    behind = answers[answers + 1 < corpus.n_chunks] + 1
+    behind = behind[corpus.doc_of(behind) == corpus.doc_of(behind - 1)]
+    if not all(tok.decode(corpus.chunk(i)[:8]).startswith("\n") for i in behind):
+        return False
+    return len(behind) > 0 and not any("\n" in tok.decode(corpus.chunk(i)).strip() for i in answers)
+
+
+def corpus_problems(
+    s: Settings, tok, corpus: Corpus, seq_len: int, picked=NOTHING
+) -> tuple[list[Problem], dict]:
+    """The chunks that follow a question, with up to --before chunks as context, and counts for results.json.
+
+    None in a corpus without questions. An answer that cannot carry a thought is left out and counted.
+    """
+    numbers, fitting = asked_chunks(corpus), can_think(corpus, s.max_new, seq_len)
     limits, problems = Limits(s.before, s.max_new + s.max_answer, seq_len), []
-    for i in numbers[: s.limit or None]:
+    for i in numbers[fitting[numbers]][: s.limit or None]:
         # The layout of a chunk whose thought is still unknown ends in SOL PRI.
         prompt = write_chunk(tok, corpus, i, context_of(corpus, i, limits, picked), None, PRIOR, picked)[0]
         gold = tok.decode(corpus.chunk(i))
         known = hashlib.sha256(corpus.chunk(i - 1).tobytes() + corpus.chunk(i).tobytes()).hexdigest()[:16]
-        problems.append(Problem(int(i), prompt if s.mode == "latent" else prompt[:-2], gold, {"question": known}))
-    return problems, {}
+        problems.append(
+            Problem(int(i), prompt if s.mode == "latent" else prompt[:-2], gold, {"question": known})
+        )
+    return problems, {"answers_too_long": int((~fitting[numbers]).sum())}
 
 
 # ---------------------------------------------------------------------------------------------------------- responses
 
 
-def respond(engine: Engine, tok, problems: list[Problem], s: Settings, samples: int, temperature: float, top_p: float, on_tokens=None) -> list[list[dict]]:
-    """`samples` responses to each problem, not yet graded: thought (latent), response, tokens, cut_off, forced."""
+def first_line(text: str) -> str:
+    """A text to the end of its first line that says something: "\\n It is 9.\\nTom has" -> "\\n It is 9."."""
+    begin = len(text) - len(text.lstrip())
+    return text[: begin + len(text[begin:].partition("\n")[0])]
+
+
+def respond(engine: Engine, tok, problems: list[Problem], s: Settings, samples: int, temperature: float,
+            top_p: float, on_tokens=None, one_line: bool = False) -> list[list[dict]]:  # fmt: skip
+    """`samples` responses to each problem, ungraded: thought (latent), response, tokens, cut_off, forced.
+
+    one_line: a response ends with its first line (answers_end_with_line). Generation stops there or a few
+    tokens later, and what came behind the line is cut; tokens counts all that was sampled.
+    """
     latent = s.mode == "latent"
     stop = {tok.eos, tok.sol} if latent else {tok.eos, tok.sol, tok.eol}
     thought_limit = s.max_thought or s.max_new
     longest = thought_limit + s.max_answer if latent else s.max_answer if s.corpus else s.max_new
     asked = [p for p in problems if len(p.prompt)]
 
-    def ends(ids) -> bool:
-        tail = ids[-48:].tolist()
-        if latent:
-            tail = tail[tail.index(tok.eol) + 1 :] if tok.eol in tail else [] if tok.eol not in ids else tail
-        return bool(END.search(tok.decode(tail)))
+    def answer_ends(ids: list[int]) -> bool:
+        text = tok.decode(ids if one_line else ids[-48:])
+        return first_line(text) != text if one_line else bool(END.search(text))
 
-    def generate(prompts, keys, n, length):
-        drawn = engine.generate(prompts, keys, n, length, stop, s.seed, purpose=TEST_DRAW, temperature=temperature, top_p=top_p,
-                                on_tokens=on_tokens, ends=None if s.corpus else ends)  # fmt: skip
+    def ends(ids) -> bool:
+        ids = ids.tolist()
+        if not latent:
+            return answer_ends(ids)
+        return tok.eol in ids and answer_ends(ids[ids.index(tok.eol) + 1 :])
+
+    def generate(prompts, keys, n, length, ends):
+        how = {"purpose": TEST_DRAW, "temperature": temperature, "top_p": top_p, "on_tokens": on_tokens}
+        how |= {"ends": ends if one_line or not s.corpus else None}
+        drawn = engine.generate(prompts, keys, n, length, stop, s.seed, **how)
         return [[(list(ids[:-1] if len(ids) and ids[-1] in stop else ids), done) for ids, done, _ in row] for row in drawn]
 
-    drawn, out, late = iter(generate([p.prompt for p in asked], [p.key for p in asked], samples, longest)), [], []
+    def read(answer: list[int], done: bool) -> tuple[str, bool]:
+        """(response, whether it ended): alike for raw and latent models, and behind closed thoughts."""
+        text = tok.decode(answer)
+        kept = first_line(text) if one_line else text
+        return kept, done or kept != text
+
+    drawn = iter(generate([p.prompt for p in asked], [p.key for p in asked], samples, longest, ends))
+    out, late = [], []
     for p in problems:
         if not len(p.prompt):  # too long for the model even without examples
             out.append([{"response": "", "tokens": 0, "cut_off": True, "forced": False} for _ in range(samples)])
             continue
         out.append([])
         for ids, done in next(drawn):
-            record = {"thought": "", "response": tok.decode(ids), "tokens": len(ids), "cut_off": not done, "forced": False}
+            response, done = ("", done) if latent else read(ids, done)
+            record = {"thought": "", "response": response, "tokens": len(ids)}
+            record |= {"cut_off": not done, "forced": False}
             if latent:
                 ended = tok.eol in ids[:thought_limit]
                 end = ids.index(tok.eol) if ended else min(len(ids), thought_limit)
                 answer = ids[end + 1 :] if ended else []
-                record |= {"thought": tok.decode(ids[:end]), "response": tok.decode(answer), "cut_off": not ended}
+                record |= {"thought": tok.decode(ids[:end]), "response": read(answer, done)[0]}
+                record["cut_off"] = not ended
                 if not ended and s.max_thought:
                     late.append((p, len(out[-1]), record, ids[:end]))
             out[-1].append(record)
     if late:  # budget forcing: their thoughts are closed, and they answer
         prompts = [np.append(p.prompt, [*ids, tok.eol]) for p, _, _, ids in late]
-        for (_, _, record, ids), [(answer, done)] in zip(late, generate(prompts, [(p.key << 20) + j + 1 for p, j, _, _ in late], 1, s.max_answer)):
-            record |= {"response": tok.decode(answer), "tokens": len(ids) + 1 + len(answer), "cut_off": not done, "forced": True}
+        keys = [(p.key << 20) + j + 1 for p, j, _, _ in late]
+        answered = generate(prompts, keys, 1, s.max_answer, lambda ids: answer_ends(ids.tolist()))
+        for (_, _, record, ids), [(answer, done)] in zip(late, answered):
+            response, done = read(answer, done)
+            record |= {"response": response, "tokens": len(ids) + 1 + len(answer)}
+            record |= {"cut_off": not done, "forced": True}
     for record in (r for row in out for r in row):
         if not latent:
             record.pop("thought", None)
     return out
 
 
-def answer_block(engine: Engine, tok, problems: list[Problem], s: Settings, grader, on_tokens=None) -> list[dict]:
-    """The records of some problems: the greedy response first, then the sampled ones, all graded."""
-    rows = respond(engine, tok, problems, s, 1, 0.0, 1.0, on_tokens)
+def answer_block(engine: Engine, tok, problems: list[Problem], s: Settings, grader, on_tokens=None,
+                 one_line: bool = False) -> list[dict]:  # fmt: skip
+    """The records of some problems: the greedy response first, then the sampled ones, all graded.
+
+    one_line: as for respond().
+    """
+    rows = respond(engine, tok, problems, s, 1, 0.0, 1.0, on_tokens, one_line)
     if s.k:
-        rows = [a + b for a, b in zip(rows, respond(engine, tok, problems, s, s.k, s.temperature, s.top_p, on_tokens))]
+        sampled = respond(engine, tok, problems, s, s.k, s.temperature, s.top_p, on_tokens, one_line)
+        rows = [a + b for a, b in zip(rows, sampled)]
     records = []
     for p, row in zip(problems, rows):
         for r in row:
@@ -332,8 +443,9 @@ def read_done(path: Path, problems: list[Problem], block: int) -> list[dict]:
     return records[: known if known == len(problems) else known // block * block]
 
 
-def answer_all(engine: Engine, tok, problems: list[Problem], s: Settings, grader, out_dir: Path, timing: dict) -> list[dict]:
-    """All records, block by block; each block is written when it is done."""
+def answer_all(engine: Engine, tok, problems: list[Problem], s: Settings, grader, out_dir: Path, timing: dict,
+               one_line: bool) -> list[dict]:  # fmt: skip
+    """All records, block by block; each block is written when it is done. one_line: as for respond()."""
     partial, whole = out_dir / "responses.partial.jsonl", out_dir / "responses.jsonl"
     block = s.block or (64 if engine.device.type == "cpu" and not s.corpus else 1024)
     records = read_done(whole if whole.exists() else partial, problems, block)
@@ -350,7 +462,8 @@ def answer_all(engine: Engine, tok, problems: list[Problem], s: Settings, grader
         progress.update(min(len(records), len(problems) - 1), right=f"{right}/{len(records)}", sampled=f"{tokens / (time.time() - begin):,.0f} tok/s")
 
     while len(records) < len(problems):
-        done = answer_block(engine, tok, problems[len(records) : len(records) + block], s, grader, on_tokens)
+        some = problems[len(records) : len(records) + block]
+        done = answer_block(engine, tok, some, s, grader, on_tokens, one_line)
         records += done
         with open(partial, "ab") as f:
             f.write(b"".join(map(line_of, done)))
@@ -416,63 +529,149 @@ def scores(records: list[dict], k: int) -> dict:
 
 def text_nll(engine: Engine, tok, corpus: Corpus, numbers, s: Settings, picked=NOTHING) -> np.ndarray:
     """-log p(chunk | up to s.before chunks before it, with the thoughts in `picked`), in nats, for each chunk in `numbers` as plain text."""
-    limits = Limits(s.before, 0, engine.config.seq_len)
+    limits = Limits(
+        s.before, s.max_new, engine.config.seq_len
+    )  # room for a thought: the givens of a latent model
     written = [write_chunk(tok, corpus, i, context_of(corpus, i, limits, picked), None, RAW, picked) for i in numbers]
     scores = engine.score([ids[: part.chunk[0]] for ids, part in written], [[ids[part.chunk[0] :]] for ids, part in written])
     return -np.array([row[0].sum() for row in scores])
 
 
-def likelihood(engine: Engine, tok, corpus: Corpus, s: Settings, truth, on_tokens) -> dict:
-    """nll, or nll_bound with what the inferred thoughts tell: ess, cut_off, pick_right (null without `truth`)."""
+class Scored(NamedTuple):
+    """What likelihood() scores: chunks that can carry a thought, and their documents' questions.
+
+    counts: of what is left out.
+    """
+
+    numbers: np.ndarray
+    asked: np.ndarray
+    docs: np.ndarray  # of the documents of `numbers`, rising
+    counts: dict
+
+
+def choose_scored(s: Settings, corpus: Corpus, seq_len: int) -> Scored:
+    """The chunks of the first --bound_docs documents; UserError when none can be scored."""
     n_docs = min(s.bound_docs or corpus.n_docs, corpus.n_docs)
-    numbers = np.arange(corpus.docs[n_docs])
-    counts = {"bound_docs": n_docs, "bytes": sum(tok.n_bytes(corpus.chunk(i)) for i in numbers), "tokens": int(corpus.chunks[len(numbers)])}
+    there = np.arange(corpus.docs[n_docs])
+    questions, fitting = corpus.questions[there], fits(corpus, s.max_new, seq_len)[there]
+    thinking = can_think(corpus, s.max_new, seq_len)[there]
+    numbers = there[thinking]
+    if not len(numbers):
+        room = f"the model's {seq_len} tokens less --max_new={s.max_new} and 6"
+        raise UserError(f"{corpus.folder}: no chunk of the first {n_docs} documents can be scored: each is a "
+                        f"question, empty, or longer than {room}")  # fmt: skip
+    docs = np.unique(corpus.doc_of(numbers))
+    asked = there[questions & fitting]
+    asked = asked[np.isin(corpus.doc_of(asked), docs)]
+    left_out = {"too_long": ~questions & ~fitting, "questions_too_long": questions & ~fitting,
+                "empty": ~questions & fitting & ~thinking}  # fmt: skip
+    counts = {key: int(which.sum()) for key, which in left_out.items()}
+    counts["docs_left_out"] = n_docs - len(docs)
+    return Scored(numbers, asked, docs, counts)
 
-    def units(nats: float) -> tuple[float, float, float]:
-        return float(nats / counts["bytes"]), float(nats / counts["tokens"]), float(nats / n_docs)
 
+def likelihood(engine: Engine, tok, corpus: Corpus, s: Settings, truth, on_tokens) -> tuple[dict, dict]:
+    """(figures for results.json, arrays for likelihood.npz), see the module's docstring.
+
+    truth: the corpus's true thoughts, or None.
+    """
+    scored, picked, about = choose_scored(s, corpus, engine.config.seq_len), {}, {}
     if s.mode == "raw":
-        a_byte, a_token, a_document = units(text_nll(engine, tok, corpus, numbers, s).sum())
-        return {"nll": a_byte, "nll_token": a_token, "nll_document": a_document} | counts
-    latent, asked = numbers[~corpus.questions[numbers]], numbers[corpus.questions[numbers]]
-    limits = Limits(s.before, s.max_new, engine.config.seq_len)
+        nats = {"nll": text_nll(engine, tok, corpus, scored.numbers, s)}
+    else:
+        limits, K = Limits(s.before, s.max_new, engine.config.seq_len), max(s.samples, *BOUNDS)
+        how = {"context": s.context, "min_gain": s.min_gain, "purpose": TEST_DRAW, "on_tokens": on_tokens}
+        got = infer(engine, tok, corpus, scored.numbers, K, limits, s.seed, picked=picked, **how)
+        nats = {"thoughtless": -thoughtless(got), "alone": -got.log_alone}
+        nats |= {f"bound_{k}": -bound(got, k) for k in BOUNDS}
+        about = of_samples(got, s, scored.numbers, truth)
+    short = shortened(corpus, scored.numbers, s, engine.config.seq_len, picked)
+    questions = text_nll(engine, tok, corpus, scored.asked, s, picked)
+    arrays = by_document(tok, corpus, scored, nats, questions)
+    figures = in_units(tok, corpus, scored, arrays) | about | scored.counts | {"short_context": short}
+    return figures, arrays
 
-    def inferred(K: int):
-        """(samples, nats of the questions), the latter in the context of the former's picks."""
-        picked = {}
-        got = infer(engine, tok, corpus, latent, K, limits, s.seed, context=s.context, purpose=TEST_DRAW, on_tokens=on_tokens, picked=picked)
-        return got, text_nll(engine, tok, corpus, asked, s, picked).sum()
 
-    # With thoughts in the context, the sum over a document's chunks is a bound only if all of its picks came from the same K.
-    alike = s.context == "bare" or not rank_in_group(corpus.doc_of(latent)).any()  # no chunk with a thought stands before another
-    K = max(s.samples, *BOUNDS) if alike else s.samples
-    got, given = inferred(K)
-    runs = {k: (got, given) if alike or k == K else inferred(k) for k in BOUNDS}
-    bounds = {k: bound(of.log_w, k) for k, (of, _) in runs.items()}
-    counts["unbounded"] = int((~np.isfinite(bounds[1])).sum())  # chunks with all thoughts cut off: left out of the bounds
-    in_units = {str(k): units(runs[k][1] - v[np.isfinite(v)].sum()) for k, v in bounds.items()}
-    a_byte, a_token, a_document = ({k: v[unit] for k, v in in_units.items()} for unit in range(3))
-    groups = got.log_w[:, : K // s.samples * s.samples].reshape(-1, s.samples)  # each group of K samples is one E-step
-    picks = got.pick if K == s.samples else pick(groups, hash_uniform(PICK, s.seed, np.arange(len(groups))))
-    right = None
+def by_document(tok, corpus: Corpus, scored: Scored, nats: dict, questions) -> dict:
+    """The arrays of likelihood.npz, [n_docs] each: doc (numbers), bytes and tokens of the scored chunks, nats.
+
+    nats {name: [len(scored.numbers)]} and questions [len(scored.asked)] are summed for each document.
+    """
+
+    def total(numbers, values):
+        place = np.searchsorted(scored.docs, corpus.doc_of(numbers))
+        return np.bincount(place, weights=np.asarray(values, dtype=np.float64), minlength=len(scored.docs))
+
+    n_bytes = [tok.n_bytes(corpus.chunk(i)) for i in scored.numbers]
+    arrays = {"doc": scored.docs, "bytes": total(scored.numbers, n_bytes).astype(np.int64)}
+    arrays["tokens"] = total(scored.numbers, np.diff(corpus.chunks)[scored.numbers]).astype(np.int64)
+    arrays |= {key: total(scored.numbers, values) for key, values in nats.items()}
+    return arrays | {"questions": total(scored.asked, questions)}
+
+
+def in_units(tok, corpus: Corpus, scored: Scored, arrays: dict) -> dict:
+    """Nats a byte, a token and a document of all: nll, or nll_bound {k: ...}, nll_thoughtless and nll_alone.
+
+    And nll_questions, nats a byte of the questions (None where there are none); and what was counted.
+    """
+    n_asked = sum(tok.n_bytes(corpus.chunk(i)) for i in scored.asked)
+    counts = {"bound_docs": len(scored.docs), "bound_chunks": len(scored.numbers)}
+    counts |= {key: int(arrays[key].sum()) for key in ("bytes", "tokens")} | {"question_bytes": n_asked}
+    figures = {}
+    for unit, n in (("", counts["bytes"]), ("_token", counts["tokens"]), ("_document", counts["bound_docs"])):
+        mean = {key: float(values.sum() / n) for key, values in arrays.items()}
+        if "nll" in mean:
+            figures["nll" + unit] = mean["nll"]
+            continue
+        figures["nll_bound" + unit] = {str(k): mean[f"bound_{k}"] for k in BOUNDS}
+        figures |= {f"nll_{key}{unit}": mean[key] for key in ("thoughtless", "alone")}
+    figures["nll_questions"] = float(arrays["questions"].sum() / n_asked) if n_asked else None
+    return figures | counts
+
+
+def shortened(corpus: Corpus, numbers, s: Settings, seq_len: int, picked) -> int:
+    """How many of these chunks are given fewer than the --before chunks that there are, for want of room."""
+    limits = Limits(s.before, s.max_new, seq_len)
+    return sum(len(context_of(corpus, i, limits, picked)) < len(corpus.before(i, s.before)) for i in numbers)
+
+
+def of_samples(got, s: Settings, numbers, truth) -> dict:
+    """What E-steps with --samples thoughts find: each group of as many samples is one.
+
+    ess; shares of picks: pick_right (None without `truth`), no_pick_share; of thoughts: cut_off_share.
+    """
+    n, K = got.log_w.shape
+    n_groups = K // s.samples
+
+    def grouped(x):
+        return x[:, : n_groups * s.samples].reshape(n * n_groups, s.samples)
+
+    weights, gain = grouped(got.log_w), grouped(got.log_x - got.log_none[:, None])
+    picks = got.pick
+    if n_groups > 1 or K > s.samples:
+        uniform = hash_uniform(PICK, s.seed, np.arange(len(weights)))
+        picks = choose_picks("resample", weights, gain, s.min_gain, uniform)
+    shares = {"no_pick_share": (picks < 0).mean(), "cut_off_share": (~got.finished).mean()}
+    figures = {"ess": ess(weights).mean()} | shares
     if truth:
-        group_chunk, group_first = np.divmod(np.arange(len(groups)), len(groups) // len(latent))
-        picked = [got.thoughts[c][f * s.samples + j] if j >= 0 else None for c, f, j in zip(group_chunk, group_first, picks)]
-        gold = [truth.span(latent[c]) for c in group_chunk]
-        right = float(np.mean([z is not None and np.array_equal(z, g) for z, g in zip(picked, gold)]))
-    share = float((~got.finished).mean())
-    figures = {"nll_bound": a_byte, "nll_bound_token": a_token, "nll_bound_document": a_document}
-    return figures | {"ess": float(ess(groups).mean()), "pick_right": right, "cut_off_share": share} | counts
+        rows, groups = np.divmod(np.arange(len(picks)), n_groups)
+        right = [
+            j >= 0 and np.array_equal(got.thoughts[r][g * s.samples + j], truth.span(numbers[r]))
+            for r, g, j in zip(rows, groups, picks)
+        ]
+        figures["pick_right"] = np.mean(right)
+    return {key: float(x) for key, x in figures.items()} | ({} if truth else {"pick_right": None})
 
 
 def thoughts_before(engine: Engine, tok, corpus: Corpus, s: Settings) -> dict:
     """{chunk: (thought, form)} that stand in the contexts: inferred and picked as in the E-step; none with --context=bare."""
-    picked, sizes = {}, np.diff(corpus.chunks)
+    picked = {}
     if s.context == "thoughts" and s.mode == "latent":
         limits = Limits(s.before, s.max_new, engine.config.seq_len)
-        numbers = np.flatnonzero(~corpus.questions & (sizes > 0) & (sizes + 6 + s.max_new <= limits.seq_len))
-        numbers = numbers[np.append(np.diff(corpus.doc_of(numbers)) == 0, False)]  # a document's last one stands before none
-        infer(engine, tok, corpus, numbers, s.samples, limits, s.seed, context=s.context, purpose=TEST_DRAW, picked=picked)
+        numbers = np.flatnonzero(can_think(corpus, s.max_new, limits.seq_len))
+        numbers = numbers[:-1][np.diff(corpus.doc_of(numbers)) == 0]  # a document's last stands before none
+        how = {"context": s.context, "min_gain": s.min_gain, "purpose": TEST_DRAW}
+        infer(engine, tok, corpus, numbers, s.samples, limits, s.seed, picked=picked, **how)
     return picked
 
 
@@ -492,37 +691,129 @@ def paired(a: dict, b: dict) -> dict:
     return {"difference": mean, "difference_se": error, "only_first": only_a, "only_second": only_b, "p": sign_test(only_a, only_b)}
 
 
+def paired_difference(a, b) -> tuple[float, float]:
+    """(mean, standard error) of b - a over documents, in nats.
+
+    a, b [n_docs]: arrays of likelihood.npz, of two models or measures on the same documents.
+    """
+    return mean_and_error(np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64))
+
+
 def compare(folders: list[str], out_dir: Path) -> None:
-    """compare.json, compare.png and a table of runs on the same problems."""
-    runs, names = [], []
-    for folder in folders:
-        results = read_json(Path(folder) / "results.json")
-        path = Path(folder) / "responses.jsonl"
-        if "exact_match,flexible-extract" not in results or not path.exists():
-            raise UserError(f"{folder}: no results of a benchmark (results.json and responses.jsonl)")
-        right = {r["question"] + f"-{r['problem']}": r["responses"][0]["correct"] for r in read_rows(path)}
-        if runs and right.keys() != runs[0][1].keys():
-            raise UserError(f"{folder}: asked other problems than {folders[0]}: {len(right)} and {len(runs[0][1])}, {len(right.keys() & runs[0][1].keys())} in common")
-        runs.append((results, right))
-        names.append(str(folder))
+    """compare.json, compare.png, tables: runs on the same problems, likelihood of the same documents."""
+    names = [str(folder) for folder in folders]
     shared = os.path.commonprefix(names) if len(names) > 1 else ""
     names = [name[shared.rfind("/") + 1 :] for name in names]
-    pairs = [{"first": names[i], "second": names[j]} | paired(runs[i][1], runs[j][1]) for j in range(len(runs)) for i in range(j)]
-    rows = [["", "mode", "n", "shots", "flexible", "strict", "mean of k", "maj@k", "pass@k", "cut off", "no answer"]]
-    for name, (r, _) in zip(names, runs):
+    results = [read_json(Path(folder) / "results.json") for folder in folders]
+    nats, why = compare_likelihood(folders, names)
+    graded = ["exact_match,flexible-extract" in r for r in results]
+    if not all(graded) and (any(graded) or not nats):
+        folder, more = folders[graded.index(False)], f"; {why}" if why else ""
+        raise UserError(f"{folder}: no results of a benchmark (results.json and responses.jsonl){more}")
+    pairs = compare_accuracy(folders, names, results) if graded[0] else []
+    if nats:
+        print_likelihood(nats)
+    elif why:
+        print(f"likelihood: not compared; {why}")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    runs = [{"folder": str(f)} | r for f, r in zip(folders, results)]
+    write_json(out_dir / "compare.json", {"runs": runs, "pairs": pairs, "likelihood": nats})
+    drawn = graded[0] and draw_comparison(names, results, out_dir / "compare.png")
+    why = "matplotlib is not installed" if graded[0] else "it would show accuracies, and there are none"
+    no_picture = f"; no picture: {why}"
+    print(f"{out_dir}/compare.json" + (f", {out_dir}/compare.png" if drawn else no_picture))
+
+
+def compare_accuracy(folders: list[str], names: list[str], results: list[dict]) -> list[dict]:
+    """Print a table of runs with responses.jsonl; the paired tests. UserError if their problems differ."""
+    runs = []
+    for folder in folders:
+        path = Path(folder) / "responses.jsonl"
+        if not path.exists():
+            raise UserError(f"{folder}: no results of a benchmark (results.json and responses.jsonl)")
+        right = {r["question"] + f"-{r['problem']}": r["responses"][0]["correct"] for r in read_rows(path)}
+        if runs and right.keys() != runs[0].keys():
+            both = len(right.keys() & runs[0].keys())
+            counts = f"{len(right)} and {len(runs[0])}, {both} in common"
+            raise UserError(f"{folder}: asked other problems than {folders[0]}: {counts}")
+        runs.append(right)
+    pairs = [
+        {"first": names[i], "second": names[j]} | paired(runs[i], runs[j])
+        for j in range(len(runs))
+        for i in range(j)
+    ]
+    heads = "mode, n, shots, flexible, strict, mean of k, maj@k, pass@k, cut off, no answer"
+    rows = [["", *heads.split(", ")]]
+    for name, r in zip(names, results):
         sampled = r.get("sampled", {})
         k = sampled.get("k", 0)
-        more = [f"{sampled[key]:.3f}" if key in sampled else "-" for key in ("accuracy", f"maj@{k}", f"pass@{k}")]
-        rows.append([name, r["mode"], r["n"], r.get("n_shots", "-"), f"{r['accuracy']:.3f} ± {r['accuracy_se']:.3f}",
-                     f"{r['exact_match,strict-match']:.3f}", *more, r["cut_off"], r["no_answer"]])  # fmt: skip
+        keys = ("accuracy", f"maj@{k}", f"pass@{k}")
+        more = [f"{sampled[key]:.3f}" if key in sampled else "-" for key in keys]
+        flexible = f"{r['accuracy']:.3f} ± {r['accuracy_se']:.3f}"
+        strict = f"{r['exact_match,strict-match']:.3f}"
+        how = (r["mode"], r["n"], r.get("n_shots", "-"))
+        rows.append([name, *how, flexible, strict, *more, r["cut_off"], r["no_answer"]])
+    print_table(rows)
+    for p in pairs:
+        difference = f"{p['difference']:+.3f} ± {p['difference_se']:.3f}"
+        only = f"{p['only_second']} against {p['only_first']} problems that only one solves"
+        print(f"{p['second']} - {p['first']}: {difference}, {only}, p = {p['p']:.2g}")
+    return pairs
+
+
+def print_table(rows: list[list]) -> None:
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
     print("\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]))
-    for p in pairs:
-        print(f"{p['second']} - {p['first']}: {p['difference']:+.3f} ± {p['difference_se']:.3f}, {p['only_second']} against {p['only_first']} problems that only one solves, p = {p['p']:.2g}")
-    out_dir.mkdir(parents=True, exist_ok=True)
-    write_json(out_dir / "compare.json", {"runs": [{"folder": str(f)} | r for f, (r, _) in zip(folders, runs)], "pairs": pairs})
-    drawn = draw_comparison(names, [r for r, _ in runs], out_dir / "compare.png")
-    print(f"{out_dir}/compare.json" + (f", {out_dir}/compare.png" if drawn else "; no picture: matplotlib is not installed"))
+
+
+# Of likelihood.npz, as they are shown.
+MEASURES = {"nll": "NLL", "thoughtless": "thoughtless NLL", f"bound_{BOUNDS[-1]}": f"IWAE-{BOUNDS[-1]}"}
+
+
+def compare_likelihood(folders: list[str], names: list[str]) -> tuple[dict, str]:
+    """({documents, rows, pairs}, "") of all folders' likelihood.npz, or ({}, why not). In nats a document.
+
+    Rows are means over documents, pairs the paired differences second - first, each with its standard error.
+    """
+    paths = [Path(folder) / "likelihood.npz" for folder in folders]
+    missing = [path for path in paths if not path.exists()]
+    if missing:
+        return {}, f"{missing[0]}: no such file" if len(missing) < len(paths) else ""
+    tables, rows, pairs = [read_table(path) for path in paths], [], []
+    for folder, name, table in zip(folders, names, tables):
+        if str(table["corpus"]) != str(tables[0]["corpus"]):
+            return {}, f"{folder}: measured on another corpus than {folders[0]}"
+        if any(not np.array_equal(table[key], tables[0][key]) for key in ("doc", "bytes", "tokens")):
+            need = "give both the same --bound_docs and --max_new"
+            return {}, f"{folder}: measured on other documents or chunks than {folders[0]}; {need}"
+        rows += [(f"{name} {label}", table[key]) for key, label in MEASURES.items() if key in table]
+    for j, (second, b) in enumerate(rows):
+        for first, a in rows[:j]:
+            mean, error = paired_difference(a, b)
+            pairs.append({"first": first, "second": second, "difference": mean, "difference_se": error})
+    means = [{"name": name} | dict(zip(("nats", "nats_se"), mean_and_error(values))) for name, values in rows]
+    return {"documents": len(tables[0]["doc"]), "rows": means, "pairs": pairs}, ""
+
+
+def read_table(path: Path) -> dict:
+    """The arrays of a likelihood.npz; UserError when it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            table = dict(f)
+    except (ValueError, EOFError, zipfile.BadZipFile) as e:
+        raise UserError(f"{path}: damaged ({e}); remove its folder and run again") from None
+    if not {"corpus", "doc", "bytes", "tokens"} <= table.keys():
+        raise UserError(f"{path}: not a likelihood.npz of eval_math.py")
+    return table
+
+
+def print_likelihood(nats: dict) -> None:
+    """The rows and pairs of compare_likelihood() as text."""
+    rows = [[r["name"], f"{r['nats']:.4f} ± {r['nats_se']:.4f}"] for r in nats["rows"]]
+    print_table([["", f"nats a document, of {nats['documents']}"], *rows])
+    for p in nats["pairs"]:
+        difference = f"{p['difference']:+.4f} ± {p['difference_se']:.4f}"
+        print(f"{p['second']} - {p['first']}: {difference} nats a document")
 
 
 def draw_comparison(names: list[str], results: list[dict], path: Path) -> bool:
@@ -620,36 +911,60 @@ def evaluate(s: Settings) -> None:
     if s.corpus:
         corpus = open_corpus(s.corpus, tok)
         truth = open_thoughts(s.thoughts, corpus) if s.thoughts else None
-        picked = thoughts_before(engine, tok, corpus, s)
+        choose_scored(s, corpus, engine.config.seq_len)  # refuses before anything is computed
+        asked = len(asked_chunks(corpus)) > 0
+        picked = thoughts_before(engine, tok, corpus, s) if asked else {}
         problems, counts = corpus_problems(s, tok, corpus, engine.config.seq_len, picked)
+        one_line = answers_end_with_line(tok, corpus)
+        counts["until"] = ["its first line's end"] if one_line else []
+        if not problems:
+            too_long = counts["answers_too_long"]
+            print(f"{s.corpus}: no question with an answer that fits (too long {too_long}); likelihood only")
     else:
         problems, counts = benchmark_problems(s, tok, engine.config.seq_len)
-        lengths = [len(p.prompt) for p in problems]
+        lengths, one_line = [len(p.prompt) for p in problems], False
         print(f"{len(problems)} problems, {counts['n_shots']} examples, prompts of {min(lengths)} to {max(lengths)} tokens; examples dropped {counts['dropped_shots']}, "
               f"questions too long {counts['too_long']}")  # fmt: skip
     for p in problems[: s.show]:
         print(f"\nproblem {p.key}, {len(p.prompt)} tokens, {p.about.get('n_shots', 0)} examples; gold: {p.gold!r}\n{tok.decode(p.prompt)}")
-    records = answer_all(engine, tok, problems, s, grader, out_dir, timing)
-    results = scores(records, s.k) | counts
+    results = {}
+    if problems:
+        records = answer_all(engine, tok, problems, s, grader, out_dir, timing, one_line)
+        prompts = hashlib.sha256("".join(r["prompt"] for r in records).encode()).hexdigest()[:16]
+        results = scores(records, s.k) | counts | {"prompt_hash": prompts, "graded_by": "eval_math.py"}
     if s.corpus:
-        bound_begin, sampled, progress = time.time(), 0, Progress("bounds", 1, "corpora")
-
-        def on_tokens(n):
-            nonlocal sampled
-            sampled += n
-            progress.update(0, sampled=f"{sampled / (time.time() - bound_begin):,.0f} tok/s")
-
-        results |= likelihood(engine, tok, corpus, s, truth, on_tokens)
-        progress.update(1)
-    prompts = hashlib.sha256("".join(r["prompt"] for r in records).encode()).hexdigest()[:16]
+        results |= measure_likelihood(engine, tok, corpus, s, truth, out_dir)
     how = {key: getattr(s, key) for key in ("mode", "benchmark", "file", "shots", "limit", "corpus", "model", "max_new", "max_answer", "max_thought", "temperature", "top_p", "seed")}
     write_json(out_dir / "timing.json", timing | {"seconds": time.time() - begin, "killed": grader.killed})
-    write_json(out_dir / "results.json", results | how | {"prompt_hash": prompts, "graded_by": "eval_math.py"})
+    write_json(out_dir / "results.json", results | how)
     print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in results.items() if not isinstance(v, dict) and "," not in k))
     grader.stop()
 
 
+def measure_likelihood(engine: Engine, tok, corpus: Corpus, s: Settings, truth, out_dir: Path) -> dict:
+    """likelihood() with its progress line; writes likelihood.npz, returns the figures."""
+    begin, sampled, progress = time.time(), 0, Progress("bounds", 1, "corpora")
+
+    def on_tokens(n):
+        nonlocal sampled
+        sampled += n
+        progress.update(0, sampled=f"{sampled / (time.time() - begin):,.0f} tok/s")
+
+    figures, arrays = likelihood(engine, tok, corpus, s, truth, on_tokens)
+    with replacing(out_dir / "likelihood.npz") as temporary, open(temporary, "wb") as f:
+        np.savez(f, corpus=np.array(corpus.meta["sha256"]), **arrays)
+    progress.update(1)
+    if "nll" in figures:
+        said = f"NLL {figures['nll']:.4f}"
+    else:
+        bounds = ", ".join(f"K={k} {v:.4f}" for k, v in figures["nll_bound"].items())
+        said = f"without a thought {figures['nll_thoughtless']:.4f}, bounds {bounds}"
+    print(f"nats a byte of {figures['bound_chunks']} chunks: {said}")
+    return figures
+
+
 def main(s: Settings) -> None:
+    s = replace(s, min_gain=max(s.min_gain, -1e9))  # JSON has no infinity
     if sum(map(bool, (s.benchmark, s.corpus, s.compare))) != 1:
         raise UserError("give one of --benchmark=NAME, --corpus=FOLDER and --compare=FOLDER,FOLDER")
     if s.compare:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,19 +17,26 @@ import torch
 from conftest import ROOT, SHARED, TOY, corpus_of, script
 
 import eval_math
-import train
+from data import digits as digits_maker
 from data.cli import UserError
-from data.corpus import PRIOR, RAW, layout, open_corpus, write_corpus
+from data.corpus import PRIOR, RAW, chunks_of, layout, open_corpus, write_corpus
 from data.tokenizer import load_tokenizer, make_tokenizer
 from eval_math import (
     Item,
     Problem,
     Settings,
+    answer_block,
+    answers_end_with_line,
     benchmark_problems,
+    can_think,
+    choose_scored,
     choose_shots,
     corpus_problems,
     few_shot_prompt,
+    first_line,
+    likelihood,
     paired,
+    paired_difference,
     pass_at,
     read_item,
     read_items,
@@ -37,7 +45,7 @@ from eval_math import (
     sign_test,
     text_nll,
 )
-from infer_thoughts import Engine
+from infer_thoughts import NO_THOUGHT, Engine
 
 
 def settings(**values) -> Settings:
@@ -184,8 +192,8 @@ def test_problems_of_a_corpus_follow_their_question(tok):
     assert [p.key for p in problems] == [1, 3]  # a question that ends its document is followed by nothing
     assert problems[1].prompt.tolist() == [tok.bos, 0, 1, 0, tok.sol, tok.pri]
     assert corpus_problems(settings(corpus="c", mode="raw", before=1), tok, corpus, 128)[0][1].prompt.tolist() == [tok.bos, 0]
-    with pytest.raises(UserError, match="no questions to answer"):
-        corpus_problems(settings(corpus="c"), tok, corpus_of([[[0], [1]]]), 128)
+    without = corpus_of([[[0], [1]]])
+    assert corpus_problems(settings(corpus="c"), tok, without, 128) == ([], {"answers_too_long": 0})
 
 
 # ---------------------------------------------------------------------------------------------------------- responses
@@ -234,6 +242,84 @@ def test_raw_responses_stop_where_told(tok):
     assert r == {"response": tok.decode(text), "tokens": len(text), "cut_off": False, "forced": False}
     ends = engine.calls[0][3]["ends"]
     assert ends(np.array(text)) and ends(np.array(tok.encode("so.\n\nProblem: next"))) and not ends(np.array(tok.encode("The final answer is 5")))
+
+
+# ---------------------------------------------------------------------------- where a corpus's answers end
+
+
+def written_corpus(folder, documents, texts):
+    """(corpus, tokenizer) of documents of (question, thought, answer), on disk."""
+    tok = make_tokenizer(texts, 300)
+    write_corpus(folder, map(chunks_of, documents), tok, {})
+    return open_corpus(folder), tok
+
+
+@pytest.mark.parametrize("text,kept", [
+    (" is 9.\nStart at", " is 9."), ("\nIt is 9.\nTom has", "\nIt is 9."), (" is 9.", " is 9."),
+    ("\n \n", "\n \n"), ("", ""), ("9\n", "9"),
+])  # fmt: skip
+def test_the_first_line_that_says_something(text, kept):
+    assert first_line(text) == kept
+
+
+def test_where_the_answers_of_a_corpus_end(tmp_path):
+    """Only where the corpus shows that a new line follows an answer, and no answer has one inside."""
+    one, two = ("Add 3.", "", " It is 9."), ("Tom has 3.", "", "\nThe answer is 9.")
+    long = ("Tom has 3.", "", "\n3 + 6 = 9.\nThe answer is 9.")
+    corpora = {"several": [[one, one], [two]], "alone": [[one], [two]], "long": [[one, two], [long]]}
+    found = {}
+    for name, documents in corpora.items():
+        corpus, tok = written_corpus(tmp_path / name, documents, ["Add 3.\n It is 9."])
+        found[name] = answers_end_with_line(tok, corpus)
+    assert found == {"several": True, "alone": False, "long": False}
+    write_corpus(
+        tmp_path / "same",
+        [[("Add 3.", True), (" It is 9.", False), (" Add 4.", True), (" 3.", False)]],
+        tok,
+        {},
+    )
+    assert not answers_end_with_line(tok, open_corpus(tmp_path / "same"))
+
+
+@pytest.mark.parametrize("mode", ["raw", "latent"])
+def test_a_response_that_runs_on_is_cut_where_its_answer_ends(mode, tmp_path):
+    """--problems=3: a model answers and goes on with the next problem, as documents do."""
+    s = digits_maker.Settings(out_dir="", warm=2, raw=1, heldout=4, problems=3)
+    documents = digits_maker.make_documents(s)
+    corpus, tok = written_corpus(
+        tmp_path / "c", documents["heldout"], [t for d in documents["warm"] for x in d for t in x]
+    )
+    s = settings(corpus="c", mode=mode, max_answer=40, context="bare", max_thought=0)
+    problems, _ = corpus_problems(s, tok, corpus, 512)
+    assert answers_end_with_line(tok, corpus) and len(problems) == 12
+    thought = [*tok.encode(" 3 + 4 = 7."), tok.eol] if mode == "latent" else []
+    said = {tuple(p.prompt): [*thought, *tok.encode(p.gold + "\nStart at 4. Add 5.")] for p in problems}
+    engine, grader = Scripted(said), SimpleNamespace(ask=lambda name, *args: getattr(eval_math, name)(*args))
+    records = answer_block(engine, tok, problems, s, grader, None, True)
+    got = [r["responses"][0] for r in records]
+    assert [x["response"] for x in got] == [p.gold for p in problems] and all(x["correct"] for x in got)
+    assert not any(x["cut_off"] for x in got)
+    ends = engine.calls[0][3]["ends"]
+    last, start = tok.encode(problems[0].gold), tok.encode("\nSt")
+    assert ends(np.array([*thought, *last, *start])) and not ends(np.array([*thought, *last]))
+    assert not ends(np.array([*thought, *tok.encode("\n The last")]))
+    assert mode == "raw" or not ends(
+        np.array(tok.encode(" 3 + 4 = 7.\n 7"))
+    )  # a line end in a thought ends nothing
+    without = answer_block(engine, tok, problems, s, grader)
+    assert engine.calls[-1][3]["ends"] is None and not any(
+        r["responses"][0]["correct"] for r in without if r["gold"][-2] != "5"
+    )
+
+
+def test_a_closed_thought_is_answered_in_one_line(tok):
+    """--max_thought on a corpus: a forced answer ends where others do, in generation and in grading."""
+    thought, s = tok.encode("2 + 3 = 5."), settings(corpus="c", max_new=8, max_thought=4, max_answer=40)
+    answer = tok.encode(" It is 5.\nWhat is 4 + 4?")
+    engine = Scripted({(tok.bos, 1): thought * 50, (tok.bos, 1, *thought[:4], tok.eol): answer})
+    [[r]] = respond(engine, tok, [Problem(0, np.array([tok.bos, 1]), "5")], s, 1, 0.0, 1.0, None, True)
+    assert (r["response"], r["forced"], r["cut_off"]) == (" It is 5.", True, False)
+    assert engine.calls[1][3]["ends"](np.array(answer))
 
 
 # -------------------------------------------------------------------------------------------------------------- scores
@@ -286,6 +372,181 @@ def test_text_nll_equals_the_whole_document(toy_model):
     assert got.sum() == pytest.approx(-log_p[range(6), ids[0, 1:]].sum().item(), abs=1e-4)
 
 
+LETTERS = SimpleNamespace(**vars(TOY), n_bytes=len)  # a byte a letter
+
+
+def toy_corpus(long: int = 0):
+    """Documents of question and answer, one or two of each; `long`: one more with so long an answer."""
+    rng = np.random.default_rng(5)
+    documents = []
+    for n in (1, 2, 1, 2, 2, 1):
+        a, b, c = rng.integers(0, 2, 3).tolist()
+        documents.append([[a, b], [b, a, c]] * n)
+    documents += [[[0, 1], [1] * long]] if long else []
+    return corpus_of(documents, [True, False] * sum(len(d) // 2 for d in documents))
+
+
+def measure(model, corpus, **values):
+    s = settings(
+        **{"corpus": "c", "max_new": 4, "bound_docs": 0, "min_gain": 0.0, "context": "bare"} | values
+    )
+    return likelihood(Engine(model), LETTERS, corpus, s, None, None)
+
+
+def test_raw_and_latent_models_are_scored_alike(toy_model):
+    """The same chunks, tokens and givens: a model's raw NLL is its nll_alone. Questions stand apart."""
+    corpus = toy_corpus()
+    (raw, of_raw), (latent, of_latent) = (measure(toy_model, corpus, mode=mode) for mode in ("raw", "latent"))
+    counts = ("bound_docs", "bound_chunks", "bytes", "tokens", "question_bytes", "too_long", "short_context")
+    assert {k: raw[k] for k in counts} == {k: latent[k] for k in counts}
+    assert (raw["bytes"], raw["question_bytes"], raw["bound_docs"]) == (9 * 3, 9 * 2, 6)
+    for unit in ("", "_token", "_document"):
+        assert raw["nll" + unit] == pytest.approx(latent["nll_alone" + unit], abs=1e-6)
+    assert raw["nll_questions"] == pytest.approx(latent["nll_questions"], abs=1e-6)
+    numbers = np.flatnonzero(~corpus.questions)
+    assert raw["nll"] * 27 == pytest.approx(
+        text_nll(Engine(toy_model), LETTERS, corpus, numbers, settings(max_new=4)).sum()
+    )
+    for arrays in (of_raw, of_latent):
+        assert (
+            arrays["doc"].tolist() == list(range(6))
+            and arrays["bytes"].tolist() == [3, 6, 3, 6, 6, 3] == arrays["tokens"].tolist()
+        )
+    assert of_raw.keys() == {"doc", "bytes", "tokens", "nll", "questions"}
+    assert of_latent.keys() == {
+        "doc",
+        "bytes",
+        "tokens",
+        "thoughtless",
+        "alone",
+        "bound_1",
+        "bound_4",
+        "bound_16",
+        "questions",
+    }
+    assert of_raw["nll"].sum() == pytest.approx(raw["nll_document"] * 6) and of_raw[
+        "questions"
+    ].sum() == pytest.approx(raw["nll_questions"] * 18)
+    for k in ("1", "4", "16"):
+        assert (
+            of_latent[f"bound_{k}"].sum()
+            == pytest.approx(latent["nll_bound"][k] * 27)
+            == pytest.approx(latent["nll_bound_token"][k] * 27)
+        )
+    assert np.allclose(of_latent["alone"], of_raw["nll"])
+
+
+def test_no_cut_off_improves_a_bound(toy_model):
+    """Short limits cut off more thoughts: the same samples, weight 0. Bounds stay finite and get worse."""
+    corpus, got = toy_corpus(), {}
+    for max_new in (6, 4, 3, 2, 1):
+        got[max_new] = measure(toy_model, corpus, max_new=max_new)
+    shares = [figures["cut_off_share"] for figures, _ in got.values()]
+    assert shares == sorted(shares) and shares[-1] > shares[0] + 0.5
+    for k in ("1", "4", "16"):
+        bounds = [figures["nll_bound"][k] for figures, _ in got.values()]
+        assert (
+            np.isfinite(bounds).all()
+            and all(a <= b + 1e-6 for a, b in zip(bounds, bounds[1:]))
+            and bounds[-1] > bounds[0]
+        )
+    bounds = [got[1][0]["nll_bound"][k] for k in ("1", "4", "16")]
+    assert bounds[0] >= bounds[1] >= bounds[2]
+
+
+def test_chunks_with_all_thoughts_cut_off_count_as_the_mixture_says(toy_model, monkeypatch):
+    """No thought ends: for every k -log(p(x|c) + e p(SOL|c) p(x|c, SOL EOL)), above the thoughtless."""
+    known = {}
+
+    def infer_nothing(*args, **how):
+        got = known["got"] = infer(*args, **how)
+        got.log_w[:], got.finished[:], got.pick[:] = -np.inf, False, -1
+        return got
+
+    infer = eval_math.infer
+    monkeypatch.setattr(eval_math, "infer", infer_nothing)
+    figures, arrays = measure(toy_model, toy_corpus())
+    got = known["got"]
+    by_hand = -np.log(np.exp(got.log_alone) + NO_THOUGHT * np.exp(got.log_sol + got.log_none)).sum()
+    for k in (1, 4, 16):
+        assert arrays[f"bound_{k}"].sum() == pytest.approx(by_hand)
+        assert (
+            figures["nll_bound"][str(k)] > figures["nll_thoughtless"]
+            and (arrays[f"bound_{k}"] > arrays["thoughtless"]).all()
+        )
+    assert figures["cut_off_share"] == figures["no_pick_share"] == 1 and figures["ess"] == 0
+
+
+def test_chunks_that_the_e_step_refuses_are_left_out_and_counted(toy_model):
+    """The E-step's rule, around its edge: raw and latent, likelihood and accuracy leave out the same."""
+    corpus, seq_len = toy_corpus(long=70), toy_model.config.seq_len
+    assert can_think(corpus, 4, 80).sum() == 10 and can_think(corpus, 5, 80).sum() == 9
+    max_new = seq_len - 6 - 69  # one token too many for the long answer
+    for mode in ("raw", "latent"):
+        problems, counts = corpus_problems(
+            settings(corpus="c", mode=mode, max_new=max_new), LETTERS_DECODED, corpus, seq_len
+        )
+        assert len(problems) == 9 and counts == {"answers_too_long": 1}
+        figures, arrays = measure(toy_model, corpus, mode=mode, context="thoughts", max_new=max_new)
+        assert (
+            figures["bound_chunks"] == 9
+            and (figures["too_long"], figures["docs_left_out"]) == (1, 1)
+            and arrays["doc"].tolist() == list(range(6))
+        )
+        figures, arrays = measure(toy_model, corpus, mode=mode, context="thoughts", max_new=max_new - 1)
+        assert figures["bound_chunks"] == 10 and (figures["too_long"], figures["docs_left_out"]) == (0, 0)
+    beyond = toy_corpus(long=seq_len + 5)
+    for mode in ("raw", "latent"):  # with thoughts in the context this was an IndexError
+        assert measure(toy_model, beyond, mode=mode, context="thoughts")[0]["too_long"] == 1
+    with pytest.raises(UserError, match="no chunk of the first 7 documents can be scored"):
+        choose_scored(settings(corpus="c", max_new=200, bound_docs=0), beyond, 64)
+
+
+LETTERS_DECODED = SimpleNamespace(**vars(LETTERS), decode=lambda ids: "".join("ab"[i] for i in ids))
+
+
+def test_one_run_gives_all_bounds_under_the_same_contexts(toy_model, monkeypatch):
+    """With thoughts in the context, too: one E-step of max(--samples, 16), with its picks in all contexts."""
+    calls, corpus = [], toy_corpus()
+
+    def watch(name):
+        real = getattr(eval_math, name)
+
+        def watched(*args, **how):
+            calls.append((name, args, how))
+            return real(*args, **how)
+
+        monkeypatch.setattr(eval_math, name, watched)
+
+    watch("infer"), watch("text_nll")
+    for samples, K in ((3, 16), (20, 20)):
+        calls.clear()
+        figures, _ = measure(toy_model, corpus, context="thoughts", samples=samples, min_gain=-0.5)
+        assert [name for name, _, _ in calls] == ["infer", "text_nll"]
+        assert (
+            calls[0][1][4] == K and calls[0][2]["min_gain"] == -0.5 and calls[0][2]["context"] == "thoughts"
+        )
+        assert calls[1][1][5] is calls[0][2]["picked"] and len(calls[0][2]["picked"]) > 0
+        assert 1 <= figures["ess"] <= samples
+        bounds = [figures["nll_bound"][k] for k in ("1", "4", "16")]
+        assert bounds[0] > bounds[1] > bounds[2]
+
+
+def test_the_gain_rule_holds_for_the_groups_picks(toy_model):
+    """--min_gain in the figures of E-steps with --samples thoughts: picks that gain less are none."""
+    corpus = toy_corpus()
+    shares = [
+        measure(toy_model, corpus, samples=4, min_gain=g)[0]["no_pick_share"] for g in (-math.inf, 0.0, 1e9)
+    ]
+    assert shares[0] <= shares[1] <= shares[2] == 1 and shares[0] < 0.5
+
+
+def test_paired_difference():
+    a, b = np.array([1.0, 2.0, 4.0]), np.array([2.0, 2.0, 6.0])
+    assert paired_difference(a, b) == (pytest.approx(1.0), pytest.approx(1 / math.sqrt(3)))
+    assert paired_difference(b, a)[0] == pytest.approx(-1.0) and paired_difference(a[:1], b[:1]) == (1.0, 0.0)
+
+
 # ---------------------------------------------------------------------------------------------------------- end to end
 
 
@@ -320,7 +581,9 @@ def sums(digits, tmp_path_factory):
 def test_learned_documents_are_answered(digits, models, tmp_path):
     """End to end: what was trained on is thought, answered and graded right."""
     flags = [f"--corpus={digits}/warm", "--max_new=40", "--k=2", "--temperature=1", "--top_p=1"]
-    script("eval_math.py", *flags, f"--model={models}/latent", f"--out_dir={tmp_path}/l", f"--thoughts={digits}/warm_thoughts")
+    # A text known by heart needs no thought: the rule of the gain would drop right picks that no longer help.
+    every_pick = [f"--thoughts={digits}/warm_thoughts", "--min_gain=-inf"]
+    script("eval_math.py", *flags, f"--model={models}/latent", f"--out_dir={tmp_path}/l", *every_pick)
     script("eval_math.py", *flags, f"--model={models}/raw", f"--out_dir={tmp_path}/r", "--mode=raw")
     latent, raw = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("l", "r"))
     assert latent["accuracy"] > 0.9 and raw["accuracy"] > 0.9 and latent["n"] == raw["n"] == 40
@@ -328,6 +591,10 @@ def test_learned_documents_are_answered(digits, models, tmp_path):
     assert latent["pick_right"] > 0.8 and latent["nll_bound"].keys() == {"1", "4", "16"} and "nll" in raw
     bounds = [latent["nll_bound"][k] for k in ("1", "4", "16")]
     assert bounds[0] > bounds[1] > bounds[2] > 0
+    assert latent["nll_thoughtless"] > 0 and latent["nll_alone"] > 0 and latent["nll_questions"] > 0
+    counts = ("bound_docs", "bound_chunks", "bytes", "tokens", "question_bytes", "too_long", "until")
+    assert {k: raw[k] for k in counts} == {k: latent[k] for k in counts}
+    assert raw["bound_docs"] == raw["bound_chunks"] == 40
     for a_byte, a_token, a_document in ((latent["nll_bound"]["4"], latent["nll_bound_token"]["4"], latent["nll_bound_document"]["4"]),
                                         (raw["nll"], raw["nll_token"], raw["nll_document"])):  # fmt: skip
         assert a_byte * raw["bytes"] == pytest.approx(a_token * raw["tokens"]) == pytest.approx(a_document * raw["bound_docs"])
@@ -335,6 +602,18 @@ def test_learned_documents_are_answered(digits, models, tmp_path):
     assert len(lines) == 40 and sum(r["responses"][0]["correct"] for r in lines) == latent["accuracy"] * 40
     assert all("=" in r["responses"][0]["thought"] and "digit" in r["responses"][0]["response"] for r in lines if r["responses"][0]["correct"])
     assert "complete" in script("eval_math.py", *flags, f"--model={models}/raw", f"--out_dir={tmp_path}/r", "--mode=raw").stdout
+    done = script("eval_math.py", f"--compare={tmp_path}/r,{tmp_path}/l", f"--out_dir={tmp_path}/c")
+    nats = json.loads((tmp_path / "c/compare.json").read_text())["likelihood"]
+    assert nats["documents"] == 40
+    assert [r["name"] for r in nats["rows"]] == ["r NLL", "l thoughtless NLL", "l IWAE-16"]
+    of_raw, of_latent = (dict(np.load(tmp_path / name / "likelihood.npz")) for name in ("r", "l"))
+    assert str(of_raw["corpus"]) == str(of_latent["corpus"]) == open_corpus(digits / "warm").meta["sha256"]
+    mean, error = paired_difference(of_raw["nll"], of_latent["bound_16"])
+    [pair] = [p for p in nats["pairs"] if (p["first"], p["second"]) == ("r NLL", "l IWAE-16")]
+    assert pair["difference"] == pytest.approx(mean) and error > 0
+    assert pair["difference_se"] == pytest.approx(error)
+    assert of_latent["bound_16"].sum() == pytest.approx(latent["nll_bound_document"]["16"] * 40)
+    assert f"l IWAE-16 - r NLL: {mean:+.4f} ± {error:.4f} nats a document" in done.stdout
 
 
 def test_a_benchmark_in_both_modes_and_their_comparison(sums, models, tmp_path):
@@ -422,11 +701,43 @@ def test_wrong_flags_end_in_one_line(flags, said, tmp_path):
     assert said in stderr and len(stderr.strip().splitlines()) == 1 and "Traceback" not in stderr
 
 
-def test_a_corpus_without_questions_is_refused(models, tmp_path):
-    _, tok = train.load_model(models / "raw")
-    write_corpus(tmp_path / "plain", [[("Add 3.", False)]], tok, {})
-    done = script("eval_math.py", f"--corpus={tmp_path}/plain", f"--model={models}/raw", f"--out_dir={tmp_path}/e", code=1)
-    assert "has no questions" in done.stderr
+def test_a_corpus_without_questions_has_a_likelihood_only(models, tmp_path):
+    """As data/text.py makes them: any chunk can carry a thought, nothing is asked. --compare works."""
+    tok = load_tokenizer(models / "raw")
+    documents = [
+        [("Start at 3.", False), (" Add 4.", False), (f" The last digit is {n}.", False)] for n in range(8)
+    ]
+    write_corpus(tmp_path / "plain", documents, tok, {})
+    flags = [f"--corpus={tmp_path}/plain", "--max_new=12", "--k=1"]
+    done = script("eval_math.py", *flags, f"--model={models}/raw", "--mode=raw", f"--out_dir={tmp_path}/r")
+    assert "no question with an answer" in done.stdout
+    script("eval_math.py", *flags, f"--model={models}/latent", f"--out_dir={tmp_path}/l", "--samples=2")
+    latent, raw = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("l", "r"))
+    assert (
+        not {"accuracy", "n", "sampled"} & (latent.keys() | raw.keys())
+        and not (tmp_path / "l/responses.jsonl").exists()
+    )
+    assert (
+        raw["bound_chunks"] == latent["bound_chunks"] == 24
+        and raw["nll_questions"] is latent["nll_questions"] is None
+    )
+    assert raw["nll"] > 0 and latent["nll_bound"].keys() == {"1", "4", "16"} and latent["nll_thoughtless"] > 0
+    done = script("eval_math.py", f"--compare={tmp_path}/r,{tmp_path}/l", f"--out_dir={tmp_path}/c")
+    assert "| r NLL |" in done.stdout and "l IWAE-16 - r NLL: " in done.stdout
+    write_corpus(tmp_path / "other", documents[:4], tok, {})
+    script(
+        "eval_math.py",
+        f"--corpus={tmp_path}/other",
+        *flags[1:],
+        f"--model={models}/raw",
+        "--mode=raw",
+        f"--out_dir={tmp_path}/o",
+    )
+    done = script("eval_math.py", f"--compare={tmp_path}/r,{tmp_path}/o", f"--out_dir={tmp_path}/c2", code=1)
+    assert "measured on another corpus" in done.stderr
+    (tmp_path / "o/likelihood.npz").write_bytes((tmp_path / "r/likelihood.npz").read_bytes()[:300])
+    done = script("eval_math.py", f"--compare={tmp_path}/r,{tmp_path}/o", f"--out_dir={tmp_path}/c2", code=1)
+    assert "o/likelihood.npz: damaged" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.slow
