@@ -474,8 +474,8 @@ class Engine:
         """Continue each prompt `samples` times until a token of `stop` or `max_new` tokens.
 
         prompts: lists of ids; keys: an integer each, which seeds its noise, as does the sample's number.
-        Returns for each prompt its samples (ids with the stop token if there is one, finished, sum of the ids'
-        log-probabilities: sample_slowly's).
+        Returns for each prompt its samples (ids with the stop token if there is one, finished, sum of their
+        log-probabilities: as sample_slowly).
         on_tokens(n) is told of every n sampled tokens. temperature 0: the likeliest tokens. top_p: of the likeliest tokens only, see nucleus.
         ends(ids) is asked every 8 tokens whether a sample has ended by what it says; it then counts as finished.
 
