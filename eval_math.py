@@ -593,7 +593,7 @@ def likelihood(engine: Engine, tok, corpus: Corpus, s: Settings, truth, on_token
 
 
 def by_document(tok, corpus: Corpus, scored: Scored, nats: dict, questions) -> dict:
-    """The arrays of likelihood.npz, [n_docs] each: doc (numbers), bytes and tokens of the scored chunks, nats.
+    """The arrays of likelihood.npz, [n_docs] each: doc (numbers), bytes and tokens of scored chunks, nats.
 
     nats {name: [len(scored.numbers)]} and questions [len(scored.asked)] are summed for each document.
     """
