@@ -41,7 +41,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -241,8 +241,9 @@ class Seed:
         s, model, truth = self.s, self.folder / name, self.data / "heldout_truth"
         flags = {"model": model, "mode": mode} | self.common()
         own = {"corpus": self.data / "heldout", "out_dir": model / "eval", "k": 1, "temperature": 1.0, "top_p": 1.0}
+        own["max_new"] = s.max_new  # raw models never use it, but it decides which chunks have room for a thought
         if mode == "latent":
-            own |= {"thoughts": truth if truth.exists() else "", "samples": s.samples, "max_new": s.max_new}
+            own |= {"thoughts": truth if truth.exists() else "", "samples": s.samples}
         self.stages.run(f"seed {self.seed} {name} eval", "eval_math.py", model / "eval", "results.json", flags | own, s.eval)
         row = make_row(name, model, e_step, self.data) | {"seed": self.seed, "flops": spent * 6 * n_params(model)}
         if s.benchmark:

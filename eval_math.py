@@ -88,7 +88,19 @@ from data.benchmarks import fault, read_rows
 from data.cli import Progress, UserError, claim, opt, read_json, replacing, run, write_json
 from data.corpus import PICK, PRIOR, RAW, TEST_DRAW, Corpus, hash_uniform, layout, open_corpus, open_thoughts, write_corpus, write_thoughts
 from data.tokenizer import load_tokenizer
-from infer_thoughts import NOTHING, Engine, Limits, bound, context_of, ess, infer, thoughtless, write_chunk
+from infer_thoughts import (
+    NOTHING,
+    Engine,
+    Limits,
+    bound,
+    can_think,
+    context_of,
+    ess,
+    fits,
+    infer,
+    thoughtless,
+    write_chunk,
+)
 from infer_thoughts import choose as choose_picks
 from train import load_model, pick_device
 
@@ -275,19 +287,6 @@ def benchmark_problems(s: Settings, tok, seq_len: int) -> tuple[list[Problem], d
         about = {"question": known, "n_shots": len(kept), **item.about}
         problems.append(Problem(key, prompt if len(prompt) <= room else prompt[:0], item.answer, about))
     return problems, {"n_shots": len(shots), "dropped_shots": dropped, "too_long": too_long, "until": list(UNTIL)}
-
-
-def can_think(corpus: Corpus, max_new: int, seq_len: int) -> np.ndarray:
-    """Which chunks can carry a thought, [n_chunks] bool.
-
-    The rule of infer_thoughts.main, so that nothing is scored that the E-step refuses.
-    """
-    return ~corpus.questions & (np.diff(corpus.chunks) > 0) & fits(corpus, max_new, seq_len)
-
-
-def fits(corpus: Corpus, max_new: int, seq_len: int) -> np.ndarray:
-    """Which chunks leave room for a thought of max_new tokens and six tokens around both, [n_chunks] bool."""
-    return np.diff(corpus.chunks) + 6 + max_new <= seq_len
 
 
 def asked_chunks(corpus: Corpus) -> np.ndarray:

@@ -683,6 +683,16 @@ class Limits:
     seq_len: int
 
 
+def fits(corpus: Corpus, max_new: int, seq_len: int) -> np.ndarray:
+    """Which chunks leave room for a thought of max_new tokens and six tokens around both, [n_chunks] bool."""
+    return np.diff(corpus.chunks) + 6 + max_new <= seq_len
+
+
+def can_think(corpus: Corpus, max_new: int, seq_len: int) -> np.ndarray:
+    """Which chunks can carry a thought, [n_chunks] bool: no question, not empty, not too long."""
+    return ~corpus.questions & (np.diff(corpus.chunks) > 0) & fits(corpus, max_new, seq_len)
+
+
 def context_of(corpus: Corpus, i: int, limits: Limits, picked=NOTHING) -> list[int]:
     """The chunks given before chunk i: up to limits.before, fewer if the sequence would exceed seq_len with max_new new tokens."""
     before = list(corpus.before(i, limits.before))
@@ -1161,13 +1171,12 @@ def main(s: Settings) -> None:
         print(f"{s.out_dir}: complete")
         return show(s)
     limits, sizes = Limits(s.before, s.max_new, model.config.seq_len), np.diff(corpus.chunks)
-    fits = sizes + 6 + s.max_new <= limits.seq_len
-    chosen = np.flatnonzero(~corpus.questions & (sizes > 0) & fits)
+    chosen = np.flatnonzero(can_think(corpus, s.max_new, limits.seq_len))
     counts = {
         "n_inferred": len(chosen),
         "n_questions": int(corpus.questions.sum()),
         "n_empty": int((sizes == 0).sum()),
-        "n_too_long": int((~corpus.questions & ~fits).sum()),
+        "n_too_long": int((~corpus.questions & ~fits(corpus, s.max_new, limits.seq_len)).sum()),
         "n_short_context": sum(len(context_of(corpus, i, limits)) < len(corpus.before(i, s.before)) for i in chosen),
     }  # fmt: skip
     if not len(chosen):

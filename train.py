@@ -87,13 +87,13 @@ class Settings:
     attention: Literal["padded", "packed", "document"] = opt("padded", "a document a row, its end cut off beyond --seq_len; rows packed full, "
         "attention across documents (the paper's); packed, attention within documents")  # fmt: skip
     loss: Literal["all", "completion"] = opt("all", "of all tokens; of what follows a question, thoughts in the prior form: fine-tuning")
-    batch_size: int = opt(32, "rows an optimiser step, over all devices", low=1)
+    batch_size: int = opt(16, "rows an optimiser step, over all devices", low=1)
     micro_batch: int = opt(0, "rows that a device computes at once: fewer rows, less memory; 0: --batch_size / devices", low=0)
     # optimisation
-    max_steps: int = opt(300, "optimiser steps; 0: only write the model", low=0)
+    max_steps: int = opt(500, "optimiser steps; 0: only write the model", low=0)
     max_tokens: int = opt(0, "if above 0: as many steps as come nearest to this many training tokens", low=0)
     optimizer: Literal["muon", "adamw"] = opt("muon", "for the matrices of the blocks; AdamW always has the rest")
-    lr: float = opt(4e-3, "peak learning rate of AdamW", low=0)
+    lr: float = opt(1e-2, "peak learning rate of AdamW", low=0)
     muon_lr: float = opt(0.02, "peak learning rate of Muon", low=0)
     weight_decay: float = opt(0.1, "decoupled weight decay", low=0)
     schedule: Literal["cosine", "wsd"] = opt("cosine", "or warm-up, stable, decay: constant, and linear over the last fifth")

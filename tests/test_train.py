@@ -369,7 +369,7 @@ def test_learns_and_reports(digits, tmp_path):
             "train.py", *run_train(digits, out, f"--val_corpus={digits}/heldout", f"--val_thoughts={digits}/heldout_truth", "--val_every=30")
         ).stdout
     )
-    assert "--lr=0.004 became 0.5" in script("train.py", *run_train(digits, out, "--lr=0.5"), code=1).stderr
+    assert "--lr=0.01 became 0.5" in script("train.py", *run_train(digits, out, "--lr=0.5"), code=1).stderr
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
