@@ -3,7 +3,7 @@
     data      a few documents with thoughts (warm), many without (raw), some held out
     M0        warm start: train.py on the documents with thoughts
     E-step t  infer_thoughts.py: M(t-1) samples K thoughts for every raw chunk, weighs them, picks one, or none
-    M-step t  train.py from scratch on the raw documents with those thoughts: Mt
+    M-step t  train.py on the raw documents with those thoughts: Mt, which starts where M1 started, whatever t
     raw rows  the raw documents without thoughts: raw_tokens (as many steps as an M-step), raw_flops (the arithmetic of the whole loop)
     eval      eval_math.py for every model, on the held-out documents
 
@@ -33,6 +33,7 @@ curves.png (compare.json and compare.png) in OUT_DIR. This script reads numbers 
 """
 
 import contextlib
+import heapq
 import math
 import os
 import shlex
@@ -58,11 +59,12 @@ class Settings:
     out_dir: str = opt("", "where everything goes; none: out/CORPUS, or out/CORPUS-compare")
     controls: bool = opt(False, "run the controls, too")
     seeds: int = opt(1, "runs, with --seed and the numbers behind it", low=1)
+    base: str = opt("", "model folder from which every model starts; none: new weights, and M-steps start from M0")
     iterations: int = opt(3, "EM iterations", low=1)
     samples: int = opt(4, "thoughts sampled a chunk in the E-step (K)", low=1)
     max_new: int = opt(64, "longest thought in tokens", low=1)
     train: str = opt("", 'more flags for every train.py, as in --train="--n_layer=6 --lr=1e-3"')
-    warm_train: str = opt("--max_steps=800", "more flags for the warm start's train.py: M0 should be trained to its plateau")
+    warm_train: str = opt("--max_steps=1200 --weight_decay=0.3", "more flags for the warm start: M0 should reach its plateau")
     infer: str = opt("", "more flags for every infer_thoughts.py")
     eval: str = opt("", "more flags for every eval_math.py")
     benchmark: str = opt("", "a benchmark of eval_math.py for each model, beside the held-out documents")
@@ -106,6 +108,30 @@ def only_run(out_dir: Path):
         yield (f.fileno(),)
 
 
+class Slots:
+    """Lets n threads in at a time, of those that wait the one with the lowest number."""
+
+    def __init__(self, n: int):
+        self.free, self.waiting, self.count, self.changed = n, [], 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def hold(self, order: int):
+        with self.changed:
+            self.count += 1
+            ticket = order, self.count
+            heapq.heappush(self.waiting, ticket)
+            self.changed.wait_for(lambda: self.free and self.waiting[0] == ticket)
+            heapq.heappop(self.waiting)
+            self.free -= 1
+            self.changed.notify_all()
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.free += 1
+                self.changed.notify_all()
+
+
 @dataclass
 class Stages:
     """Starts the other scripts as commands, `jobs` of them side by side. lock: file numbers that they inherit."""
@@ -117,11 +143,12 @@ class Stages:
     stopped: bool = False
 
     def __post_init__(self):
-        self.slots, self.guard = threading.Semaphore(self.jobs), threading.Lock()
+        self.slots, self.guard = Slots(self.jobs), threading.Lock()
 
-    def run(self, name: str, script: str, folder: Path, last: str, flags: dict, more: str = "") -> None:
+    def run(self, name: str, script: str, folder: Path, last: str, flags: dict, more: str = "", order: int = 0) -> None:
         """`python script --flag=value ...`, which fills `folder`, unless the file it writes last is there. The flags in the string
-        `more` win. UserError if it fails or was made by other flags."""
+        `more` win. order: of the stages that wait, those with the lowest start first. UserError if it fails or was made by other
+        flags."""
         done = folder / last
         flags = {k: str(v) for k, v in flags.items() if v != ""}
         for word in shlex.split(more):
@@ -129,7 +156,7 @@ class Stages:
             flags[key] = value
         if done.exists():
             return self.already(name, script, folder, done, flags)
-        with self.slots:
+        with self.slots.hold(order):
             code = self.start(name, script, folder, [f"--{k}={v}" for k, v in flags.items()])
         if self.stopped:
             raise UserError("stopped")
@@ -214,79 +241,82 @@ class Seed:
         self.data = find_data(s, seed, self.folder, stages)
         self.evals: list[Future] = []
 
-    def common(self, e_step: int = 0) -> dict:
-        # Each E-step has noise of its own: with the same numbers every round, the same chunks are unlucky every time.
-        return {"seed": self.seed + 1000 * e_step, "device": self.s.device}
-
-    def train(self, name: str, corpus: str, thoughts="", more: str = "") -> Path:
+    def stage(self, name: str, script: str, last: str, flags: dict, more: str = "", order: int = 0) -> Path:
+        """Run a stage that fills the folder `name` of this seed. Its noise is the seed's, if `flags` have none of their own."""
         folder = self.folder / name
-        flags = {"corpus": self.data / corpus, "thoughts": thoughts, "out_dir": folder} | self.common()
-        self.stages.run(f"seed {self.seed} {name}", "train.py", folder, "config.json", flags, f"{self.s.train} {more}")
+        flags = flags | {"out_dir": folder, "seed": flags.get("seed", self.seed), "device": self.s.device}
+        self.stages.run(f"seed {self.seed} {name}", script, folder, last, flags, more, order)
         return folder
 
-    def infer(self, t: int, arm: str, model: Path) -> Path:
-        """The E-step of iteration t."""
-        s, folder = self.s, self.folder / arm / f"E{t}"
-        flags = {"corpus": self.data / "raw", "model": model, "out_dir": folder, "samples": s.samples, "max_new": s.max_new}
-        flags |= self.common(t) | ARMS.get(arm, {})
-        self.stages.run(f"seed {self.seed} {arm} E{t}", "infer_thoughts.py", folder, "timing.json", flags, s.infer)
-        return folder
+    def train(self, name: str, corpus: str, thoughts="", more: str = "", order: int = 0) -> Path:
+        """Each M-step starts from the same weights, and only its thoughts are better: the base model's, as in the paper. The toy
+        has no base model, so M0 is its."""
+        m_step = corpus == "raw" and thoughts
+        flags = {"corpus": self.data / corpus, "thoughts": thoughts}
+        flags["init_from"] = self.s.base or (self.folder / "M0" if m_step else "")
+        return self.stage(name, "train.py", "config.json", flags, f"{self.s.train} {more}", order)
 
-    def evaluate(self, name: str, mode: str, spent: float, e_step: Path | None = None) -> None:
+    def infer(self, t: int, arm: str, model: Path, order: int) -> Path:
+        """The E-step of iteration t. Each has noise of its own: with the same numbers every round, the same chunks would be
+        unlucky every time."""
+        flags = {"corpus": self.data / "raw", "model": model, "samples": self.s.samples, "max_new": self.s.max_new}
+        flags |= {"seed": self.seed + 1000 * t} | ARMS.get(arm, {})
+        return self.stage(f"{arm}/E{t}".lstrip("/"), "infer_thoughts.py", "timing.json", flags, self.s.infer, order)
+
+    def evaluate(self, name: str, mode: str, spent: float, e_step: Path | None, order: int) -> None:
         """Evaluate a model beside whatever runs, and keep its row. spent: see spent_on."""
-        self.evals.append(self.pool.submit(self.evaluate_now, name, mode, spent, e_step))
-        self.rows[name] = None  # its place in the report
+        self.rows[name] = None
+        self.evals.append(self.pool.submit(self.evaluate_now, name, mode, spent, e_step, order + 1))
 
-    def evaluate_now(self, name: str, mode: str, spent: float, e_step: Path | None) -> None:
+    def evaluate_now(self, name: str, mode: str, spent: float, e_step: Path | None, order: int) -> None:
         s, model, truth = self.s, self.folder / name, self.data / "heldout_truth"
-        flags = {"model": model, "mode": mode} | self.common()
-        own = {"corpus": self.data / "heldout", "out_dir": model / "eval", "k": 1, "temperature": 1.0, "top_p": 1.0}
-        own["max_new"] = s.max_new  # raw models never use it, but it decides which chunks have room for a thought
+        asked, flags = {"model": model, "mode": mode}, {"corpus": self.data / "heldout", "k": 1, "temperature": 1.0, "top_p": 1.0}
+        flags["max_new"] = s.max_new  # raw models never use it, but it decides which chunks have room for a thought
         if mode == "latent":
-            own |= {"thoughts": truth if truth.exists() else "", "samples": s.samples}
-        self.stages.run(f"seed {self.seed} {name} eval", "eval_math.py", model / "eval", "results.json", flags | own, s.eval)
+            flags |= {"thoughts": truth if truth.exists() else "", "samples": s.samples}
+        self.stage(f"{name}/eval", "eval_math.py", "results.json", asked | flags, s.eval, order)
         row = make_row(name, model, e_step, self.data) | {"seed": self.seed, "flops": spent * 6 * n_params(model)}
         if s.benchmark:
-            folder = model / "benchmark"
-            asked = flags | {"benchmark": s.benchmark, "out_dir": folder}
-            self.stages.run(f"seed {self.seed} {name} benchmark", "eval_math.py", folder, "results.json", asked, s.eval)
+            folder = self.stage(f"{name}/benchmark", "eval_math.py", "results.json", asked | {"benchmark": s.benchmark}, s.eval, order)
             row["benchmark"] = {k: v for k, v in read_json(folder / "results.json").items() if k in ("accuracy", "accuracy_se", "n")}
         self.rows[name] = row
 
     def warm_start(self) -> Path:
         model = self.train("M0", "warm", self.data / "warm_thoughts", self.s.warm_train)
-        self.evaluate("M0", "latent", spent_on(model))
+        self.evaluate("M0", "latent", spent_on(model), None, 0)
         return model
 
-    def loop(self, arm: str, model: Path, every: bool) -> float:
-        """EM from M0, with an arm's E-steps; what it took. every: evaluate each model, not only the last."""
-        spent = spent_on(model)
-        for t in range(1, self.s.iterations + 1):
-            e_step = self.infer(t, arm, model)
-            model = self.train(str(Path(arm) / f"M{t}"), "raw", e_step)
+    def loop(self, arm: str, model: Path, order: int) -> float:
+        """EM from M0 with an arm's E-steps; what it took. Of an arm only the last model is evaluated."""
+        spent, last = spent_on(model), self.s.iterations
+        for t in range(1, last + 1):
+            name = f"{arm}/M{t}".lstrip("/")
+            e_step = self.infer(t, arm, model, order)
+            model = self.train(name, "raw", e_step, order=order)
             spent += spent_on(model, e_step)
-            if every or t == self.s.iterations:
-                self.evaluate(str(Path(arm) / f"M{t}"), "latent", spent, e_step)
+            if t == last or not arm:
+                self.evaluate(name, "latent", spent, e_step, order)
         return spent
 
-    def single(self, name: str, corpus: str, thoughts="", spend: float = 0) -> None:
-        """A model that is trained once and evaluated; spend: training tokens, if not train.py's own number."""
-        model = self.train(name, corpus, thoughts, f"--max_tokens={round(spend)}" if spend else "")
-        self.evaluate(name, "latent" if thoughts else "raw", spent_on(model))
+    def single(self, name: str, corpus: str, thoughts="", more: str = "", order: int = 1) -> None:
+        """A model that is trained once and evaluated."""
+        model = self.train(name, corpus, thoughts, more, order)
+        start = spent_on(self.folder / "M0") if name == "gold" else 0
+        self.evaluate(name, "latent" if thoughts else "raw", start + spent_on(model), None, order)
 
     def run(self) -> None:
         """All of it; the rows are complete when this returns."""
-        submit = self.pool.submit
-        raw_tokens = submit(self.single, "raw_tokens", "raw")
+        raw_tokens = self.pool.submit(self.single, "raw_tokens", "raw")
         model = self.warm_start()
-        main = submit(self.loop, "", model, True)
-        arms = [submit(self.loop, arm, model, False) for arm in ARMS] if self.s.controls else []
-        spent = main.result()
-        chains = [raw_tokens, *arms, submit(self.single, "raw_flops", "raw", "", spent)]
+        main = self.pool.submit(self.loop, "", model, 0)
+        arms = [self.pool.submit(self.loop, arm, model, order) for order, arm in enumerate(ARMS, 4)] if self.s.controls else []
+        budget = f"--max_tokens={round(main.result())}"
+        chains = [raw_tokens, *arms, self.pool.submit(self.single, "raw_flops", "raw", "", budget)]
         if self.s.controls:
-            chains.append(submit(self.single, "warm_flops", "warm", self.data / "warm_thoughts", spent))
+            thoughts = self.data / "warm_thoughts"
+            chains.append(self.pool.submit(self.single, "warm_flops", "warm", thoughts, f"{self.s.warm_train} {budget}", 3))
             if (self.data / "raw_truth").exists():
-                chains.append(submit(self.single, "gold", "raw", self.data / "raw_truth"))
+                chains.append(self.pool.submit(self.single, "gold", "raw", self.data / "raw_truth", "", 6))
         for chain in chains:
             chain.result()
         for one in self.evals:

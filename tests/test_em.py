@@ -1,21 +1,27 @@
 """The loop as a whole, small: every stage, the report, kills, and that nobody looks at the true thoughts."""
 
+import itertools
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, SHARED, script
 
 import em
 from data.cli import UserError
+from data.corpus import open_corpus, open_thoughts, write_corpus, write_thoughts
 
-TINY = ["--iterations=2", "--samples=2", "--max_new=24", "--train=--max_steps=40 --batch_size=16 --save_every=10", "--infer=--part_size=20"]
-TIMES = {"seconds", "tokens_per_s"}
+SMALL = ["--max_new=24", "--train=--max_steps=40 --save_every=10", "--warm_train=--weight_decay=0.3", "--infer=--part_size=20"]
+TINY = ["--iterations=2", "--samples=2", *SMALL]
+TIMES = {"seconds", "tokens_per_s", "folder"}
 
 # Loaded by every Python process of the run: notes each file that is opened, with the script that does it.
 AUDIT = """
@@ -62,14 +68,51 @@ def test_report(run):
     report = json.loads((folder / "run/results.json").read_text())
     rows = {r["name"]: r for r in report["rows"]}
     assert list(rows) == ["raw_tokens", "raw_flops", "M0", "M1", "M2"] and report["config"]["samples"] == 2
-    keys = {"name", "accuracy", "accuracy_se", "n", "ess", "pick_right", "cut_off", "tokens_per_s", "seconds", "train_tokens"}
+    keys = {"name", "accuracy", "accuracy_sampled", "n", "ess", "pick_right", "cut_off", "tokens_per_s", "seconds", "train_tokens", "flops"}
     for name, row in rows.items():
-        assert keys <= set(row) and (set(row["nll_bound"]) == {"1", "4", "16"} if name[0] == "M" else row["nll"] > 0)
-    assert rows["raw_flops"]["train_tokens"] == pytest.approx(rows["M1"]["train_tokens"], rel=0.05)
-    assert rows["raw_tokens"]["train_tokens"] < rows["M1"]["train_tokens"]
-    assert 0 <= rows["M1"]["e_step"]["pick_right"] <= 1 and 1 <= rows["M1"]["e_step"]["ess"] <= 2
+        assert keys <= set(row) and row["seed"] == 0
+        assert set(row["nll_bound"]) == {"1", "4", "16"} and row["nll_thoughtless"] > 0 if name[0] == "M" else row["nll"] > 0
+    assert 0 <= rows["M1"]["e_step"]["kept"] <= 1 <= rows["M1"]["e_step"]["ess"] <= 2
+    assert [r["name"] for r in report["summary"]] == list(rows)
+    assert report["summary"][2]["accuracy"] == [rows["M0"]["accuracy"], 0.0]
     assert out.count("$ python") == 12 and "IWAE-16" in out
     assert (folder / "run/curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_flops_count_all_that_a_row_took(run):
+    """Training of M0 to Mt at 6 a parameter and token, their E-steps at 2; raw_flops is trained for what the last row took."""
+    folder, rows = run[0] / "run/seed0", {r["name"]: r for r in json.loads((run[0] / "run/results.json").read_text())["rows"]}
+    training = {name: json.loads((folder / name / "training.json").read_text()) for name in rows}
+    meta = [json.loads((folder / f"E{t}/meta.json").read_text()) for t in (1, 2)]
+    trained = sum(training[name]["train_tokens"] for name in ("M0", "M1", "M2"))
+    assert meta[0]["computed_tokens"] > 2 * meta[0]["sampled_tokens"], "prompts are read, and all is scored"
+    n = training["M2"]["n_params"]
+    assert rows["M2"]["flops"] == pytest.approx(n * (6 * trained + 2 * sum(m["computed_tokens"] for m in meta)))
+    assert rows["raw_flops"]["flops"] == pytest.approx(rows["M2"]["flops"], rel=0.05)
+    assert rows["raw_tokens"]["train_tokens"] < rows["M1"]["train_tokens"]
+
+
+def test_each_round_has_noise_of_its_own(run):
+    """With one seed for all, round t samples with the numbers of round t - 1, and what was unlucky stays so."""
+    seeds = [json.loads((run[0] / f"run/seed0/{name}/settings.json").read_text())["seed"] for name in ("E1", "E2", "M1", "M2")]
+    assert seeds == [1000, 2000, 0, 0]
+
+
+def test_m_steps_start_alike(run):
+    """Each from M0, or from the base model: what gets better from round to round are the thoughts alone."""
+    made_by = {name: json.loads((run[0] / f"run/seed0/{name}/settings.json").read_text()) for name in ("M0", "M1", "M2", "raw_flops")}
+    assert [Path(made_by[name]["init_from"]).name for name in made_by] == ["", "M0", "M0", ""]
+    assert {k for k in made_by["M1"] if made_by["M1"][k] != made_by["M2"][k]} == {"thoughts", "out_dir"}
+
+
+def test_likelihoods_are_paired_document_by_document(run):
+    report = json.loads((run[0] / "run/results.json").read_text())
+    last, raw = (np.load(run[0] / f"run/seed0/{name}/eval/likelihood.npz") for name in ("M2", "raw_flops"))
+    gaps = {g["b"]: g for g in report["likelihood"]}
+    for b, other in (("M2 thoughtless", last["thoughtless"]), ("raw_flops nll", raw["nll"])):
+        d = last["bound_16"] - other
+        assert (last["doc"] == raw["doc"]).all() and gaps[b]["documents"] == len(d) == 30
+        assert gaps[b]["difference"] == pytest.approx(d.mean()) and gaps[b]["se"] == pytest.approx(d.std(ddof=1) / 30**0.5)
 
 
 def test_neither_step_opens_the_true_thoughts(run):
@@ -96,11 +139,11 @@ def test_rerun_skips_everything_and_changes_nothing(run, digits):
 def test_the_default_corpus_is_made_once(tmp_path, capsys):
     flags = {"out_dir": tmp_path / "data", "seed": 0}
     for _ in range(2):
-        em.stage("data", "data/digits.py", tmp_path / "data", "heldout_truth/meta.json", flags, "", ())
+        em.Stages().run("data", "data/digits.py", tmp_path / "data", "heldout_truth/meta.json", flags)
     out = capsys.readouterr().out
     assert out.count("$ python") == 1 and out.count("data: complete") == 1
     with pytest.raises(UserError, match="--seed=0 became 1"):
-        em.stage("data", "data/digits.py", tmp_path / "data", "heldout_truth/meta.json", flags | {"seed": 1}, "", ())
+        em.Stages().run("data", "data/digits.py", tmp_path / "data", "heldout_truth/meta.json", flags | {"seed": 1})
 
 
 def killed_run(flags: list[str], waits: list[float]) -> int:
@@ -163,3 +206,112 @@ def test_gsm8k_end_to_end(tmp_path):
     flags = ["--train=--max_steps=30 --batch_size=8", "--eval=--bound_docs=30", "--max_new=96", "--iterations=1"]
     script("em.py", f"--corpus={tmp_path}/g", f"--out_dir={tmp_path}/run", *flags, env=dict(os.environ))
     assert [r["name"] for r in results(tmp_path / "run")["rows"]] == ["raw_tokens", "raw_flops", "M0", "M1"]
+
+
+def test_controls_side_by_side(digits, tmp_path):
+    """All controls of one round, two stages at a time, each into its log; the same numbers come out as one at a time."""
+    flags = [f"--corpus={digits}", "--iterations=1", "--samples=2", "--controls", *SMALL, "--eval=--bound_docs=5 --limit=10"]
+    out = script("em.py", f"--out_dir={tmp_path}/two", "--jobs=2", *flags, timeout=600).stdout
+    report = json.loads((tmp_path / "two/results.json").read_text())
+    names = ["raw_tokens", "raw_flops", "warm_flops", "M0", "M1", *(f"{arm}/M1" for arm in em.ARMS), "gold"]
+    assert [r["name"] for r in report["rows"]] == names
+    rows = {r["name"]: r for r in report["rows"]}
+    for name in ("raw_flops", "warm_flops"):
+        assert rows[name]["flops"] == pytest.approx(rows["M1"]["flops"], rel=0.05), name
+    made = {arm: json.loads((tmp_path / f"two/seed0/{arm}/E1/meta.json").read_text()) for arm in ("", *em.ARMS)}
+    assert made["uniform"]["selection"] == "uniform" and made["uniform"]["no_gain"] == 0 < made[""]["no_gain"]
+    assert made["weights"]["selection"] == "resample" and made["weights"]["no_gain"] == 0
+    assert made["gain"]["selection"] == "uniform" and made["gain"]["no_gain"] > 0
+    assert made["prior"]["proposal"] == "prior" and [made[f"samples{k}"]["samples"] for k in (1, 16)] == [1, 16]
+    assert len({m["weights"] for m in made.values()}) == 1, "all start from the same M0"
+    assert rows["gold"]["train_tokens"] > rows["raw_tokens"]["train_tokens"] and rows["M1"]["e_step"]["sampled_tokens"] == made[""]["sampled_tokens"]
+    compared = {(t["a"], t["b"]) for t in report["tests"]}
+    assert {("M1", "M0"), ("M1", "warm_flops"), ("M1", "uniform/M1"), ("M1", "samples1/M1")} <= compared
+    assert "train " not in out and (tmp_path / "two/seed0/uniform/M1.log").stat().st_size > 0 and "uniform/M1: done in" in out
+    plain = [f for f in flags if f != "--controls"]
+    script("em.py", f"--out_dir={tmp_path}/one", "--jobs=1", *plain, env={"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))})
+    alone = {r["name"]: r for r in results(tmp_path / "one")["rows"]}
+    for name, row in alone.items():
+        assert row == without_times(rows[name]), name
+
+
+def test_a_stage_that_fails_ends_all(digits, tmp_path):
+    flags = [f"--corpus={digits}", f"--out_dir={tmp_path}/run", "--jobs=2", *TINY, "--eval=--bound_docs=-1"]
+    done = script("em.py", *flags, code=1)
+    assert "--bound_docs=-1: must be at least 0" in done.stderr and "ended with exit code" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and not (tmp_path / "run/results.json").exists()
+    left = subprocess.run(["pgrep", "-f", f"out_dir={tmp_path}"], capture_output=True, text=True).stdout
+    assert left == ""
+
+
+def test_slots_let_the_first_in_order_in():
+    slots, entered, ready = em.Slots(1), [], []
+
+    def enter(order):
+        ready.append(order)
+        with slots.hold(order):
+            entered.append(order)
+
+    with slots.hold(0):
+        threads = [threading.Thread(target=enter, args=(order,)) for order in (5, 1, 3)]
+        for thread in threads:
+            thread.start()
+        while len(slots.waiting) < 3:
+            time.sleep(0.01)
+        assert entered == []
+    for thread in threads:
+        thread.join()
+    assert entered == [1, 3, 5] and slots.free == 1
+
+
+def test_sign_flips_are_exact():
+    assert em.sign_flip([1.0] * 10) == 2 / 1024 and em.sign_flip([1.0]) == 1.0 and em.sign_flip([0.0, 0.0]) == 1.0
+    d = [0.3, -0.1, 0.2, 0.4]
+    sums = [abs(sum(s * x for s, x in zip(signs, d))) for signs in itertools.product((1, -1), repeat=4)]
+    assert em.sign_flip(d) == pytest.approx(np.mean([x >= sum(d) - 1e-9 for x in sums]))
+    rng = np.random.default_rng(0)
+    assert np.mean([em.sign_flip(rng.normal(size=10)) < 0.05 for _ in range(400)]) == pytest.approx(0.05, abs=0.03)
+    assert em.sign_flip(rng.normal(size=40) + 2) < 0.001
+
+
+def test_comparisons_pair_the_seeds():
+    rows = [{"name": name, "seed": seed, "accuracy": a, "accuracy_sampled": a / 2} for name, each in
+            (("M0", (0.1, 0.5, 0.3)), ("M1", (0.2, 0.7, 0.6)), ("uniform/M1", (0.3, 0.6))) for seed, a in enumerate(each)]  # fmt: skip
+    tests = {(t["a"], t["b"], t["figure"]): t for t in em.comparisons(rows, "M1")}
+    first = tests["M1", "M0", "accuracy"]
+    assert first["difference"] == pytest.approx(0.2) and first["se"] == pytest.approx(0.1 / 3**0.5) and (first["above"], first["n"]) == (3, 3)
+    assert first["p"] == 0.25 and tests["M1", "uniform/M1", "accuracy"]["n"] == 2, "only seeds that both have"
+    assert tests["M1", "M0", "accuracy_sampled"]["difference"] == pytest.approx(0.1)
+    summary = {r["name"]: r for r in em.summarise(rows)}
+    assert summary["M0"]["accuracy"] == (pytest.approx(0.3), pytest.approx(0.2))
+
+
+def test_plain_text_through_the_loop(digits, tmp_path):
+    """The paper's own case: a corpus without questions. No accuracy; likelihood by iteration is the result."""
+    tok = open_corpus(digits / "warm").tokenizer
+    for part in ("warm", "raw", "heldout"):
+        corpus = open_corpus(digits / part)
+        texts = [[tok.decode(corpus.chunk(i)) for i in range(a, b)] for a, b in zip(corpus.docs, corpus.docs[1:])]
+        write_corpus(tmp_path / "text" / part, [[(text, False) for text in document] for document in texts], tok, {})
+    warm, thoughts = open_corpus(tmp_path / "text/warm"), open_thoughts(digits / "warm_thoughts", open_corpus(digits / "warm"))
+    spans = [thoughts.span(i) if i % 2 else thoughts.span(i + 1)[:2] for i in range(warm.n_chunks)]
+    write_thoughts(tmp_path / "text/warm_thoughts", warm, spans, {})
+    flags = [f"--corpus={tmp_path}/text", f"--out_dir={tmp_path}/run", "--iterations=1", *SMALL, "--eval=--bound_docs=10"]
+    out = script("em.py", *flags).stdout
+    rows = {r["name"]: r for r in results(tmp_path / "run")["rows"]}
+    assert list(rows) == ["raw_tokens", "raw_flops", "M0", "M1"] and "accuracy" not in rows["M1"]
+    assert rows["M1"]["nll_bound_document"]["16"] > 0 and rows["M1"]["nll_thoughtless_document"] > 0 < rows["raw_flops"]["nll_document"]
+    assert "M1 IWAE-16 - raw_flops nll" in out and (tmp_path / "run/curves.png").exists()
+
+
+def test_a_benchmark_and_two_devices(digits, tmp_path):
+    """Stages start by torchrun on two devices (here: gloo on a CPU), and each model answers a benchmark."""
+    problem = {"question": "Start at 3. Add 4.", "answer": "#### 7"}
+    (tmp_path / "few.jsonl").write_text((json.dumps(problem) + "\n") * 3)
+    flags = [f"--corpus={digits}", f"--out_dir={tmp_path}/run", "--iterations=1", *SMALL, "--device=cpu", "--devices=2",
+             f"--benchmark={tmp_path}/few.jsonl", "--eval=--bound_docs=3 --limit=3"]  # fmt: skip
+    out = script("em.py", *flags, env={"OMP_NUM_THREADS": "1"}).stdout
+    assert out.count("$ torchrun --standalone --nproc_per_node=2 train.py") == 4
+    assert out.count("$ torchrun --standalone --nproc_per_node=2 infer_thoughts.py") == 1 and out.count("$ python eval_math.py") == 8
+    for row in results(tmp_path / "run")["rows"]:
+        assert row["benchmark"]["n"] == 3 and 0 <= row["benchmark"]["accuracy"] <= 1
