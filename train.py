@@ -90,7 +90,7 @@ class Settings:
     batch_size: int = opt(16, "rows an optimiser step, over all devices", low=1)
     micro_batch: int = opt(0, "rows that a device computes at once: fewer rows, less memory; 0: --batch_size / devices", low=0)
     # optimisation
-    max_steps: int = opt(500, "optimiser steps; 0: only write the model", low=0)
+    max_steps: int = opt(300, "optimiser steps; 0: only write the model", low=0)
     max_tokens: int = opt(0, "if above 0: as many steps as come nearest to this many training tokens", low=0)
     optimizer: Literal["muon", "adamw"] = opt("muon", "for the matrices of the blocks; AdamW always has the rest")
     lr: float = opt(1e-2, "peak learning rate of AdamW", low=0)
