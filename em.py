@@ -79,11 +79,11 @@ class Settings:
 # An E-step's flags that make a control of the loop.
 ARMS = {
     "uniform": {"select": "uniform", "min_gain": -1e9},
-    "weights": {"min_gain": -1e9},
-    "gain": {"select": "uniform"},
-    "prior": {"proposal": "prior"},
     "samples1": {"samples": 1},
     "samples16": {"samples": 16},
+    "gain": {"select": "uniform"},
+    "weights": {"min_gain": -1e9},
+    "prior": {"proposal": "prior"},
 }
 
 
