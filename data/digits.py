@@ -27,8 +27,10 @@ from dataclasses import asdict, dataclass
 if not __package__:  # run as `python data/digits.py`: the package is the folder above
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
+import numpy as np
+
 from data.cli import UserError, claim, opt, run
-from data.corpus import write_parts
+from data.corpus import Corpus, write_parts
 from data.tokenizer import load_tokenizer, make_tokenizer
 
 OPERATIONS = {"+": "Add", "-": "Subtract", "*": "Multiply by"}
@@ -111,6 +113,19 @@ def make_documents(s: Settings) -> dict[str, list]:
                     document.append(write_problem(problem, s.modulus))
             documents[part].append(document)
     return documents
+
+
+def true_nats(corpus: Corpus) -> np.ndarray:
+    """-log p(answers | what stands before them) of each document under the rules above, [n_docs]: what a perfect model would score.
+
+    The answer follows from the question, and all that is left to guess is that the question is over: it has as many operations as a
+    uniform draw from min_ops .. max_ops gives, and not one more. corpus: made by this script.
+    """
+    recipe, nats = corpus.meta["source"], np.zeros(corpus.n_docs)
+    for i in np.flatnonzero(corpus.questions):
+        n = corpus.tokenizer.decode(corpus.chunk(i)).count(".") - 1  # "Start at 3." comes before the first
+        nats[corpus.doc_of(i)] += math.log(recipe["max_ops"] - n + 1)
+    return nats
 
 
 def main(s: Settings) -> None:
