@@ -142,6 +142,7 @@ class Stages:
     lock: tuple = ()
     children: set = field(default_factory=set)
     stopped: bool = False
+    failure: str = "stopped"
 
     def __post_init__(self):
         self.slots, self.guard = Slots(self.jobs), threading.Lock()
@@ -159,10 +160,11 @@ class Stages:
             return self.already(name, script, folder, done, flags)
         with self.slots.hold(order):
             code = self.start(name, script, folder, [f"--{k}={v}" for k, v in flags.items()])
+        if code and not self.stopped:  # the first to fail ends the others, and all chains tell of it
+            self.failure = f"stage {name} ended with exit code {code} (see above); the same command goes on from there"
+            self.stop()
         if self.stopped:
-            raise UserError("stopped")
-        if code:
-            raise UserError(f"stage {name} ended with exit code {code} (see above); the same command goes on from there")
+            raise UserError(self.failure)
 
     @staticmethod
     def already(name: str, script: str, folder: Path, done: Path, flags: dict) -> None:
@@ -211,10 +213,10 @@ class Stages:
 
 
 def same(made_by, flag: str) -> bool:
-    """Whether a setting that was stored is what a flag says: 0.0 is --min_gain=0."""
+    """Whether a setting that was stored is what a flag says: 0.0 is --min_gain=0, and -1e9 is -inf, which JSON has not."""
     if isinstance(made_by, float):
         with contextlib.suppress(ValueError):
-            return made_by == float(flag)
+            return made_by == max(float(flag), -1e9)
     return str(made_by) == flag
 
 
@@ -647,12 +649,14 @@ def report(s: Settings, rows: list[dict], out_dir: Path) -> str:
 
 
 def main(s: Settings) -> None:
-    for flag in ("iterations", "samples", "infer", "controls", "benchmark", "warm_train") if s.compare else ("tokens",):
+    loop_only = ("iterations", "samples", "infer", "controls", "benchmark", "base", "warm_train", "jobs")
+    for flag in loop_only if s.compare else ("tokens",):
         if getattr(s, flag) != getattr(Settings, flag):
             raise UserError(f"--{flag}: does nothing {'with' if s.compare else 'without'} --compare; leave it out")
     name = Path(s.corpus).name if s.corpus else "digits"
     out_dir = Path(s.out_dir or f"out/{name}{'-compare' if s.compare else ''}")
     jobs, devices = how_many(s)
+    jobs = 1 if s.compare else jobs
     begin = time.time()
     with only_run(out_dir) as lock:
         stages = Stages(jobs, devices, lock)

@@ -10,7 +10,7 @@ from conftest import ROOT, SHARED, TOY, script
 from data.cli import UserError, read_json
 from data.corpus import POSTERIOR, PRIOR, RAW, hash_uniform, layout, open_corpus, open_thoughts, write_corpus, write_thoughts
 from data.digits import Settings as DigitsSettings
-from data.digits import make_documents, solve, write_thought
+from data.digits import make_documents, pairs_of, solve, true_nats, write_thought
 from data.gsm8k import read_problem
 from data.tokenizer import MARKERS, load_tokenizer, make_tokenizer
 
@@ -190,7 +190,7 @@ def test_no_held_out_digits_problem_is_trained_on():
         documents = make_documents(DigitsSettings(out_dir="", seed=seed))
         questions = {part: {q for d in docs for q, _, _ in d} for part, docs in documents.items()}
         assert not questions["heldout"] & (questions["warm"] | questions["raw"]) and not questions["warm"] & questions["raw"]
-        assert [len(questions[p]) for p in ("warm", "raw", "heldout")] == [140, 3000, 1000]
+        assert [len(questions[p]) for p in ("warm", "raw", "heldout")] == [100, 1500, 1000]
     assert documents != make_documents(DigitsSettings(out_dir="", seed=0))
 
 
@@ -203,7 +203,27 @@ def test_digits_arithmetic():
     for document in sum(make_documents(s).values(), []):
         assert len(document) == 3
         for question, thought, answer in document:
-            assert thought.split()[-1] == answer.split()[-1] and question.count("Subtract") == thought.count("-") and "by 13" in answer
+            assert thought.split()[-1] == answer.split()[-1].rstrip(".") and question.count("Subtract") == thought.count(" - ") and "by 13" in answer
+
+
+def test_factors_keep_a_mistake_visible():
+    """No factor makes more than two numbers alike; so of two different values behind a step at most two become one by a product."""
+    for modulus, left_out in ((10, {0, 5}), (13, {0}), (12, {0, 3, 4, 6, 8, 9})):
+        pairs = pairs_of(DigitsSettings(out_dir="", operations="+-*", modulus=modulus))
+        assert {n for n in range(modulus)} - {n for op, n in pairs if op == "*"} == left_out
+        assert sum(op == "+" for op, _ in pairs) == sum(op == "-" for op, _ in pairs) == modulus
+        for op, n in pairs:
+            products = [v * n % modulus for v in range(modulus)]
+            assert op != "*" or max(map(products.count, products)) <= 2
+
+
+def test_true_nats_are_the_uncertainty_of_a_question_being_over(digits):
+    """With 1 to 3 operations: after one, one of three lengths ends here; after two, one of two; after three all do."""
+    corpus = open_corpus(digits / "heldout")
+    for document, nats in enumerate(true_nats(corpus)):
+        question = corpus.tokenizer.decode(corpus.chunk(2 * document))
+        n = question.count("Add") + question.count("Multiply")
+        assert nats == pytest.approx({1: np.log(3), 2: np.log(2), 3: 0.0}[n])
 
 
 def test_digits_folders(digits, tmp_path):
@@ -212,7 +232,7 @@ def test_digits_folders(digits, tmp_path):
         assert path.read_bytes() == (tmp_path / path.relative_to(digits)).read_bytes(), "the same seed gives the same bytes"
     raw = open_corpus(digits / "raw")
     text = raw.tokenizer.decode(raw.tokens)
-    assert "=" not in text and text.count("The last digit") == 60
+    assert "->" not in text and text.count("The last digit") == 60
     warm = open_corpus(digits / "warm")
     thoughts = open_thoughts(digits / "warm_thoughts", warm)
     assert all((len(thoughts.span(i)) == 0) == warm.questions[i] for i in range(warm.n_chunks))

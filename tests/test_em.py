@@ -244,6 +244,11 @@ def test_a_stage_that_fails_ends_all(digits, tmp_path):
     assert left == ""
 
 
+def test_settings_are_compared_by_value():
+    assert em.same(-1e9, "-inf") and em.same(0.0, "0") and em.same("uniform", "uniform") and em.same(64, "64") and em.same(True, "True")
+    assert not em.same(0.0, "-inf") and not em.same(0.5, "x") and not em.same(64, "65") and not em.same("a", "b")
+
+
 def test_slots_let_the_first_in_order_in():
     slots, entered, ready = em.Slots(1), [], []
 
@@ -309,7 +314,7 @@ def test_a_benchmark_and_two_devices(digits, tmp_path):
     problem = {"question": "Start at 3. Add 4.", "answer": "#### 7"}
     (tmp_path / "few.jsonl").write_text((json.dumps(problem) + "\n") * 3)
     flags = [f"--corpus={digits}", f"--out_dir={tmp_path}/run", "--iterations=1", *SMALL, "--device=cpu", "--devices=2",
-             f"--benchmark={tmp_path}/few.jsonl", "--eval=--bound_docs=3 --limit=3"]  # fmt: skip
+             f"--benchmark={tmp_path}/few.jsonl", "--eval=--bound_docs=3 --limit=3 --max_new=24"]  # fmt: skip
     out = script("em.py", *flags, env={"OMP_NUM_THREADS": "1"}).stdout
     assert out.count("$ torchrun --standalone --nproc_per_node=2 train.py") == 4
     assert out.count("$ torchrun --standalone --nproc_per_node=2 infer_thoughts.py") == 1 and out.count("$ python eval_math.py") == 8

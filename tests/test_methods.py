@@ -140,7 +140,8 @@ def test_no_fresh_problem_is_left(digits, tmp_path):
 
 
 def test_flags_that_would_do_nothing_are_refused(tmp_path):
-    for flags in (["--compare", "--infer=--select=uniform"], ["--compare", "--samples=8"], ["--compare", "--iterations=1"], ["--tokens=5"], ["--seeds=3"]):
+    for flags in (["--compare", "--infer=--select=uniform"], ["--compare", "--samples=8"], ["--compare", "--iterations=1"], ["--tokens=5"],
+                  ["--compare", "--controls"], ["--compare", "--benchmark=gsm8k"], ["--compare", "--base=M"], ["--compare", "--jobs=2"]):  # fmt: skip
         done = inside(em, f"--out_dir={tmp_path / 'run'}", "--train=--none", *flags, code=1)
         assert f"{flags[-1].split('=')[0]}: does nothing with" in done.stderr and not (tmp_path / "run").exists()
 
