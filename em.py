@@ -4,7 +4,7 @@
     M0        warm start: train.py on the documents with thoughts
     E-step t  infer_thoughts.py: M(t-1) samples K thoughts for every raw chunk, weighs them, picks one, or none
     M-step t  train.py on the raw documents with those thoughts: Mt, which starts where M1 started, whatever t
-    raw rows  the raw documents without thoughts: raw_tokens (as many steps as an M-step), raw_flops (the arithmetic of the whole loop)
+    raw rows  the raw documents without thoughts: raw_tokens (as many steps as an M-step), raw_flops (the arithmetic of the whole loop, to a percent or two)
     eval      eval_math.py for every model, on the held-out documents
 
 With p(z, x) the model that thinks and then writes and q(z | x) the one that reads and recovers thoughts (one network is both),
@@ -22,7 +22,7 @@ The controls (ARMS, and run_controls), all from the same data and the same M0:
     warm_flops   the documents with thoughts alone, trained for the arithmetic of the whole loop: is it only longer training?
     uniform      the loop with any thought that ended, whatever it weighs or gains
     weights      the loop with weights alone (the paper's rule);  gain: with the rule of gain alone (--min_gain)
-    prior        thoughts sampled from p(z | c), which has not read the text, and kept if they help it (like STaR)
+    prior        thoughts sampled from p(z | c), which has not read the text, weighed and kept by how well they explain it (like STaR)
     samples1, samples16   the loop with another K
     gold         an M-step on the true thoughts: the ceiling
 
@@ -65,10 +65,12 @@ class Settings:
     samples: int = opt(4, "thoughts sampled a chunk in the E-step (K)", low=1)
     max_new: int = opt(64, "longest thought in tokens", low=1)
     train: str = opt("", 'more flags for every train.py, as in --train="--n_layer=6 --lr=1e-3"')
-    warm_train: str = opt("--max_steps=1200 --weight_decay=0.3", "more flags for the warm start: M0 should reach its plateau")
+    warm_train: str = opt("", "more flags for the warm start, which win over --train's: M0 should reach its plateau; none: TOY_WARM "
+        "for the made corpus")  # fmt: skip
     infer: str = opt("", "more flags for every infer_thoughts.py")
-    eval: str = opt("", "more flags for every eval_math.py")
+    eval: str = opt("", "more flags for every eval_math.py on the held-out documents")
     benchmark: str = opt("", "a benchmark of eval_math.py for each model, beside the held-out documents")
+    benchmark_eval: str = opt("", "more flags for eval_math.py on the benchmark, as in --benchmark_eval=--max_new=256")
     compare: bool = opt(False, "no loop: one model for each method of data/methods.py and seed, trained on as many tokens")
     tokens: int = opt(1_000_000, "with --compare: training tokens of each model", low=1)
     seed: int = opt(0, "seed of every stage", low=0)
@@ -77,7 +79,9 @@ class Settings:
     device: str = opt("", "cpu, cuda, mps; none: the best there is")
 
 
-# An E-step's flags that make a control of the loop.
+TOY_WARM = "--max_steps=1200 --weight_decay=0.3"  # 190 epochs of 100 documents; four times as many steps gain nothing (README)
+
+# An E-step's flags that make a control of the loop. They win over --infer's.
 ARMS = {
     "uniform": {"select": "uniform", "min_gain": -1e9},
     "samples1": {"samples": 1},
@@ -154,8 +158,8 @@ class Stages:
         done = folder / last
         flags = {k: str(v) for k, v in flags.items() if v != ""}
         for word in shlex.split(more):
-            key, _, value = word.removeprefix("--").partition("=")
-            flags[key] = value
+            key, has_value, value = word.removeprefix("--").partition("=")
+            flags[key] = value if has_value else "true"
         if done.exists():
             return self.already(name, script, folder, done, flags)
         with self.slots.hold(order):
@@ -182,14 +186,15 @@ class Stages:
             launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.devices}", *launch]
         env, log, begin = os.environ | {"EM_CHILD": "1"}, None, time.time()
         if self.jobs > 1:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            log = open(f"{folder}.log", "ab")
             env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.jobs))
         shown = "torchrun --standalone " + launch[3] if len(launch) > 1 else "python"
         with self.guard:
             if self.stopped:
                 return 1
             print(f"\n{name}: $ {shown} {shlex.join([script, *flags])}", flush=True)
+            if self.jobs > 1:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                log = open(f"{folder}.log", "ab")
             # Its own session: Ctrl-C reaches only us. Its standard input: when we die, however we die, it closes and the stage ends.
             child = subprocess.Popen([sys.executable, *launch, *flags], stdin=subprocess.PIPE, start_new_session=True,
                                      pass_fds=self.lock, env=env, stdout=log, stderr=log)  # fmt: skip
@@ -217,17 +222,17 @@ def same(made_by, flag: str) -> bool:
     if isinstance(made_by, float):
         with contextlib.suppress(ValueError):
             return made_by == max(float(flag), -1e9)
-    return str(made_by) == flag
+    return str(made_by) == flag or (isinstance(made_by, bool) and made_by == (flag.lower() in ("true", "1")))
 
 
 def how_many(s: Settings) -> tuple[int, int]:
     """(stages side by side, devices a stage)."""
-    if s.devices or s.device not in ("", "cuda"):
-        devices, gpu = max(1, s.devices), s.device.startswith(("cuda", "mps"))
-    else:
+    devices, gpu = max(1, s.devices), s.device.startswith(("cuda", "mps"))
+    if s.device in ("", "cuda"):
         import torch  # only to count
 
-        devices, gpu = max(1, torch.cuda.device_count()), torch.cuda.is_available()
+        gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+        devices = s.devices or max(1, torch.cuda.device_count())
     alone = gpu or devices > 1 or s.corpus
     return s.jobs or (1 if alone else os.cpu_count() or 1), devices
 
@@ -245,26 +250,31 @@ class Seed:
         self.evals: list[Future] = []
 
     def stage(self, name: str, script: str, last: str, flags: dict, more: str = "", order: int = 0) -> Path:
-        """Run a stage that fills the folder `name` of this seed. Its noise is the seed's, if `flags` have none of their own."""
+        """Run a stage that fills the folder `name` of this seed."""
         folder = self.folder / name
-        flags = flags | {"out_dir": folder, "seed": flags.get("seed", self.seed), "device": self.s.device}
+        flags = flags | {"out_dir": folder, "seed": self.seed, "device": self.s.device}
         self.stages.run(f"seed {self.seed} {name}", script, folder, last, flags, more, order)
         return folder
 
     def train(self, name: str, corpus: str, thoughts="", more: str = "", order: int = 0) -> Path:
         """Each M-step starts from the same weights, and only its thoughts are better: the base model's, as in the paper. The toy
         has no base model, so M0 is its."""
-        m_step = corpus == "raw" and thoughts
+        s, m_step = self.s, corpus == "raw" and thoughts
         flags = {"corpus": self.data / corpus, "thoughts": thoughts}
-        flags["init_from"] = self.s.base or (self.folder / "M0" if m_step else "")
-        return self.stage(name, "train.py", "config.json", flags, f"{self.s.train} {more}", order)
+        flags["init_from"] = s.base or (self.folder / "M0" if m_step else "")
+        given = s.train
+        if corpus == "warm":
+            toy = not (s.warm_train or s.corpus or s.base)
+            given = f"{TOY_WARM} {s.train}" if toy else f"{s.train} {s.warm_train}"
+        return self.stage(name, "train.py", "config.json", flags, f"{given} {more}", order)
 
     def infer(self, t: int, arm: str, model: Path, order: int) -> Path:
         """The E-step of iteration t. Each has noise of its own: with the same numbers every round, the same chunks would be
         unlucky every time."""
         flags = {"corpus": self.data / "raw", "model": model, "samples": self.s.samples, "max_new": self.s.max_new}
-        flags |= {"seed": self.seed + 1000 * t} | ARMS.get(arm, {})
-        return self.stage(f"{arm}/E{t}".lstrip("/"), "infer_thoughts.py", "timing.json", flags, self.s.infer, order)
+        own = {"seed": self.seed + 1000 * t} | ARMS.get(arm, {})
+        more = " ".join([self.s.infer, *(f"--{key}={flag}" for key, flag in own.items())])
+        return self.stage(f"{arm}/E{t}".lstrip("/"), "infer_thoughts.py", "timing.json", flags, more, order)
 
     def evaluate(self, name: str, mode: str, spent: float, e_step: Path | None, order: int) -> None:
         """Evaluate a model beside whatever runs, and keep its row. spent: see spent_on."""
@@ -280,12 +290,12 @@ class Seed:
         self.stage(f"{name}/eval", "eval_math.py", "results.json", asked | flags, s.eval, order)
         row = make_row(name, model, e_step, self.data) | {"seed": self.seed, "flops": spent * 6 * n_params(model)}
         if s.benchmark:
-            folder = self.stage(f"{name}/benchmark", "eval_math.py", "results.json", asked | {"benchmark": s.benchmark}, s.eval, order)
-            row["benchmark"] = {k: v for k, v in read_json(folder / "results.json").items() if k in ("accuracy", "accuracy_se", "n")}
+            folder = self.stage(f"{name}/benchmark", "eval_math.py", "results.json", asked | {"benchmark": s.benchmark}, s.benchmark_eval, order)
+            row["benchmark"] = read_json(folder / "results.json")["accuracy"]
         self.rows[name] = row
 
     def warm_start(self) -> Path:
-        model = self.train("M0", "warm", self.data / "warm_thoughts", self.s.warm_train)
+        model = self.train("M0", "warm", self.data / "warm_thoughts")
         self.evaluate("M0", "latent", spent_on(model), None, 0)
         return model
 
@@ -303,7 +313,7 @@ class Seed:
     def single(self, name: str, corpus: str, thoughts="", more: str = "", order: int = 1) -> None:
         """A model that is trained once and evaluated."""
         model = self.train(name, corpus, thoughts, more, order)
-        start = spent_on(self.folder / "M0") if name == "gold" else 0
+        start = spent_on(self.folder / "M0") if name == "gold" and not self.s.base else 0
         self.evaluate(name, "latent" if thoughts else "raw", start + spent_on(model), None, order)
 
     def run(self) -> None:
@@ -321,7 +331,7 @@ class Seed:
         chains.append(submit(self.single, "raw_flops", "raw", "", budget))
         if self.s.controls:
             thoughts = self.data / "warm_thoughts"
-            chains.append(submit(self.single, "warm_flops", "warm", thoughts, f"{self.s.warm_train} {budget}", 3))
+            chains.append(submit(self.single, "warm_flops", "warm", thoughts, budget, 3))
             if (self.data / "raw_truth").exists():
                 chains.append(submit(self.single, "gold", "raw", self.data / "raw_truth", "", 6))
         for chain in chains:
@@ -330,11 +340,11 @@ class Seed:
             one.result()
 
 
-def find_data(s: Settings, seed: int, folder: Path, stages: Stages) -> Path:
+def find_data(s: Settings, seed: int, folder: Path, stages: Stages, more: dict | None = None) -> Path:
     """The corpus folder, made first if none is given."""
     data = Path(s.corpus) if s.corpus else folder / "data"
     if not s.corpus:
-        stages.run(f"seed {seed} data", "data/digits.py", data, "heldout_truth/meta.json", {"out_dir": data, "seed": seed})
+        stages.run(f"seed {seed} data", "data/digits.py", data, "heldout_truth/meta.json", {"out_dir": data, "seed": seed} | (more or {}))
     for part in ("warm", "warm_thoughts", "raw", "heldout"):
         if not (data / part / "meta.json").exists():
             raise UserError(f"{data / part}: missing; make the corpus with data/digits.py or data/gsm8k.py --out_dir={data}")
@@ -367,7 +377,7 @@ def run_seeds(s: Settings, out_dir: Path, stages: Stages) -> list[dict]:
 
 def in_order(rows: dict) -> list[dict]:
     """A seed's rows as the report lists them, whatever ended first."""
-    names = ["raw_tokens", "raw_flops", "warm_flops", *sorted(name for name in rows if name[0] == "M")]
+    names = ["raw_tokens", "raw_flops", "warm_flops", *sorted((name for name in rows if name[0] == "M"), key=lambda m: int(m[1:]))]
     names += [name for arm in ARMS for name in rows if name.startswith(f"{arm}/")] + ["gold"]
     return [rows[name] for name in names if name in rows]
 
@@ -375,7 +385,8 @@ def in_order(rows: dict) -> list[dict]:
 def run_compare(s: Settings, out_dir: Path, stages: Stages) -> list[dict]:
     """s.seeds models for each method, on the same raw documents and the same number of training tokens; a row for each method."""
     folder = out_dir / "methods"
-    data = find_data(s, s.seed, out_dir, stages)
+    # Longer problems than the loop's: of two steps there are too few for raw-fresh to draw new ones without end.
+    data = find_data(s, s.seed, out_dir, stages, {"min_ops": 3, "max_ops": 5, "raw": 3000})
     flags = {"corpus": data, "out_dir": folder, "tokens": s.tokens, "seed": s.seed}
     stages.run("methods", "data/methods.py", folder, "meta.json", flags)
     rows = []
@@ -402,13 +413,13 @@ def run_compare(s: Settings, out_dir: Path, stages: Stages) -> list[dict]:
 
 
 def pick_figures(thoughts: Path, raw: Path, truth: Path) -> dict:
-    """kept: share of the chunks with a true thought that got one; pick_right: share of those that are it, token by token."""
+    """kept: share of the chunks with a true thought that got one; right_of_kept: share of those that are it, token by token."""
     corpus = open_corpus(raw)
     picked, true = open_thoughts(thoughts, corpus), open_thoughts(truth, corpus)
     numbers = [i for i in range(corpus.n_chunks) if len(true.span(i))]
     kept = [i for i in numbers if len(picked.span(i))]
     right = sum(picked.span(i).tolist() == true.span(i).tolist() for i in kept)
-    return {"kept": len(kept) / len(numbers), "pick_right": right / len(kept) if kept else None}
+    return {"kept": len(kept) / len(numbers), "right_of_kept": right / len(kept) if kept else None}
 
 
 def make_row(name: str, model: Path, e_step: Path | None, data: Path) -> dict:
@@ -439,18 +450,18 @@ def value(row: dict, key: str) -> float | None:
 
 
 FIGURES = ("accuracy", "accuracy_sampled", "nll_document", "nll_thoughtless_document", "bound_1", "bound_4", "bound_16",
-           "ess", "pick_right", "e_kept", "e_pick_right", "flops", "seconds")  # fmt: skip
+           "benchmark", "ess", "pick_right", "e_kept", "e_right_of_kept", "flops", "seconds")  # fmt: skip
 
 
 def summarise(rows: list[dict]) -> list[dict]:
-    """For each name of a row, {figure: (mean over seeds, standard deviation between them)}."""
+    """For each name of a row, {figure: (mean over seeds, standard deviation between them)}; None: of one."""
     out = []
     for name in dict.fromkeys(r["name"] for r in rows):
         summary, mine = {"name": name, "seeds": [r["seed"] for r in rows if r["name"] == name]}, [r for r in rows if r["name"] == name]
         for key in FIGURES:
             values = [v for r in mine if (v := value(r, key)) is not None]
             if values:
-                summary[key] = float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+                summary[key] = float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
         out.append(summary)
     return out
 
@@ -463,9 +474,11 @@ def sign_flip(differences) -> float:
     n = len(d)
     if n <= 16:
         signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)  # [2^n, n]
-    else:
-        signs = 1 - 2 * np.random.default_rng(0).integers(0, 2, (65536, n))
-    return float((np.abs(signs @ d) >= abs(d.sum()) - 1e-9).mean())
+        return float((np.abs(signs @ d) >= abs(d.sum()) - 1e-9).mean())
+    rng, hits = np.random.default_rng(0), 1  # the flips that were seen are themselves one
+    for _ in range(64):
+        hits += int((np.abs((1 - 2 * rng.integers(0, 2, (1024, n))) @ d) >= abs(d.sum()) - 1e-9).sum())
+    return hits / 65537
 
 
 def comparisons(rows: list[dict], last: str) -> list[dict]:
@@ -487,22 +500,34 @@ def comparisons(rows: list[dict], last: str) -> list[dict]:
 
 def likelihood_gaps(rows: list[dict], last: str) -> list[dict]:
     """The last model's IWAE-16 bound against its own thoughtless NLL and the raw models' NLL: the same documents, the same tokens
-    under the same givens, paired document by document over all seeds; nats a document, below 0 where the bound is lower."""
-    nats = {(r["name"], r["seed"]): np.load(Path(r["folder"]) / "eval" / "likelihood.npz", allow_pickle=False) for r in rows}
+    under the same givens, in nats a document; below 0 where the bound is lower.
+
+    Documents of one seed share their models. So of several seeds each counts once, by the mean over its documents; of a single one
+    the documents are the pairs. UserError when two models scored other documents.
+    """
+    wanted = {last: ("bound_16", "thoughtless"), "raw_tokens": ("nll",), "raw_flops": ("nll",)}
+    nats = {}
+    for r in rows:
+        if r["name"] in wanted:
+            with np.load(Path(r["folder"]) / "eval" / "likelihood.npz", allow_pickle=False) as f:
+                nats[r["name"], r["seed"]] = {key: f[key] for key in ("doc", *wanted[r["name"]])}
     out = []
     for other, key in ((last, "thoughtless"), ("raw_tokens", "nll"), ("raw_flops", "nll")):
         seeds = [seed for name, seed in nats if name == last and (other, seed) in nats]
-        d = [nats[last, seed]["bound_16"] - nats[other, seed][key] for seed in seeds]
+        pairs = [(nats[last, seed], nats[other, seed]) for seed in seeds]
+        if any(not np.array_equal(a["doc"], b["doc"]) for a, b in pairs):
+            raise UserError(f"{last} and {other} scored other documents; give both the same --max_new and --bound_docs")
+        d = [a["bound_16"] - b[key] for a, b in pairs]
         if d:
-            flat = np.concatenate(d)
-            out.append({"a": f"{last} IWAE-16", "b": f"{other} {key}", "difference": float(flat.mean())}
-                       | {"se": float(flat.std(ddof=1) / math.sqrt(len(flat))), "documents": len(flat)}
-                       | {"below": sum(float(x.mean()) < 0 for x in d), "seeds": len(d)})  # fmt: skip
+            d = np.array([x.mean() for x in d]) if len(d) > 1 else d[0]
+            out.append({"a": f"{last} IWAE-16", "b": f"{other} {key}", "difference": float(d.mean())}
+                       | {"se": float(d.std(ddof=1) / math.sqrt(len(d))) if len(d) > 1 else None, "above": int((d > 0).sum())}
+                       | {"n": len(d), "of": "seeds" if len(seeds) > 1 else "documents", "p": sign_flip(d)})  # fmt: skip
     return out
 
 
-def entropy_of(rows: list[dict], s: Settings, out_dir: Path) -> float | None:
-    """Mean -log p in nats a document of the scored documents under the toy's own rules; None for any other corpus."""
+def nats_of_rules(rows: list[dict], s: Settings, out_dir: Path) -> float | None:
+    """Mean -log p of the scored answers under the toy's own rules, in nats a document; None for any other corpus."""
     nats = []
     for seed in dict.fromkeys(r["seed"] for r in rows):
         corpus = open_corpus(Path(s.corpus or out_dir / f"seed{seed}/data") / "heldout")
@@ -515,17 +540,18 @@ def entropy_of(rows: list[dict], s: Settings, out_dir: Path) -> float | None:
 
 def table(rows: list[dict]) -> str:
     """The means over seeds as text, with the standard deviation between seeds where there are several."""
-    several = any(len(r["seeds"]) > 1 for r in rows)
 
     def cell(r, key, digits):
         if key not in r:
             return "-"
         mean, deviation = r[key]
-        return f"{mean:.{digits}f}" + (f" ±{deviation:.{digits}f}" if several and len(r["seeds"]) > 1 else "")
+        return f"{mean:.{digits}f}" + ("" if deviation is None else f" ±{deviation:.{digits}f}")
 
     columns = (("greedy", "accuracy", 3), ("sampled", "accuracy_sampled", 3), ("raw NLL", "nll_document", 3),
                ("thoughtless", "nll_thoughtless_document", 3), ("-ELBO", "bound_1", 3), ("IWAE-4", "bound_4", 3),
-               ("IWAE-16", "bound_16", 3), ("ESS", "ess", 2), ("kept", "e_kept", 3), ("right", "e_pick_right", 3))  # fmt: skip
+               ("IWAE-16", "bound_16", 3), ("ESS", "ess", 2), ("kept", "e_kept", 3), ("right of kept", "e_right_of_kept", 3))  # fmt: skip
+    if any("benchmark" in r for r in rows):
+        columns = (("benchmark", "benchmark", 3), *columns)
     lines = [["", *(title for title, _, _ in columns), "TFLOP", "seconds"]]
     for r in rows:
         ends = [f"{r['flops'][0] / 1e12:.2f}", f"{r['seconds'][0]:.0f}"]
@@ -536,13 +562,14 @@ def table(rows: list[dict]) -> str:
 def test_lines(tests: list[dict], gaps: list[dict]) -> str:
     """The comparisons as text."""
     lines = []
-    if any(t["n"] > 1 for t in tests):
-        lines.append(["paired over seeds", "", "difference", "seeds above 0", "p (sign flips)"])
-        lines += [[f"{t['a']} - {t['b']}", {"accuracy": "greedy"}.get(t["figure"], "sampled"), f"{t['difference']:+.3f} ±{t['se'] or 0:.3f}",
-                   f"{t['above']} of {t['n']}", f"{t['p']:.3f}"] for t in tests]  # fmt: skip
-    lines += [[f"{g['a']} - {g['b']}", "nats a document", f"{g['difference']:+.3f} ±{g['se']:.3f}",
-               f"{g['seeds'] - g['below']} of {g['seeds']}", f"{g['documents']} documents"] for g in gaps]  # fmt: skip
-    return align(lines) if lines else ""
+    shown = [t | {"of": "seeds"} for t in tests if t["n"] > 1] + [g | {"figure": "nats a document"} for g in gaps]
+    names = {"accuracy": "greedy", "accuracy_sampled": "sampled"}
+    for t in shown:
+        spread = "" if t["se"] is None else f" ±{t['se']:.3f}"
+        lines.append([f"{t['a']} - {t['b']}", names.get(t["figure"], t["figure"]), f"{t['difference']:+.3f}{spread}",
+                      f"{t['above']} of {t['n']} {t['of']}", f"{t['p']:.4f}"])  # fmt: skip
+    header = ["paired", "", "difference ± standard error", "above 0", "p (sign flips)"]
+    return align([header, *lines]) if lines else ""
 
 
 def compare_table(rows: list[dict]) -> str:
@@ -598,12 +625,13 @@ def plot_loop(rows: list[dict], plt, s: Settings):
 
     def curve(axis, key, color, label):
         x = [t for t, name in enumerate(names) if any(value(r, key) is not None for r in rows if r["name"] == name)]
-        lines = [[value(r, key) for t in x for r in rows if r["name"] == names[t] and r["seed"] == seed]
-                 for seed in dict.fromkeys(r["seed"] for r in rows)]  # fmt: skip
+        known = {(r["name"], r["seed"]): value(r, key) for r in rows}
+        lines = [[known.get((names[t], seed)) for t in x] for seed in dict.fromkeys(r["seed"] for r in rows)]
+        lines = np.array(lines, dtype=float)  # [seeds, iterations]; nan: no such figure
         if x:
             for line in lines:
                 axis.plot(x, line, color=color, alpha=0.25, linewidth=0.8)
-            axis.plot(x, np.mean(lines, axis=0), color=color, marker="o", linewidth=2, label=label)
+            axis.plot(x, np.nanmean(lines, axis=0), color=color, marker="o", linewidth=2, label=label)
 
     def level(axis, name, key, color, style):
         values = [v for r in rows if r["name"] == name and (v := value(r, key)) is not None]
@@ -623,7 +651,7 @@ def plot_loop(rows: list[dict], plt, s: Settings):
     level(axes[2], "raw_flops", "nll_document", "C3", "--")
     axes[2].set(title="-log p of held-out answers, nats a document")
     curve(axes[3], "e_kept", "C5", "chunks that got a thought")
-    curve(axes[3], "e_pick_right", "C2", "of those, the right one")
+    curve(axes[3], "e_right_of_kept", "C2", "of those, the right one")
     axes[3].set(title="the thoughts it was trained on", ylim=(0, 1.02))
     for axis in axes:
         axis.set(xlabel="EM iteration")
@@ -641,10 +669,10 @@ def report(s: Settings, rows: list[dict], out_dir: Path) -> str:
         write_json(out_dir / "compare.json", {"config": config, "rows": rows})
         return compare_table(rows)
     last, summary = f"M{s.iterations}", summarise(rows)
-    tests, gaps, entropy = comparisons(rows, last), likelihood_gaps(rows, last), entropy_of(rows, s, out_dir)
-    found = {"rows": rows, "summary": summary, "tests": tests, "likelihood": gaps, "entropy_document": entropy}
+    tests, gaps, ruled = comparisons(rows, last), likelihood_gaps(rows, last), nats_of_rules(rows, s, out_dir)
+    found = {"rows": rows, "summary": summary, "tests": tests, "likelihood": gaps, "rules_nats_document": ruled}
     write_json(out_dir / "results.json", {"config": config} | found)
-    known = f"\n\nThe corpus's own rules give the held-out answers {entropy:.3f} nats a document." if entropy else ""
+    known = f"\n\nUnder the corpus's own rules the scored answers have {ruled:.3f} nats a document." if ruled else ""
     return table(summary) + known + "\n\n" + test_lines(tests, gaps)
 
 

@@ -320,16 +320,20 @@ def corpus_problems(
     None in a corpus without questions. An answer that cannot carry a thought is left out and counted.
     """
     numbers, fitting = asked_chunks(corpus), can_think(corpus, s.max_new, seq_len)
-    limits, problems = Limits(s.before, s.max_new + s.max_answer, seq_len), []
-    for i in numbers[fitting[numbers]][: s.limit or None]:
+    limits, problems, too_long = Limits(s.before, s.max_new + s.max_answer, seq_len), [], 0
+    for i in numbers:
+        context = context_of(corpus, i, limits, picked)
+        if not fitting[i] or (s.before and i - 1 not in context):  # the question itself does not fit beside a response
+            too_long += 1
+            continue
         # The layout of a chunk whose thought is still unknown ends in SOL PRI.
-        prompt = write_chunk(tok, corpus, i, context_of(corpus, i, limits, picked), None, PRIOR, picked)[0]
+        prompt = write_chunk(tok, corpus, i, context, None, PRIOR, picked)[0]
         gold = tok.decode(corpus.chunk(i))
         known = hashlib.sha256(corpus.chunk(i - 1).tobytes() + corpus.chunk(i).tobytes()).hexdigest()[:16]
         problems.append(
             Problem(int(i), prompt if s.mode == "latent" else prompt[:-2], gold, {"question": known})
         )
-    return problems, {"answers_too_long": int((~fitting[numbers]).sum())}
+    return problems[: s.limit or None], {"answers_too_long": too_long}
 
 
 # ---------------------------------------------------------------------------------------------------------- responses

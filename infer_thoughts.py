@@ -1082,7 +1082,7 @@ def report(meta: dict) -> str:
         f"{meta['n_inferred']} chunks, {n} thoughts each, {meta['sampled_tokens']:,} tokens; "
         f"cut off {meta['cut_off']} ({meta['cut_off_share']:.1%}), "
         f"chunks with all cut off {meta['all_cut_off']}, "
-        f"picks dropped for a gain below {meta['min_gain']:g} nats {meta['no_gain']}, "
+        f"picks dropped for a gain below {meta['min_gain'] if meta['min_gain'] > -1e9 else -math.inf:g} nats {meta['no_gain']}, "
         f"empty picks {meta['empty_picks']}",
         f"ess {of('ess', '.2f')} of {n}, entropy of weights {of('weight_entropy', '.3f')} nats, "
         f"picks that a uniform choice would make otherwise {of('pick_not_uniform', '.1%')}",

@@ -116,10 +116,11 @@ def make_documents(s: Settings) -> dict[str, list]:
 
 
 def true_nats(corpus: Corpus) -> np.ndarray:
-    """-log p(answers | what stands before them) of each document under the rules above, [n_docs]: what a perfect model would score.
+    """-log p(answers | what stands before them) of each document under the rules above, [n_docs]. corpus: made by this script.
 
-    The answer follows from the question, and all that is left to guess is that the question is over: it has as many operations as a
-    uniform draw from min_ops .. max_ops gives, and not one more. corpus: made by this script.
+    The answer follows from the question; all that is left to guess is that the question is over. After n operations it is with
+    probability 1 / (max_ops - n + 1), by the uniform draw of their number. (That no problem comes twice makes short ones a little
+    rarer.) A model that always expects the end would score these tokens better, and pay for it at the questions.
     """
     recipe, nats = corpus.meta["source"], np.zeros(corpus.n_docs)
     for i in np.flatnonzero(corpus.questions):

@@ -74,7 +74,7 @@ def test_report(run):
         assert set(row["nll_bound"]) == {"1", "4", "16"} and row["nll_thoughtless"] > 0 if name[0] == "M" else row["nll"] > 0
     assert 0 <= rows["M1"]["e_step"]["kept"] <= 1 <= rows["M1"]["e_step"]["ess"] <= 2
     assert [r["name"] for r in report["summary"]] == list(rows)
-    assert report["summary"][2]["accuracy"] == [rows["M0"]["accuracy"], 0.0]
+    assert report["summary"][2]["accuracy"] == [rows["M0"]["accuracy"], None]
     assert out.count("$ python") == 12 and "IWAE-16" in out
     assert (folder / "run/curves.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -111,7 +111,7 @@ def test_likelihoods_are_paired_document_by_document(run):
     gaps = {g["b"]: g for g in report["likelihood"]}
     for b, other in (("M2 thoughtless", last["thoughtless"]), ("raw_flops nll", raw["nll"])):
         d = last["bound_16"] - other
-        assert (last["doc"] == raw["doc"]).all() and gaps[b]["documents"] == len(d) == 30
+        assert (last["doc"] == raw["doc"]).all() and gaps[b]["n"] == len(d) == 30 and gaps[b]["of"] == "documents"
         assert gaps[b]["difference"] == pytest.approx(d.mean()) and gaps[b]["se"] == pytest.approx(d.std(ddof=1) / 30**0.5)
 
 
@@ -181,7 +181,7 @@ def test_default_run_killed_ten_times(tmp_path):
 
 
 def test_ctrl_c_is_one_line_and_leaves_no_stage_behind(digits, tmp_path):
-    command = [sys.executable, str(ROOT / "em.py"), f"--corpus={digits}", f"--out_dir={tmp_path}/run", *TINY]
+    command = [sys.executable, str(ROOT / "em.py"), f"--corpus={digits}", f"--out_dir={tmp_path}/run", "--jobs=2", *TINY]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     time.sleep(5)
     child.send_signal(signal.SIGINT)
@@ -240,13 +240,14 @@ def test_a_stage_that_fails_ends_all(digits, tmp_path):
     done = script("em.py", *flags, code=1)
     assert "--bound_docs=-1: must be at least 0" in done.stderr and "ended with exit code" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr and not (tmp_path / "run/results.json").exists()
+    assert not (tmp_path / "run/seed0/E2").exists(), "an evaluation of M0 that fails ends the loop, not only itself"
     left = subprocess.run(["pgrep", "-f", f"out_dir={tmp_path}"], capture_output=True, text=True).stdout
     assert left == ""
 
 
 def test_settings_are_compared_by_value():
-    assert em.same(-1e9, "-inf") and em.same(0.0, "0") and em.same("uniform", "uniform") and em.same(64, "64") and em.same(True, "True")
-    assert not em.same(0.0, "-inf") and not em.same(0.5, "x") and not em.same(64, "65") and not em.same("a", "b")
+    assert em.same(-1e9, "-inf") and em.same(0.0, "0") and em.same("uniform", "uniform") and em.same(64, "64") and em.same(True, "true") and em.same(False, "0")
+    assert not em.same(0.0, "-inf") and not em.same(0.5, "x") and not em.same(64, "65") and not em.same("a", "b") and not em.same(True, "false")
 
 
 def test_slots_let_the_first_in_order_in():
@@ -276,7 +277,7 @@ def test_sign_flips_are_exact():
     assert em.sign_flip(d) == pytest.approx(np.mean([x >= sum(d) - 1e-9 for x in sums]))
     rng = np.random.default_rng(0)
     assert np.mean([em.sign_flip(rng.normal(size=10)) < 0.05 for _ in range(400)]) == pytest.approx(0.05, abs=0.03)
-    assert em.sign_flip(rng.normal(size=40) + 2) < 0.001
+    assert 0 < em.sign_flip(rng.normal(size=40) + 2) < 0.001
 
 
 def test_comparisons_pair_the_seeds():
@@ -314,9 +315,11 @@ def test_a_benchmark_and_two_devices(digits, tmp_path):
     problem = {"question": "Start at 3. Add 4.", "answer": "#### 7"}
     (tmp_path / "few.jsonl").write_text((json.dumps(problem) + "\n") * 3)
     flags = [f"--corpus={digits}", f"--out_dir={tmp_path}/run", "--iterations=1", *SMALL, "--device=cpu", "--devices=2",
-             f"--benchmark={tmp_path}/few.jsonl", "--eval=--bound_docs=3 --limit=3 --max_new=24"]  # fmt: skip
+             f"--benchmark={tmp_path}/few.jsonl", "--benchmark_eval=--max_new=40", "--eval=--bound_docs=3 --limit=3"]  # fmt: skip
     out = script("em.py", *flags, env={"OMP_NUM_THREADS": "1"}).stdout
     assert out.count("$ torchrun --standalone --nproc_per_node=2 train.py") == 4
     assert out.count("$ torchrun --standalone --nproc_per_node=2 infer_thoughts.py") == 1 and out.count("$ python eval_math.py") == 8
     for row in results(tmp_path / "run")["rows"]:
-        assert row["benchmark"]["n"] == 3 and 0 <= row["benchmark"]["accuracy"] <= 1
+        answered = json.loads((tmp_path / f"run/seed0/{row['name']}/benchmark/results.json").read_text())
+        assert answered["n"] == 3 and answered["too_long"] == 0 and row["benchmark"] == answered["accuracy"]
+    assert any("benchmark" in line and "greedy" in line for line in out.splitlines()), "a column of the table"

@@ -600,7 +600,7 @@ def test_learned_documents_are_answered(digits, models, tmp_path):
         assert a_byte * raw["bytes"] == pytest.approx(a_token * raw["tokens"]) == pytest.approx(a_document * raw["bound_docs"])
     lines = [json.loads(line) for line in (tmp_path / "l/responses.jsonl").read_text().splitlines()]
     assert len(lines) == 40 and sum(r["responses"][0]["correct"] for r in lines) == latent["accuracy"] * 40
-    assert all("=" in r["responses"][0]["thought"] and "digit" in r["responses"][0]["response"] for r in lines if r["responses"][0]["correct"])
+    assert all("->" in r["responses"][0]["thought"] and "digit" in r["responses"][0]["response"] for r in lines if r["responses"][0]["correct"])
     assert "complete" in script("eval_math.py", *flags, f"--model={models}/raw", f"--out_dir={tmp_path}/r", "--mode=raw").stdout
     done = script("eval_math.py", f"--compare={tmp_path}/r,{tmp_path}/l", f"--out_dir={tmp_path}/c")
     nats = json.loads((tmp_path / "c/compare.json").read_text())["likelihood"]
