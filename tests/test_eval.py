@@ -495,6 +495,11 @@ def test_chunks_that_the_e_step_refuses_are_left_out_and_counted(toy_model):
         )
         figures, arrays = measure(toy_model, corpus, mode=mode, context="thoughts", max_new=max_new - 1)
         assert figures["bound_chunks"] == 10 and (figures["too_long"], figures["docs_left_out"]) == (0, 0)
+    asked = corpus_of([[[0] * 40, [1]]], questions=[True, False])
+    for seq, n in ((96, 1), (95, 0)):  # a question that has no room beside its response is not left out of its prompt
+        problems, counts = corpus_problems(settings(corpus="c", max_new=17, max_answer=32), LETTERS_DECODED, asked, seq)
+        assert len(problems) == n and counts == {"answers_too_long": 1 - n}
+        assert all(p.prompt.tolist().count(0) == 40 for p in problems)
     beyond = toy_corpus(long=seq_len + 5)
     for mode in ("raw", "latent"):  # with thoughts in the context this was an IndexError
         assert measure(toy_model, beyond, mode=mode, context="thoughts")[0]["too_long"] == 1
