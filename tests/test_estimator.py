@@ -109,6 +109,33 @@ def test_mean_weight_is_the_likelihood(exact, sampled):
     assert abs(w.mean() - p_x) < 4 * w.std() / np.sqrt(len(w))
 
 
+def test_thoughts_from_the_prior_are_weighed_right(toy_model, exact):
+    """--proposal=prior: log q is the prior's, which has not read x; the mean weight is the same likelihood, and the check holds."""
+    thoughts, _, log_p = exact
+    numbers = np.array([CHUNK])
+    got = infer(Engine(toy_model), TOY, CORPUS, numbers, 20000, LIMITS, seed=0, proposal=PRIOR)
+    index, done = index_of(got, thoughts), got.finished[0]
+    head = [TOY.bos, 0, 1, TOY.sol, TOY.pri]
+    for k in np.flatnonzero(done)[:40]:
+        ids = [*head, *thoughts[index[k]], TOY.eol]
+        assert got.log_q[0, k] == pytest.approx(slow_log_prob(toy_model, ids, len(head), len(ids)), abs=1e-4)
+        assert got.log_p[0, k] == pytest.approx(log_p[index[k]], abs=1e-4)
+        assert got.log_w[0, k] == pytest.approx(got.log_x[0, k], abs=1e-4), "the prior cancels"
+    w = np.exp(got.log_w[0])
+    assert abs(w.mean() - np.exp(log_p).sum()) < 4 * w.std() / np.sqrt(len(w))
+    few = infer(Engine(toy_model), TOY, CORPUS, numbers, 50, LIMITS, seed=0, proposal=PRIOR)
+    assert (infer_thoughts.check(toy_model, TOY, CORPUS, numbers, few, LIMITS, {}, PRIOR) < 1e-4).all()
+    assert infer_thoughts.check(toy_model, TOY, CORPUS, numbers, few, LIMITS, {}).max() > 1e-2, "not the posterior's"
+
+
+def test_computed_tokens_are_all_that_the_model_reads(toy_model):
+    corpus = corpus_of([[[0, 1], [1, 0, 1]]])
+    got = infer(Engine(toy_model), TOY, corpus, np.array([1]), 3, Limits(3, 6, 64), seed=1)
+    prompt = 1 + 2 + 2 + 3 + 2  # BOS c SOL EOL x SOL POS
+    scored = (1 + 2) + 3 + (2 + 3) + sum(2 + len(z) + 1 + 3 for z, ok in zip(got.thoughts[0], got.finished[0]) if ok)
+    assert got.computed.tolist() == [prompt + got.length.sum() + scored]
+
+
 def test_resampling_approaches_the_posterior(exact, sampled):
     thoughts, _, log_p = exact
     posterior = np.exp(log_p) / np.exp(log_p).sum()
