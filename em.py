@@ -1,35 +1,44 @@
-"""The EM loop: a model learns to think from a few examples, infers the thoughts of raw text, and learns from those, again and again.
+"""The EM loop: a model learns to think from a few examples, infers the thoughts of raw text, and learns from
+those, again and again.
 
     data      a few documents with thoughts (warm), many without (raw), some held out
     M0        warm start: train.py on the documents with thoughts
-    E-step t  infer_thoughts.py: M(t-1) samples K thoughts for every raw chunk, weighs them, picks one, or none
-    M-step t  train.py on the raw documents with those thoughts: Mt, which starts where M1 started, whatever t
-    raw rows  the raw documents without thoughts: raw_tokens (as many steps as an M-step), raw_flops (the arithmetic of the whole loop, to a percent or two)
+    E-step t  infer_thoughts.py: M(t-1) samples K thoughts for each raw chunk, weighs them, picks one, or none
+    M-step t  train.py on the raw documents with those thoughts: Mt. It starts where M1 started, whatever t
+    raw rows  the raw documents without thoughts: raw_tokens takes as many steps as an M-step, raw_flops the
+              arithmetic of the whole loop, to a percent or two
     eval      eval_math.py for every model, on the held-out documents
 
-With p(z, x) the model that thinks and then writes and q(z | x) the one that reads and recovers thoughts (one network is both),
-the E-step draws z from close to p(z | x) by importance sampling, and the M-step maximises log p(z, x) + log q(z | x).
+With p(z, x) the model that thinks and then writes and q(z | x) the one that reads and recovers thoughts (one
+network is both), the E-step draws z from close to p(z | x) by importance sampling, and the M-step maximises
+log p(z, x) + log q(z | x).
 
     python em.py                                     # the toy corpus, a few minutes on 2 CPU cores
-    python em.py --controls                          # beside it, everything that could explain the result away
-    python em.py --controls --seeds=10 --seed=100    # the README's table: means, deviations, paired tests over ten seeds
+    python em.py --controls                          # and everything that could explain the result away
+    python em.py --controls --seeds=10 --seed=100    # README's table: means, deviations, paired tests
     python em.py --samples=1 --iterations=1          # one round without a choice of thoughts
-    python em.py --corpus=C --warm_train=--max_steps=900 --train="--n_layer=6 --n_embd=192 --n_head=6"
-    python em.py --corpus=C --benchmark=gsm8k        # and this benchmark for each model; on several GPUs stages start by torchrun
-    python em.py --compare --seeds=2                 # instead of the loop: the methods of data/methods.py side by side
+    python em.py --corpus=C --train="--n_layer=6 --n_embd=192 --n_head=6" --warm_train=--max_steps=900
+    python em.py --corpus=C --base=M --benchmark=gsm8k    # from a pretrained model; a benchmark for each model.
+                                                     # With several GPUs the stages start by torchrun
+    python em.py --compare --seeds=2                 # no loop: the methods of data/methods.py side by side
 
-The controls (ARMS, and run_controls), all from the same data and the same M0:
-    warm_flops   the documents with thoughts alone, trained for the arithmetic of the whole loop: is it only longer training?
+The controls (ARMS, and Seed.run), all from the same data and the same M0:
+
+    warm_flops   the documents with thoughts alone, trained for the arithmetic of the whole loop: is it only
+                 longer training?
     uniform      the loop with any thought that ended, whatever it weighs or gains
-    weights      the loop with weights alone (the paper's rule);  gain: with the rule of gain alone (--min_gain)
-    prior        thoughts sampled from p(z | c), which has not read the text, weighed and kept by how well they explain it (like STaR)
+    weights      the loop with weights alone (the paper's rule)
+    gain         the loop with the rule of gain alone (--min_gain)
+    prior        thoughts from p(z | c), which has not read the text, weighed and kept by how well they explain
+                 it: like STaR
     samples1, samples16   the loop with another K
     gold         an M-step on the true thoughts: the ceiling
 
-FLOPs are 6 a parameter and trained token, and 2 a parameter and token that an E-step reads, samples or scores; they add up along a row.
-Each stage is a command, printed as it starts; copy it, edit it, run it by hand. A stage that is complete is skipped, one that was cut
-off goes on, so the same em.py command can be repeated at any time. Everything of a seed lies in OUT_DIR/seedN; results.json and
-curves.png (compare.json and compare.png) in OUT_DIR. This script reads numbers that the stages wrote; it imports no model code.
+FLOPs are 6 a parameter and trained token, and 2 a parameter and token that an E-step reads, samples or
+scores; they add up along a row. Each stage is a command, printed as it starts; copy it, edit it, run it by
+hand. A stage that is complete is skipped, one that was cut off goes on, so the same em.py command can be
+repeated at any time. Everything of a seed lies in OUT_DIR/seedN; results.json and curves.png (compare.json
+and compare.png) in OUT_DIR. This script reads numbers that the stages wrote; it imports no model code.
 """
 
 import contextlib
@@ -79,7 +88,7 @@ class Settings:
     device: str = opt("", "cpu, cuda, mps; none: the best there is")
 
 
-TOY_WARM = "--max_steps=1200 --weight_decay=0.3"  # 190 epochs of 100 documents; four times as many steps gain nothing (README)
+TOY_WARM = "--max_steps=1200 --weight_decay=0.3"  # M0's plateau: four times as many steps gain nothing (README)
 
 # An E-step's flags that make a control of the loop. They win over --infer's.
 ARMS = {
@@ -97,7 +106,8 @@ ARMS = {
 
 @contextlib.contextmanager
 def only_run(out_dir: Path):
-    """Hold out_dir against other runs. Stages inherit the lock: one that outlives a killed em.py is waited for."""
+    """Hold out_dir against other runs. Stages inherit the lock: one that outlives a killed em.py is waited
+    for."""
     out_dir.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
@@ -139,7 +149,8 @@ class Slots:
 
 @dataclass
 class Stages:
-    """Starts the other scripts as commands, `jobs` of them side by side. lock: file numbers that they inherit."""
+    """Starts the other scripts as commands, `jobs` of them side by side. lock: file numbers that they
+    inherit."""
 
     jobs: int = 1
     devices: int = 1
@@ -152,9 +163,9 @@ class Stages:
         self.slots, self.guard = Slots(self.jobs), threading.Lock()
 
     def run(self, name: str, script: str, folder: Path, last: str, flags: dict, more: str = "", order: int = 0) -> None:
-        """`python script --flag=value ...`, which fills `folder`, unless the file it writes last is there. The flags in the string
-        `more` win. order: of the stages that wait, those with the lowest start first. UserError if it fails or was made by other
-        flags."""
+        """`python script --flag=value ...`, which fills `folder`, unless the file it writes last is there.
+        The flags in the string `more` win. order: of the stages that wait, those with the lowest start first.
+        UserError if it fails or was made by other flags."""
         done = folder / last
         flags = {k: str(v) for k, v in flags.items() if v != ""}
         for word in shlex.split(more):
@@ -180,7 +191,8 @@ class Stages:
         print(f"{name}: complete" + (f"; but {script} has changed since: give another --out_dir to run it anew" if newer else ""))
 
     def start(self, name: str, script: str, folder: Path, flags: list[str]) -> int:
-        """The exit code of a script. Side by side with others it writes into a log, whose end is shown when it fails."""
+        """The exit code of a script. Side by side with others it writes into a log, whose end is shown when
+        it fails."""
         launch = [str(HERE / script)]
         if self.devices > 1 and script in ("train.py", "infer_thoughts.py"):
             launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.devices}", *launch]
@@ -195,7 +207,8 @@ class Stages:
             if self.jobs > 1:
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 log = open(f"{folder}.log", "ab")
-            # Its own session: Ctrl-C reaches only us. Its standard input: when we die, however we die, it closes and the stage ends.
+            # Its own session: Ctrl-C reaches only us. Its standard input: when we die, however we die, it
+            # closes and the stage ends.
             child = subprocess.Popen([sys.executable, *launch, *flags], stdin=subprocess.PIPE, start_new_session=True,
                                      pass_fds=self.lock, env=env, stdout=log, stderr=log)  # fmt: skip
             self.children.add(child)
@@ -218,7 +231,8 @@ class Stages:
 
 
 def same(made_by, flag: str) -> bool:
-    """Whether a setting that was stored is what a flag says: 0.0 is --min_gain=0, and -1e9 is -inf, which JSON has not."""
+    """Whether a setting that was stored is what a flag says: 0.0 is --min_gain=0, and -1e9 is -inf, which
+    JSON has not."""
     if isinstance(made_by, float):
         with contextlib.suppress(ValueError):
             return made_by == max(float(flag), -1e9)
@@ -241,7 +255,8 @@ def how_many(s: Settings) -> tuple[int, int]:
 
 
 class Seed:
-    """The stages of one seed. Chains of stages that need nothing of each other are futures of `pool`; rows fill up as they end."""
+    """The stages of one seed. Chains of stages that need nothing of each other are futures of `pool`; rows
+    fill up as they end."""
 
     def __init__(self, s: Settings, seed: int, out_dir: Path, stages: Stages, pool: ThreadPoolExecutor):
         self.s, self.seed, self.stages, self.pool, self.rows = s, seed, stages, pool, {}
@@ -257,8 +272,8 @@ class Seed:
         return folder
 
     def train(self, name: str, corpus: str, thoughts="", more: str = "", order: int = 0) -> Path:
-        """Each M-step starts from the same weights, and only its thoughts are better: the base model's, as in the paper. The toy
-        has no base model, so M0 is its."""
+        """Each M-step starts from the same weights, and only its thoughts are better: the base model's, as in
+        the paper. The toy has no base model, so M0 is its."""
         s, m_step = self.s, corpus == "raw" and thoughts
         flags = {"corpus": self.data / corpus, "thoughts": thoughts}
         flags["init_from"] = s.base or (self.folder / "M0" if m_step else "")
@@ -269,8 +284,8 @@ class Seed:
         return self.stage(name, "train.py", "config.json", flags, f"{given} {more}", order)
 
     def infer(self, t: int, arm: str, model: Path, order: int) -> Path:
-        """The E-step of iteration t. Each has noise of its own: with the same numbers every round, the same chunks would be
-        unlucky every time."""
+        """The E-step of iteration t. Each has noise of its own: with the same numbers every round, the same
+        chunks would be unlucky every time."""
         flags = {"corpus": self.data / "raw", "model": model, "samples": self.s.samples, "max_new": self.s.max_new}
         own = {"seed": self.seed + 1000 * t} | ARMS.get(arm, {})
         more = " ".join([self.s.infer, *(f"--{key}={flag}" for key, flag in own.items())])
@@ -300,7 +315,8 @@ class Seed:
         return model
 
     def loop(self, arm: str, model: Path, rounds: range, spent: float, order: int) -> tuple[Path, float]:
-        """EM from a model with an arm's E-steps: (the last model, what all of it took). Of an arm only the last is evaluated."""
+        """EM from a model with an arm's E-steps: (the last model, what all of it took). Of an arm only the
+        last is evaluated."""
         for t in rounds:
             name = f"{arm}/M{t}".lstrip("/")
             e_step = self.infer(t, arm, model, order)
@@ -326,7 +342,8 @@ class Seed:
             chains += [submit(self.loop, arm, model, rounds, start, order) for order, arm in enumerate(ARMS, 4)]
         first, spent = self.loop("", model, rounds[:1], start, 0)
         chains.append(submit(self.loop, "", first, rounds[1:], spent, 0))
-        # All rounds take what the first takes, but for the lengths of thoughts: so these need not wait for the last.
+        # All rounds take what the first takes, but for the lengths of thoughts: so these need not wait for
+        # the last.
         budget = f"--max_tokens={round(start + len(rounds) * (spent - start))}"
         chains.append(submit(self.single, "raw_flops", "raw", "", budget))
         if self.s.controls:
@@ -352,7 +369,8 @@ def find_data(s: Settings, seed: int, folder: Path, stages: Stages, more: dict |
 
 
 def spent_on(model: Path, e_step: Path | None = None) -> float:
-    """Training tokens of equal arithmetic that a model and its E-step took: a token that is only read or sampled costs a third."""
+    """Training tokens of equal arithmetic that a model and its E-step took: a token that is only read or
+    sampled costs a third."""
     tokens = read_json(model / "training.json")["train_tokens"]
     return tokens + (read_json(e_step / "meta.json")["computed_tokens"] / 3 if e_step else 0)
 
@@ -383,9 +401,11 @@ def in_order(rows: dict) -> list[dict]:
 
 
 def run_compare(s: Settings, out_dir: Path, stages: Stages) -> list[dict]:
-    """s.seeds models for each method, on the same raw documents and the same number of training tokens; a row for each method."""
+    """s.seeds models for each method, on the same raw documents and the same number of training tokens; a row
+    for each method."""
     folder = out_dir / "methods"
-    # Longer problems than the loop's: of two steps there are too few for raw-fresh to draw new ones without end.
+    # Longer problems than the loop's: of two steps there are too few for raw-fresh to draw new ones without
+    # end.
     data = find_data(s, s.seed, out_dir, stages, {"min_ops": 3, "max_ops": 5, "raw": 3000})
     flags = {"corpus": data, "out_dir": folder, "tokens": s.tokens, "seed": s.seed}
     stages.run("methods", "data/methods.py", folder, "meta.json", flags)
@@ -413,7 +433,8 @@ def run_compare(s: Settings, out_dir: Path, stages: Stages) -> list[dict]:
 
 
 def pick_figures(thoughts: Path, raw: Path, truth: Path) -> dict:
-    """kept: share of the chunks with a true thought that got one; right_of_kept: share of those that are it, token by token."""
+    """kept: share of the chunks with a true thought that got one; right_of_kept: share of those that are it,
+    token by token."""
     corpus = open_corpus(raw)
     picked, true = open_thoughts(thoughts, corpus), open_thoughts(truth, corpus)
     numbers = [i for i in range(corpus.n_chunks) if len(true.span(i))]
@@ -423,7 +444,8 @@ def pick_figures(thoughts: Path, raw: Path, truth: Path) -> dict:
 
 
 def make_row(name: str, model: Path, e_step: Path | None, data: Path) -> dict:
-    """One model's figures, gathered from the folders of its stages. Accuracy is missing where the corpus has no questions."""
+    """One model's figures, gathered from the folders of its stages. Accuracy is missing where the corpus has
+    no questions."""
     training, results = read_json(model / "training.json"), read_json(model / "eval" / "results.json")
     row = {"name": name}
     if results.get("accuracy") is not None:
@@ -467,9 +489,11 @@ def summarise(rows: list[dict]) -> list[dict]:
 
 
 def sign_flip(differences) -> float:
-    """Two-sided p of the mean of paired differences, by flipping their signs: if nothing is behind them, each sign was a fair coin.
+    """Two-sided p of the mean of paired differences, by flipping their signs: if nothing is behind them, each
+    sign was a fair coin.
 
-    Exact over all 2^n flips for n <= 16, else over 65,536 seeded ones. With n = 10 the smallest p is 2 / 1,024."""
+    Exact over all 2^n flips for n <= 16, else over 65,536 seeded ones. With n = 10 the smallest p is 2 /
+    1,024."""
     d = np.asarray(differences, dtype=float)
     n = len(d)
     if n <= 16:
@@ -482,7 +506,8 @@ def sign_flip(differences) -> float:
 
 
 def comparisons(rows: list[dict], last: str) -> list[dict]:
-    """Paired differences between rows, seed by seed: the mean, its standard error, in how many seeds it is above 0, p."""
+    """Paired differences between rows, seed by seed: the mean, its standard error, in how many seeds it is
+    above 0, p."""
     models = [f"M{t}" for t in range(int(last[1:]) + 1)]
     pairs = [*zip(models[1:], models), (last, "M0"), (last, "warm_flops"), *((last, f"{arm}/{last}") for arm in ARMS)]
     by_name = {name: {r["seed"]: r for r in rows if r["name"] == name} for name in dict.fromkeys(r["name"] for r in rows)}
@@ -499,11 +524,11 @@ def comparisons(rows: list[dict], last: str) -> list[dict]:
 
 
 def likelihood_gaps(rows: list[dict], last: str) -> list[dict]:
-    """The last model's IWAE-16 bound against its own thoughtless NLL and the raw models' NLL: the same documents, the same tokens
-    under the same givens, in nats a document; below 0 where the bound is lower.
+    """The last model's IWAE-16 bound against its own thoughtless NLL and the raw models' NLL: the same
+    documents, the same tokens under the same givens, in nats a document; below 0 where the bound is lower.
 
-    Documents of one seed share their models. So of several seeds each counts once, by the mean over its documents; of a single one
-    the documents are the pairs. UserError when two models scored other documents.
+    Documents of one seed share their models. So of several seeds each counts once, by the mean over its
+    documents; of a single one the documents are the pairs. UserError when two models scored other documents.
     """
     wanted = {last: ("bound_16", "thoughtless"), "raw_tokens": ("nll",), "raw_flops": ("nll",)}
     nats = {}
@@ -527,7 +552,8 @@ def likelihood_gaps(rows: list[dict], last: str) -> list[dict]:
 
 
 def nats_of_rules(rows: list[dict], s: Settings, out_dir: Path) -> float | None:
-    """Mean -log p of the scored answers under the toy's own rules, in nats a document; None for any other corpus."""
+    """Mean -log p of the scored answers under the toy's own rules, in nats a document; None for any other
+    corpus."""
     nats = []
     for seed in dict.fromkeys(r["seed"] for r in rows):
         corpus = open_corpus(Path(s.corpus or out_dir / f"seed{seed}/data") / "heldout")
@@ -592,7 +618,8 @@ def align(lines: list[list[str]]) -> str:
 
 
 def plot(rows: list[dict], path: Path, s: Settings) -> bool:
-    """curves.png: accuracy, likelihood and picks by iteration; or compare.png. False where matplotlib is missing."""
+    """curves.png: accuracy, likelihood and picks by iteration; or compare.png. False where matplotlib is
+    missing."""
     try:
         import matplotlib
     except ImportError:
@@ -619,7 +646,8 @@ def plot_compare(rows: list[dict], plt, s: Settings):
 
 
 def plot_loop(rows: list[dict], plt, s: Settings):
-    """All seeds as thin lines, their mean as a thick one; the controls' means as marks behind the last iteration."""
+    """All seeds as thin lines, their mean as a thick one; the controls' means as marks behind the last
+    iteration."""
     names = [f"M{t}" for t in range(s.iterations + 1)]
     figure, axes = plt.subplots(1, 4, figsize=(15, 4), layout="constrained")
 
