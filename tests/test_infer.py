@@ -114,7 +114,7 @@ def test_thoughts_folder(digits, model, tmp_path):
         assert (picked == -1) == (corpus.questions[i] or not samples["finished"][i].any())
         assert len(thoughts.span(i)) == (samples["length"][i, picked] - 1 if picked >= 0 else 0)
         assert picked == -1 or samples["finished"][i, picked], "a cut-off thought is never picked"
-    assert out.count("->") == 2 and out.count("log_w") == 8 and 1 <= meta["ess"] <= 4
+    assert out.count("-> log_q") == 2 and out.count("log_w") == 8 and 1 <= meta["ess"] <= 4
     assert not (tmp_path / "E.parts").exists() and not list(tmp_path.glob("*.tmp"))
 
 
@@ -154,8 +154,13 @@ def test_no_thought_ends_at_all(digits, tmp_path):
     """A model that has hardly been trained: nothing to weigh, and a report that says so."""
     warm = [f"--corpus={digits}/warm", f"--thoughts={digits}/warm_thoughts", f"--out_dir={tmp_path}/M"]
     script("train.py", *warm, "--max_steps=1", "--batch_size=2")
-    flags = ["--max_new=2", "--samples=2", "--seed=1", "--show=1"]  # by this seed not one of the 120 ends
-    out = script("infer_thoughts.py", *run_infer(digits, tmp_path / "M", tmp_path / "E"), *flags).stdout
+    hardly, tok = train.load_model(tmp_path / "M")
+    hardly.norm.weight.data *= 100  # sure of its likeliest token, which is never EOL: that has logit 0
+    hardly.embed_tokens.weight.data[tok.eol] = 0
+    (tmp_path / "sure").mkdir()
+    train.save_model(tmp_path / "sure", hardly, tok)
+    flags = ["--max_new=2", "--samples=2", "--seed=1", "--show=1"]
+    out = script("infer_thoughts.py", *run_infer(digits, tmp_path / "sure", tmp_path / "E"), *flags).stdout
     meta, samples = json.loads((tmp_path / "E/meta.json").read_text()), np.load(tmp_path / "E/samples.npz")
     assert meta["all_cut_off"] == meta["n_inferred"] == 60 and meta["cut_off"] == 120 and meta["no_gain"] == 0
     assert meta["gain"] is meta["gain_picked"] is meta["pick_not_uniform"] is None and meta["ess"] == 0
