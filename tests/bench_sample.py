@@ -1,6 +1,6 @@
 """The E-step against transformers: same weights, prompts, K, longest thought and threads, in alternating runs.
 
-    python tests/bench_sample.py --model=out/digits-samples4-seed0/M1 --corpus=out/digits-samples4-seed0/data/raw
+    python tests/bench_sample.py --model=out/digits/seed0/M1 --corpus=out/digits/seed0/data/raw
     python tests/bench_sample.py --model=SMOLLM2_TRAINED --corpus=GSM8K/raw --chunks=64 --max_new=128 --batches=16,64
     python tests/bench_sample.py --model=TINYLLAMA_TRAINED --corpus=C --chunks=2048 --max_new=512 --dtype=bfloat16 --peer=false --hbm=3350    # on an H100
 
