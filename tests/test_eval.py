@@ -690,7 +690,7 @@ def test_fine_tuning_learns_the_completion_and_is_evaluated(sums, models, tmp_pa
         assert training["loss"] == "completion" and training["seed"] == 0 and training["lr"] == 1e-3
         corpus = open_corpus(tmp_path / mode / "data/corpus")
         assert corpus.n_docs == 28 and corpus.questions.tolist() == [True, False] * 28
-        assert ("=" in corpus.tokenizer.decode(corpus.chunk(1))) == (mode == "raw")  # where the solution stands
+        assert ("->" in corpus.tokenizer.decode(corpus.chunk(1))) == (mode == "raw")  # where the solution stands
     evaluated = json.loads((tmp_path / "latent/seed1/eval/results.json").read_text())
     assert evaluated["n_shots"] == 0 and evaluated["sampled"]["k"] == 2
     assert script("eval_math.py", *flags).stdout.count("complete") == 4
