@@ -88,7 +88,7 @@ class Settings:
     device: str = opt("", "cpu, cuda, mps; none: the best there is")
 
 
-TOY_WARM = "--max_steps=1800 --weight_decay=0.3"  # M0 reaches its plateau, see warm_flops in README
+TOY_WARM = "--max_steps=1800 --weight_decay=0.3"  # M0 near its plateau, see README
 
 # An E-step's flags that make a control of the loop. They win over --infer's.
 ARMS = {
