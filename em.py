@@ -15,7 +15,7 @@ log p(z, x) + log q(z | x).
 
     python em.py                                     # the toy corpus, a few minutes on 2 CPU cores
     python em.py --controls                          # and everything that could explain the result away
-    python em.py --controls --seeds=10 --seed=100    # README's table: means, deviations, paired tests
+    python em.py --controls --seeds=10 --seed=110    # over seeds: means, deviations, paired tests
     python em.py --samples=1 --iterations=1          # one round without a choice of thoughts
     python em.py --corpus=C --train="--n_layer=6 --n_embd=192 --n_head=6" --warm_train=--max_steps=900
     python em.py --corpus=C --base=M --benchmark=gsm8k    # from a pretrained model; a benchmark for each model.
