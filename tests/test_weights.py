@@ -503,7 +503,7 @@ def test_spellings_that_are_fine_are_accepted(good, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flag, part", [({"n_layer": 3}, "--n_layer=3"), ({"n_hidden": 80}, "--n_hidden=80"), ({"seq_len": 65, "max_steps": 1}, "--seq_len=65")]
+    "flag, part", [({"n_layer": 5}, "--n_layer=5"), ({"n_hidden": 80}, "--n_hidden=80"), ({"seq_len": 65, "max_steps": 1}, "--seq_len=65")]
 )
 def test_sizes_that_are_not_the_folders_are_refused(flag, part, good):
     folder_config, tok = train.open_folder(good)
