@@ -732,13 +732,13 @@ def newton_schulz(g: torch.Tensor, rounds: int = 5) -> torch.Tensor:
     hundred times longer, and the matrices are small.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    wide = g.shape[1] > g.shape[2]
-    x = g.mT if wide else g
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    tall = g.shape[1] > g.shape[2]
+    x = g.mT if tall else g
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).contiguous()  # [n, short side, long side]
     for _ in range(rounds):
-        gram = x.mT @ x  # [n, cols, cols], the smaller side
-        x = a * x + x @ (b * gram + c * gram @ gram)
-    return x.mT if wide else x
+        gram = x @ x.mT  # [n, short, short]
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)  # a x + (b gram + c gram^2) x
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):

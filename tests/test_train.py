@@ -41,6 +41,18 @@ def test_newton_schulz_orthogonalises():
     assert torch.nn.functional.cosine_similarity(train.newton_schulz(g)[0].flatten(), (u @ v).flatten(), dim=0) > 0.95
 
 
+def test_newton_schulz_equals_the_formula():
+    """As Jordan et al. write it: x -> a x + (b A + c A^2) x with A = x x^T, whichever side of x is the longer."""
+    for shape in ((2, 20, 50), (2, 50, 20), (1, 16, 16)):
+        g = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        for matrix, got in zip(g, train.newton_schulz(g)):
+            x = matrix / matrix.norm()
+            for _ in range(5):
+                A = x @ x.T
+                x = 3.4445 * x + (-4.7750 * A + 2.0315 * A @ A) @ x
+            torch.testing.assert_close(got, x, atol=1e-6, rtol=0)  # the norm has 1e-7 added
+
+
 def test_muon_equals_a_plain_loop():
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 16), (16, 8), (8, 16))]
