@@ -26,6 +26,7 @@ The controls (ARMS, and Seed.run), all from the same data and the same M0:
 
     warm_flops   the documents with thoughts alone, trained for the arithmetic of the whole loop: is it only
                  longer training?
+    warm_x4      the same for four times M0's tokens: is M0 at its plateau?
     uniform      the loop with any thought that ended, whatever it weighs or gains
     weights      the loop with weights alone (the paper's rule)
     gain         the loop with the rule of gain alone (--min_gain)
@@ -242,11 +243,11 @@ def same(made_by, flag: str) -> bool:
 def how_many(s: Settings) -> tuple[int, int]:
     """(stages side by side, devices a stage)."""
     devices, gpu = max(1, s.devices), s.device.startswith(("cuda", "mps"))
-    if s.device in ("", "cuda"):
-        import torch  # only to count
-
-        gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-        devices = s.devices or max(1, torch.cuda.device_count())
+    if s.device in ("", "cuda"):  # counted in a process of its own: here torch would take memory beside the stages
+        count = "import torch; print(torch.cuda.device_count(), int(torch.backends.mps.is_available()))"
+        found = subprocess.run([sys.executable, "-c", count], stdout=subprocess.PIPE, text=True, check=True).stdout
+        cuda, mps = map(int, found.split())
+        gpu, devices = cuda + mps > 0, s.devices or max(1, cuda)
     alone = gpu or devices > 1 or s.corpus
     return s.jobs or (1 if alone else os.cpu_count() or 1), devices
 
@@ -316,13 +317,13 @@ class Seed:
 
     def loop(self, arm: str, model: Path, rounds: range, spent: float, order: int) -> tuple[Path, float]:
         """EM from a model with an arm's E-steps: (the last model, what all of it took). Of an arm only the
-        last is evaluated."""
+        last is evaluated, and of another K the first, too: what more samples are worth in one E-step."""
         for t in rounds:
             name = f"{arm}/M{t}".lstrip("/")
             e_step = self.infer(t, arm, model, order)
             model = self.train(name, "raw", e_step, order=order)
             spent += spent_on(model, e_step)
-            if t == self.s.iterations or not arm:
+            if t == self.s.iterations or not arm or (t == 1 and arm.startswith("samples")):
                 self.evaluate(name, "latent", spent, e_step, order)
         return model, spent
 
@@ -349,6 +350,7 @@ class Seed:
         if self.s.controls:
             thoughts = self.data / "warm_thoughts"
             chains.append(submit(self.single, "warm_flops", "warm", thoughts, budget, 3))
+            chains.append(submit(self.single, "warm_x4", "warm", thoughts, f"--max_tokens={round(4 * start)}", 6))
             if (self.data / "raw_truth").exists():
                 chains.append(submit(self.single, "gold", "raw", self.data / "raw_truth", "", 6))
         for chain in chains:
@@ -395,7 +397,7 @@ def run_seeds(s: Settings, out_dir: Path, stages: Stages) -> list[dict]:
 
 def in_order(rows: dict) -> list[dict]:
     """A seed's rows as the report lists them, whatever ended first."""
-    names = ["raw_tokens", "raw_flops", "warm_flops", *sorted((name for name in rows if name[0] == "M"), key=lambda m: int(m[1:]))]
+    names = ["raw_tokens", "raw_flops", "warm_flops", "warm_x4", *sorted((name for name in rows if name[0] == "M"), key=lambda m: int(m[1:]))]
     names += [name for arm in ARMS for name in rows if name.startswith(f"{arm}/")] + ["gold"]
     return [rows[name] for name in names if name in rows]
 
@@ -509,7 +511,8 @@ def comparisons(rows: list[dict], last: str) -> list[dict]:
     """Paired differences between rows, seed by seed: the mean, its standard error, in how many seeds it is
     above 0, p."""
     models = [f"M{t}" for t in range(int(last[1:]) + 1)]
-    pairs = [*zip(models[1:], models), (last, "M0"), (last, "warm_flops"), *((last, f"{arm}/{last}") for arm in ARMS)]
+    pairs = [*zip(models[1:], models), (last, "M0"), ("warm_x4", "M0"), (last, "warm_flops"), (last, "warm_x4")]
+    pairs += [(m, f"{arm}/{m}") for arm in ARMS for m in ("M1", last) if m == last or arm.startswith("samples")]
     by_name = {name: {r["seed"]: r for r in rows if r["name"] == name} for name in dict.fromkeys(r["name"] for r in rows)}
     out = []
     for a, b in dict.fromkeys(pairs):

@@ -40,7 +40,7 @@ OPERATIONS = {"+": "Add", "-": "Subtract", "*": "Multiply by"}
 class Settings:
     out_dir: str = opt(help="where the folders go")
     warm: int = opt(100, "documents with thoughts", low=1)
-    raw: int = opt(1500, "documents without", low=1)
+    raw: int = opt(600, "documents without", low=1)
     heldout: int = opt(1000, "documents for evaluation", low=1)
     min_ops: int = opt(2, "fewest operations a problem", low=1)
     max_ops: int = opt(4, "most operations a problem", low=1)

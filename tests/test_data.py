@@ -190,7 +190,7 @@ def test_no_held_out_digits_problem_is_trained_on():
         documents = make_documents(DigitsSettings(out_dir="", seed=seed))
         questions = {part: {q for d in docs for q, _, _ in d} for part, docs in documents.items()}
         assert not questions["heldout"] & (questions["warm"] | questions["raw"]) and not questions["warm"] & questions["raw"]
-        assert [len(questions[p]) for p in ("warm", "raw", "heldout")] == [100, 1500, 1000]
+        assert [len(questions[p]) for p in ("warm", "raw", "heldout")] == [100, 600, 1000]
     assert documents != make_documents(DigitsSettings(out_dir="", seed=0))
 
 

@@ -213,11 +213,12 @@ def test_controls_side_by_side(digits, tmp_path):
     flags = [f"--corpus={digits}", "--iterations=1", "--samples=2", "--controls", *SMALL, "--eval=--bound_docs=5 --limit=10"]
     out = script("em.py", f"--out_dir={tmp_path}/two", "--jobs=2", *flags, timeout=600).stdout
     report = json.loads((tmp_path / "two/results.json").read_text())
-    names = ["raw_tokens", "raw_flops", "warm_flops", "M0", "M1", *(f"{arm}/M1" for arm in em.ARMS), "gold"]
+    names = ["raw_tokens", "raw_flops", "warm_flops", "warm_x4", "M0", "M1", *(f"{arm}/M1" for arm in em.ARMS), "gold"]
     assert [r["name"] for r in report["rows"]] == names
     rows = {r["name"]: r for r in report["rows"]}
     for name in ("raw_flops", "warm_flops"):
         assert rows[name]["flops"] == pytest.approx(rows["M1"]["flops"], rel=0.05), name
+    assert rows["warm_x4"]["train_tokens"] == pytest.approx(4 * rows["M0"]["train_tokens"], rel=0.05)
     made = {arm: json.loads((tmp_path / f"two/seed0/{arm}/E1/meta.json").read_text()) for arm in ("", *em.ARMS)}
     assert made["uniform"]["selection"] == "uniform" and made["uniform"]["no_gain"] == 0 < made[""]["no_gain"]
     assert made["weights"]["selection"] == "resample" and made["weights"]["no_gain"] == 0
