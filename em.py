@@ -96,8 +96,8 @@ ARMS = {
     "uniform": {"select": "uniform", "min_gain": -1e9},
     "samples1": {"samples": 1},
     "samples16": {"samples": 16},
-    "gain": {"select": "uniform"},
     "weights": {"min_gain": -1e9},
+    "gain": {"select": "uniform"},
     "prior": {"proposal": "prior"},
 }
 
@@ -350,9 +350,9 @@ class Seed:
         if self.s.controls:
             thoughts = self.data / "warm_thoughts"
             chains.append(submit(self.single, "warm_flops", "warm", thoughts, budget, 3))
-            chains.append(submit(self.single, "warm_x4", "warm", thoughts, f"--max_tokens={round(4 * start)}", 6))
+            chains.append(submit(self.single, "warm_x4", "warm", thoughts, f"--max_tokens={round(4 * start)}", 8))
             if (self.data / "raw_truth").exists():
-                chains.append(submit(self.single, "gold", "raw", self.data / "raw_truth", "", 6))
+                chains.append(submit(self.single, "gold", "raw", self.data / "raw_truth", "", 7))
         for chain in chains:
             chain.result()
         for one in self.evals:
