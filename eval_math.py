@@ -16,6 +16,12 @@ answer: its results.json is the likelihood alone, without "accuracy".
     python eval_math.py --benchmark=gsm8k --model=M --finetune --seeds=5 --out_dir=out/sft        # train.py on the training problems first
     python eval_math.py --corpus=out/digits/heldout --model=out/M1 --out_dir=out/M1/eval          # a corpus: accuracy and likelihood
 
+Benchmarks are files as published (jsonl or parquet), named by --file or put into data/benchmarks/NAME as test.jsonl and train.jsonl:
+gsm8k from openai/grade-school-math, math from hendrycks/math, math500 from HuggingFaceH4/MATH-500, mmlu_stem from the STEM subjects
+of cais/mmlu. Worked examples are our own (data/shots), or --shots=train draws them from the training problems, or a file has them.
+--max_thought=N closes a thought at N tokens and lets the model answer. --finetune trains by train.py --loss=completion (questions
+are given, thoughts take the prior form), then draws --k samples a problem; mean and spread are over --seeds.
+
 A prompt that does not fit the model's context is refused, or, with --drop_shots, loses examples, which is counted. Written into --out_dir: responses.jsonl
 (a line a problem; a run that was cut off goes on behind the last block there), results.json (names of
 scores as lm-evaluation-harness has them), timing.json, and for a corpus likelihood.npz.

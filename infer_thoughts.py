@@ -43,13 +43,17 @@ made.
                         training. Documents advance chunk by chunk: sequential importance sampling. If picks
                         are drawn by weight and none is dropped, the product of a document's (1/K) sum_k w_k
                         is unbiased for p(x_1, x_2 ...) behind thoughts that end in time.
-    --context=bare      c is plain text: the paper's choice, and far worse (README) unless train.py --bare has shown the model such contexts.
+    --context=bare      c is plain text: the paper's choice. In training a model sees such contexts only by
+                        train.py --bare=SHARE, which writes that share of the chunks without their thoughts.
 
     python infer_thoughts.py --model=out/M0 --corpus=out/digits/raw --out_dir=out/E1 --samples=4 --show=3      # a CPU, or one GPU
     torchrun --nproc_per_node=8 infer_thoughts.py --model=M0 --corpus=C --out_dir=E1 --max_new=1024            # eight
     python infer_thoughts.py ... --select=uniform --min_gain=-inf             # neither weights nor --min_gain
 
-Writes a thoughts folder (data/corpus.py). Work is done in parts, each written once, by any number of these commands at the same time,
+Writes a thoughts folder (data/corpus.py), and in it samples.npz (for each sample log_q, log_p, log_w, log p(x | c, z) and length;
+for each chunk its scores without a thought), meta.json (ESS, entropy of the weights, gains, what was dropped, lengths, bounds) and
+examples.txt (50 chunks with all their thoughts). log_q is added up while sampling, from fp32 logits; on a random 1% of the chunks
+log_q and log_p are compared with a teacher-forced function of eight lines, and the run stops where they differ (SUM_TOLERANCE). Work is done in parts, each written once, by any number of these commands at the same time,
 on any machines that share --out_dir; one that is killed costs the part it was at, and the last to finish joins the parts.
 
 What is random is keyed by (seed, chunk, sample, position), so a sample depends on nothing that is computed beside it: not on batch, order,

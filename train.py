@@ -20,7 +20,16 @@ those that answer a question).
 has opens here, what is written here opens in transformers. The same command goes on where a run was cut off, also on another number of
 devices; on a CPU and the same number of processes it ends in the same weights, bit for bit. Whatever is random is a function of --seed and
 the position in the stream, so a checkpoint holds weights, optimiser state and the step, nothing else. Checkpoints (torch.distributed.checkpoint) contain a pickle:
-resume only your own. Source: Ruan, Band, Maddison, Hashimoto 2025, arXiv 2503.18866, sections 3 and 4.
+resume only your own.
+
+Out of memory? First --micro_batch=4 (fewer rows at once, the same result), then --recompute (a third slower), then more devices.
+--corpus=A,B --thoughts=TA, --weights=0.7,0.3 takes 70% of the tokens from A with thoughts and 30% from B as plain text.
+--attention=padded is for short documents, a row each; packed fills rows and attends across documents, as in the paper; document
+fills rows and attends within documents. SIGTERM and Ctrl-C save before they end (torchrun allows 30 seconds for it). On several
+machines --out_dir must be on a file system that all of them share. MFU counts 6 FLOPs a parameter that multiplies and 12 T a query
+coordinate and layer, against the dense bf16 peak of the device's data sheet.
+
+Source: Ruan, Band, Maddison, Hashimoto 2025, arXiv 2503.18866, sections 3 and 4.
 """
 
 import math
