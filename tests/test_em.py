@@ -18,6 +18,7 @@ from conftest import ROOT, SHARED, script
 import em
 from data.cli import UserError
 from data.corpus import open_corpus, open_thoughts, write_corpus, write_thoughts
+from data.lib import stages
 
 SMALL = ["--max_new=24", "--train=--max_steps=40 --save_every=10", "--warm_train=--weight_decay=0.3", "--infer=--part_size=20"]
 TINY = ["--iterations=2", "--samples=2", *SMALL]
@@ -139,11 +140,11 @@ def test_rerun_skips_everything_and_changes_nothing(run, digits):
 def test_the_default_corpus_is_made_once(tmp_path, capsys):
     flags = {"out_dir": tmp_path / "data", "seed": 0}
     for _ in range(2):
-        em.Stages().run("data", "data/digits.py", tmp_path / "data", "heldout_truth/meta.json", flags)
+        stages.Stages().run("data", "data/digits.py", tmp_path / "data", "heldout_truth/meta.json", flags)
     out = capsys.readouterr().out
     assert out.count("$ python") == 1 and out.count("data: complete") == 1
     with pytest.raises(UserError, match="--seed=0 became 1"):
-        em.Stages().run("data", "data/digits.py", tmp_path / "data", "heldout_truth/meta.json", flags | {"seed": 1})
+        stages.Stages().run("data", "data/digits.py", tmp_path / "data", "heldout_truth/meta.json", flags | {"seed": 1})
 
 
 def killed_run(flags: list[str], waits: list[float]) -> int:
@@ -247,12 +248,12 @@ def test_a_stage_that_fails_ends_all(digits, tmp_path):
 
 
 def test_settings_are_compared_by_value():
-    assert em.same(-1e9, "-inf") and em.same(0.0, "0") and em.same("uniform", "uniform") and em.same(64, "64") and em.same(True, "true") and em.same(False, "0")
-    assert not em.same(0.0, "-inf") and not em.same(0.5, "x") and not em.same(64, "65") and not em.same("a", "b") and not em.same(True, "false")
+    assert stages.same(-1e9, "-inf") and stages.same(0.0, "0") and stages.same("uniform", "uniform") and stages.same(64, "64") and stages.same(True, "true") and stages.same(False, "0")
+    assert not stages.same(0.0, "-inf") and not stages.same(0.5, "x") and not stages.same(64, "65") and not stages.same("a", "b") and not stages.same(True, "false")
 
 
 def test_slots_let_the_first_in_order_in():
-    slots, entered, ready = em.Slots(1), [], []
+    slots, entered, ready = stages.Slots(1), [], []
 
     def enter(order):
         ready.append(order)
