@@ -202,7 +202,7 @@ class Seed:
         if self.s.controls:
             thoughts, four_times = self.data / "warm_thoughts", f"--max_tokens={round(4 * start)}"
             chains.append(submit(self.single, "warm_flops", "warm", thoughts, budget, 3))
-            chains.append(submit(self.single, "warm_x4", "warm", thoughts, four_times, 8))
+            chains.append(submit(self.single, "warm_x4", "warm", thoughts, four_times, 9))
             if (self.data / "raw_truth").exists():
                 chains.append(submit(self.single, "gold", "raw", self.data / "raw_truth", "", 7))
         for chain in chains:
