@@ -13,7 +13,7 @@ With p(z, x) the model that thinks and then writes and q(z | x) the one that rea
 network is both), the E-step draws z from close to p(z | x) by importance sampling, and the M-step maximises
 log p(z, x) + log q(z | x).
 
-    python em.py                                     # the toy corpus, a few minutes on 2 CPU cores
+    python em.py                                     # the toy corpus, four to six minutes on 2 CPU cores
     python em.py --controls                          # and everything that could explain the result away
     python em.py --controls --seeds=10 --seed=110    # over seeds: means, deviations, paired tests
     python em.py --samples=1 --iterations=1          # one round without a choice of thoughts
@@ -85,7 +85,7 @@ class Settings:
     device: str = opt("", "cpu, cuda, mps; none: the best there is")
 
 
-TOY_WARM = "--max_steps=1800 --weight_decay=0.3"  # M0 near its plateau, see README
+TOY_WARM = "--max_steps=1800 --weight_decay=0.3"  # M0 at its plateau in nine seeds of ten, see README
 
 # An E-step's flags that make a control of the loop. They win over --infer's.
 ARMS = {
