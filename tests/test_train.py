@@ -194,10 +194,11 @@ def test_head_loss_of_padding_only():
 
 
 def test_head_loss_takes_little_memory():
-    """4 x 2048 tokens, 32,004 classes, width 2048 in bf16: at most 300 MB above inputs and gradients (the plain loss: 3,000)."""
+    """4 x 2048 tokens, 32,004 classes, width 2048 in bf16: at most 300 MB above inputs and gradients (the plain loss: 3,000).
+    Minutes on a CPU without fast bf16."""
     if not sys.platform.startswith("linux"):
         pytest.skip("reads /proc")
-    extra = json.loads(script("tests/bench_loss.py", "--which=ours").stdout)["extra_MB"]
+    extra = json.loads(script("tests/bench_loss.py", "--which=ours", timeout=900).stdout)["extra_MB"]
     assert extra <= 300
 
 
