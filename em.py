@@ -13,9 +13,9 @@ With p(z, x) the model that thinks and then writes and q(z | x) the one that rea
 network is both), the E-step draws z from close to p(z | x) by importance sampling, and the M-step maximises
 log p(z, x) + log q(z | x).
 
-    python em.py                                     # the toy corpus, four to six minutes on 2 CPU cores
+    python em.py                                     # the toy corpus, about six minutes on 2 CPU cores
     python em.py --controls                          # and everything that could explain the result away
-    python em.py --controls --seeds=10 --seed=110    # over seeds: means, deviations, paired tests
+    python em.py --controls --seeds=10 --seed=120    # over seeds: means, deviations, paired tests
     python em.py --samples=1 --iterations=1          # one round without a choice of thoughts
     python em.py --corpus=C --train="--n_layer=6 --n_embd=192 --n_head=6" --warm_train=--max_steps=900
     python em.py --corpus=C --base=M --benchmark=gsm8k    # from a pretrained model, with a benchmark for each

@@ -53,8 +53,10 @@ made.
 Writes a thoughts folder (data/corpus.py), and in it samples.npz (for each sample log_q, log_p, log_w, log p(x | c, z) and length;
 for each chunk its scores without a thought), meta.json (ESS, entropy of the weights, gains, what was dropped, lengths, bounds) and
 examples.txt (50 chunks with all their thoughts). log_q is added up while sampling, from fp32 logits; on a random 1% of the chunks
-log_q and log_p are compared with a teacher-forced function of eight lines, and the run stops where they differ (SUM_TOLERANCE). Work is done in parts, each written once, by any number of these commands at the same time,
-on any machines that share --out_dir; one that is killed costs the part it was at, and the last to finish joins the parts.
+log_q and log_p are compared with a teacher-forced function of eight lines, and the run stops where they differ (SUM_TOLERANCE).
+
+Work is done in parts, each written once, by any number of these commands at the same time, on any machines that share --out_dir; one
+that is killed costs the part it was at, and the last to finish joins the parts.
 
 What is random is keyed by (seed, chunk, sample, position), so a sample depends on nothing that is computed beside it: not on batch, order,
 number of workers, restarts. That is exact up to arithmetic: products of other shapes round their last bits differently, which can tip

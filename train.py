@@ -271,7 +271,7 @@ class Llama(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.config = c
-        # Values come later (start_model, load_weights). To draw some on the meta device torch would import its compiler: 3 seconds.
+        # Values come later (start_model, load_weights). To draw some on the meta device torch would import its compiler: seconds.
         self.embed_tokens = nn.Embedding(c.n_vocab, c.n_embd, _weight=torch.empty(c.n_vocab, c.n_embd))
         self.layers = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
         self.norm = RMSNorm(c.n_embd, c.norm_eps)

@@ -30,7 +30,7 @@ from data.sources import Damaged, Format, expand, from_hub, kind_of, optional, t
 
 REPO, FOLDER, SUFFIX, READER = "HuggingFaceTB/finemath", "finemath-4plus", ".parquet", "pyarrow"
 DOCUMENTS, DOWNLOAD, TOKENS, TEXT = 6_699_493, 18_365_184_633, 9.6e9, 31e9  # its card: documents, bytes of parquet; tokens; bytes of text, about
-RATE, SAMPLE = 12e6, 8 << 20  # bytes of text a second and worker (the README's run), until there is a file to measure with; bytes to measure with
+RATE, SAMPLE = 12e6, 8 << 20  # bytes of text a second and worker (tests/README.md), until there is a file to measure with; bytes to measure with
 
 
 @dataclass(kw_only=True)
