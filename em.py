@@ -51,9 +51,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.cli import UserError, duration, opt, read_json, run, write_json
-from data.corpus import open_corpus, open_thoughts
 from data.digits import true_nats
+from data.lib.cli import UserError, duration, opt, read_json, run, write_json
+from data.lib.corpus import open_corpus, open_thoughts
 from data.lib.pictures import compare_table, plot, table, test_lines, value
 from data.lib.stages import Stages, count_devices, only_run, peak_memory
 

@@ -1,7 +1,7 @@
 """Train a Llama-family model on text with latent thoughts (the M-step), or on plain text (the baselines).
 
 Maximise, over documents, the log-likelihood of their token sequences. A chunk x with a thought z is written in one of two
-forms, by a coin flip drawn anew in each epoch (data/corpus.py lays both out):
+forms, by a coin flip drawn anew in each epoch (data/lib/corpus.py lays both out):
 
     prior      before SOL PRI z EOL x              teaches  p(z, x | before): think, then write
     posterior  before SOL EOL x SOL POS z EOL      teaches  q(z | before, x): read, then recover the thought
@@ -38,8 +38,7 @@ import shutil
 import signal
 import sys
 import time
-import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Literal
 
@@ -49,11 +48,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-from data.cli import Progress, UserError, append_jsonl, claim, opt, read_json, run, write_json
-from data.corpus import open_corpus, open_thoughts
-from data.safetensors import read_safetensors, write_safetensors
-from data.stream import Batch, Stream
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.lib.checkpoint import load_checkpoint, save_checkpoint
+from data.lib.cli import Progress, UserError, append_jsonl, claim, opt, run, write_json
+from data.lib.corpus import open_corpus, open_thoughts
+from data.lib.kernels import CausalAttention, head_loss
+from data.lib.model_folder import LLAMA3_ROPE, check_weights, read_config, save_model
+from data.lib.plan import amounts, flops_per_token, micro_plan, print_plan, this_device, used_memory
+from data.lib.ranks import add_up, join_ranks, put, rank, shard_offset, whole, world
+from data.lib.stream import Batch, Stream
+from data.lib.tokenizer import Tokenizer, load_tokenizer
 
 # What a preset changes; flags given beside it win. The paper's 1B recipe is in its section 4 and appendix.
 BIG = dict(attention="packed", optimizer="adamw", lr=1e-4, final_lr=1e-6, weight_decay=0.01, warmup=1000, dtype="bfloat16", log_every=1, save_every=500, val_every=500)
@@ -303,124 +306,6 @@ class Llama(nn.Module):
         return F.linear(hidden, self.head().to(hidden.dtype)).float()
 
 
-def head_loss(hidden, weight, targets) -> torch.Tensor:
-    """Summed cross-entropy in nats of hidden [B, T, n_embd] @ weight.T against targets [B, T]; -1: padding, which costs nothing."""
-    hidden, targets = hidden.flatten(0, 1), targets.flatten()
-    real = targets >= 0
-    if hidden.device.type == "cpu":  # elsewhere asking whether there is padding would wait for the device
-        hidden, targets = (hidden, targets) if real.all() else (hidden[real], targets[real])
-    return HeadLoss.apply(hidden, weight.to(hidden.dtype), targets)
-
-
-class HeadLoss(torch.autograd.Function):
-    """Cross-entropy of a linear layer in pieces, so that no more than KEEP bytes of logits are ever there.
-
-    forward   by rows of tokens: logits of a piece -> log-sum-exp and loss.
-    backward  by rows of the weight: softmax of a piece from the logits, computed again unless all of them were small enough to keep.
-              Each row of the weight's gradient is one product over all tokens, so no bf16 sum is ever rounded twice.
-    """
-
-    KEEP = 256 << 20
-    PIECE = {"cpu": 16 << 20, "cuda": 64 << 20}  # bytes of a piece in fp32: a CPU's should fit its cache
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets):
-        N, V = len(hidden), len(weight)
-        size = HeadLoss.PIECE.get(hidden.device.type, 64 << 20) // (4 * V) or 1
-        keep = hidden.itemsize * N * V <= HeadLoss.KEEP and any(ctx.needs_input_grad)
-        logits = hidden.new_empty(N if keep else min(N, size), V)
-        lse, picked = torch.empty(2, N, device=hidden.device)
-        for i in range(0, N, size):
-            n = min(size, N - i)
-            piece = torch.mm(hidden[i : i + n], weight.T, out=logits[i : i + n] if keep else logits[:n])  # [n, V]
-            lse[i : i + n] = piece.float().logsumexp(dim=1)
-            picked[i : i + n] = piece.gather(1, targets[i : i + n, None].clamp(min=0))[:, 0]
-        ctx.save_for_backward(hidden, weight, targets, lse, logits if keep else None)
-        return torch.where(targets >= 0, lse - picked, 0).sum()
-
-    @staticmethod
-    def backward(ctx, grad):
-        hidden, weight, targets, lse, logits = ctx.saved_tensors
-        N, V = len(hidden), len(weight)
-        scale = torch.where(targets >= 0, grad, 0)[:, None]  # [N, 1]
-        scaled = (hidden * scale).to(hidden.dtype)
-        grad_hidden, grad_weight = torch.zeros(hidden.shape, device=hidden.device), torch.empty_like(weight)
-        size = HeadLoss.PIECE.get(hidden.device.type, 64 << 20) // (4 * max(1, N)) or 1
-        for i in range(0, V, size):
-            rows = weight[i : i + size]
-            piece = hidden @ rows.T if logits is None else logits[:, i : i + size]  # [N, size]
-            piece = torch.sub(piece, lse[:, None]).exp_()  # fp32
-            here = ((targets >= i) & (targets < i + size)).float()[:, None]
-            piece.scatter_add_(1, (targets - i).clamp(0, len(rows) - 1)[:, None], -here)
-            piece = piece.to(weight.dtype)
-            torch.mm(piece.T, scaled, out=grad_weight[i : i + size])
-            if piece.dtype == torch.float32:
-                grad_hidden.addmm_(piece, rows)
-            else:
-                grad_hidden += piece @ rows
-        return (grad_hidden * scale).to(hidden.dtype), grad_weight, None
-
-
-class CausalAttention(torch.autograd.Function):
-    """Causal attention for training on a CPU, where torch's own (2.13) takes half as long again: blocks of ROWS queries, each against the keys
-    up to its end. Scores and softmax are fp32. q [B, n_head, T, d], k and v [B, n_kv, T, d] -> y as q.
-
-    Inside, the queries that share a key head lie side by side: [B * n_kv, T * group, d], by position first.
-    """
-
-    ROWS = 64
-
-    @staticmethod
-    def inside(x, n_kv: int):  # [B, n, T, d] -> [B * n_kv, T * n / n_kv, d]
-        B, n, T, d = x.shape
-        return x.view(B, n_kv, n // n_kv, T, d).transpose(2, 3).reshape(B * n_kv, -1, d)
-
-    @staticmethod
-    def outside(x, B: int, T: int):  # and back
-        return x.view(B, -1, T, x.shape[1] // T, x.shape[2]).transpose(2, 3).reshape(B, -1, T, x.shape[2])
-
-    @staticmethod
-    def blocks(q, k, scores, weights):
-        """(rows of q, end, softmax of their scores [B * n_kv, rows, end]), the last block first; scores and weights are room for them."""
-        T, group = k.shape[1], q.shape[1] // k.shape[1]
-        for first in reversed(range(0, T, CausalAttention.ROWS)):
-            end = min(first + CausalAttention.ROWS, T)
-            rows, n = slice(first * group, end * group), len(q) * (end - first) * group * end
-            s = torch.bmm(q[:, rows], k[:, :end].mT, out=scores[:n].view(len(q), -1, end))
-            later = torch.ones(end - first, end - first, dtype=torch.bool).triu(1)
-            s[:, :, first:].unflatten(1, (end - first, group)).masked_fill_(later[:, None], -torch.inf)
-            yield rows, end, torch.softmax(s, dim=-1, out=weights[:n].view_as(s))
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        (B, _, T, d), n_kv = q.shape, k.shape[1]
-        q, k, v = (CausalAttention.inside(x, n_kv) for x in (q * d**-0.5, k, v))
-        y, room = torch.empty_like(q), torch.empty(2, q[..., 0].numel() * min(T, CausalAttention.ROWS))
-        for rows, end, p in CausalAttention.blocks(q.float(), k.float(), *room):
-            torch.bmm(p.to(v.dtype), v[:, :end], out=y[:, rows])
-        ctx.save_for_backward(q, k, v, y)
-        return CausalAttention.outside(y, B, T)
-
-    @staticmethod
-    def backward(ctx, dy):
-        q, k, v, y = ctx.saved_tensors
-        B, _, T, d = dy.shape
-        dy = CausalAttention.inside(dy, len(q) // B)
-        delta = (dy * y).sum(-1, keepdim=True, dtype=torch.float32)
-        dq, dk, dv = torch.empty_like(q), torch.empty(k.shape), torch.empty(v.shape)
-        room = torch.empty(2, q[..., 0].numel() * min(T, CausalAttention.ROWS))
-        for rows, end, p in CausalAttention.blocks(q.float(), k.float(), *room):
-            ds = (dy[:, rows] @ v[:, :end].mT).float().sub_(delta[:, rows]).mul_(p)
-            for total, weight, x in ((dv, p, dy), (dk, ds, q)):
-                part = weight.mT.to(x.dtype) @ x[:, rows]
-                if end == T:  # the first to come, and the only one with all keys
-                    total.copy_(part)
-                else:
-                    total[:, :end] += part
-            torch.bmm(ds.to(k.dtype), k[:, :end], out=dq[:, rows])
-        return tuple(CausalAttention.outside(x, B, T).to(q.dtype) for x in (dq.mul_(d**-0.5), dk, dv))
-
-
 @torch.no_grad()
 def init_weights(model: Llama, seed: int) -> None:
     """Normal(0, 1/sqrt(fan-in)), embeddings 0.1; projections back into the residual stream scaled down by depth (GPT-2)."""
@@ -435,132 +320,6 @@ def init_weights(model: Llama, seed: int) -> None:
             put(p, torch.ones(p.shape) if "norm" in name else torch.zeros(p.shape))  # norms, biases
 
 
-# ------------------------------------------------------------------------------------ model folders on disk
-
-HF_NAMES = {  # our name -> config.json's
-    "n_vocab": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
-    "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "n_hidden": "intermediate_size", "head_dim": "head_dim",
-    "seq_len": "max_position_embeddings", "rope_theta": "rope_theta", "rope_scaling": "rope_scaling", "norm_eps": "rms_norm_eps",
-    "tie_embeddings": "tie_word_embeddings", "model_type": "model_type", "attention_bias": "attention_bias", "dtype": "dtype",
-}  # fmt: skip
-FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-SHARD_BYTES = 5_000_000_000
-
-
-def fits(value, kind: type) -> bool:
-    """Whether a value of config.json can be a size (int), a factor (float), a switch or a name."""
-    if kind is int:
-        return type(value) is int and 0 < value < 2**31
-    return type(value) in (int, float) and 0 < value < 1e30 if kind is float else type(value) is kind
-
-
-EXPECTED = {int: "a positive whole number", float: "a positive number", bool: "true or false", str: "a string"}
-
-
-def read_config(folder: Path) -> Config:
-    """config.json of a supported architecture. UserError names what is missing, wrong, or not supported: nothing is loaded approximately."""
-    path, raw = folder / "config.json", read_json(folder / "config.json")
-    family = raw.get("model_type")
-    if family not in (*FAMILIES,) or (raw.get("architectures") or [FAMILIES[family]]) != [FAMILIES[family]]:
-        named = f"model_type {family!r:.80}, architectures {raw.get('architectures')!r:.80}"
-        raise UserError(f"{path}: {named}: supported are {', '.join(FAMILIES.values())}")
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # the names of transformers 4 and 5
-    if not isinstance(rope, dict):
-        raise UserError(f"{path}: rope_scaling or rope_parameters is {rope!r:.80}, expected an object")
-    kind, window, types = rope.get("rope_type", rope.get("type", "default")), raw.get("use_sliding_window"), raw.get("layer_types") or []
-    only = {  # settings that change what the model computes, and the one value that is supported
-        "hidden_act": (raw.get("hidden_act", "silu"), "silu"),
-        "rope_type": (kind if kind != "llama3" else "default", "default"),
-        "rope_parameters": ({*rope} - {"rope_type", "type", "rope_theta", "partial_rotary_factor", *LLAMA3_ROPE}, set()),
-        "mlp_bias": (bool(raw.get("mlp_bias")), False),
-        "use_sliding_window": (bool(window), False),
-        "sliding_window": (bool(raw.get("sliding_window")) and window is None, False),
-        "layer_types": (isinstance(types, list) and all(t == "full_attention" for t in types), True),
-        "partial_rotary_factor": (raw.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1, 1),
-        "quantization_config": (raw.get("quantization_config"), None),
-    }
-    for key, (value, supported) in only.items():
-        if value != supported:
-            raise UserError(f"{path}: {key} is {raw.get(key, value)!r:.200}, which is not supported")
-    found = {"rope_theta": 1e4, "tie_word_embeddings": False, "attention_bias": False, "num_key_value_heads": raw.get("num_attention_heads")}
-    found |= {"dtype": raw.get("torch_dtype") or "float32"} | {k: v for k, v in raw.items() if v is not None}
-    found["rope_theta"] = rope.get("rope_theta", found["rope_theta"])
-    found["rope_scaling"] = {k: rope.get(k) for k in LLAMA3_ROPE} if kind == "llama3" else None
-    width, heads = found.get("hidden_size"), found.get("num_attention_heads")
-    if "head_dim" not in found and fits(width, int) and fits(heads, int):
-        if width % heads:
-            raise UserError(f"{path}: num_attention_heads {heads} does not divide hidden_size {width}, and there is no head_dim")
-        found["head_dim"] = width // heads
-    for name, theirs in HF_NAMES.items():
-        kind = Config.__dataclass_fields__[name].type
-        if found.get(theirs) is None and name != "rope_scaling":
-            raise UserError(f"{path}: {theirs} is missing")
-        if kind in EXPECTED and not fits(found[theirs], kind):
-            raise UserError(f"{path}: {theirs} is {found[theirs]!r:.80}, expected {EXPECTED[kind]}")
-    for theirs, value in (found["rope_scaling"] or {}).items():
-        if not fits(value, float) or theirs == "high_freq_factor" and value <= rope["low_freq_factor"]:
-            wanted = "a positive number, and low_freq_factor below high_freq_factor"
-            raise UserError(f"{path}: {theirs} of rope_scaling is {value!r:.80}, expected {wanted}")
-    config = Config(**{ours: found[theirs] for ours, theirs in HF_NAMES.items()})
-    if config.dtype not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"{path}: dtype is {config.dtype!r:.80}, expected float32, bfloat16 or float16")
-    if config.n_head % config.n_kv_head or config.head_dim % 2:
-        raise UserError(f"{path}: {config.n_head} query heads, {config.n_kv_head} key heads of {config.head_dim} coordinates do not fit together")
-    return replace(config, dtype="float32" if config.dtype == "float16" else config.dtype)  # fp16 is read, and kept as what holds it exactly
-
-
-def write_config(folder: Path, c: Config, tok: Tokenizer) -> None:
-    raw = {"architectures": [FAMILIES[c.model_type]], "hidden_act": "silu", "mlp_bias": False}
-    raw |= {HF_NAMES[k]: v for k, v in asdict(c).items()} | {"torch_dtype": c.dtype, "bos_token_id": tok.bos, "eos_token_id": tok.eos}
-    if c.rope_scaling:
-        raw["rope_scaling"] = {"rope_type": "llama3"} | c.rope_scaling
-    write_json(folder / "config.json", raw)
-
-
-def read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], Path]:
-    """The tensors of model.safetensors, or of the shards that model.safetensors.index.json names, by our names; and that file."""
-    path, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if index.exists() and not path.exists():
-        path, where, tensors = index, read_json(index).get("weight_map"), {}
-        if not isinstance(where, dict) or not all(isinstance(f, str) and Path(f).name == f and f.endswith(".safetensors") for f in where.values()):
-            raise UserError(f"{index}: weight_map should give a file of this folder for each tensor")
-        for file in sorted({*where.values()}):
-            held = read_safetensors(folder / file)
-            for name in sorted({*held} ^ {name for name in where if where[name] == file}):
-                raise UserError(f"{index}: {name!r:.80} is in {file} or there by the index, but not both")
-            tensors |= held
-    else:
-        tensors = read_safetensors(path)
-    tensors = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}  # old files hold that constant
-    for name in tensors:
-        if "model." + name in tensors:
-            raise UserError(f"{path}: {name:.80} is there twice, with and without the prefix model.")
-    return {k.removeprefix("model."): v for k, v in tensors.items()}, path
-
-
-def check_weights(folder: Path, c: Config) -> dict[str, torch.Tensor]:
-    """A folder's tensors, which are exactly those that its configuration describes, and finite; checked before the model is made."""
-    tensors, path = read_weights(folder)
-    if f"layers.{c.n_layer - 1}.mlp.up_proj.weight" not in tensors:
-        raise UserError(f"{path}: model.layers.{c.n_layer - 1}.mlp.up_proj.weight is missing, but config.json has num_hidden_layers {c.n_layer}")
-    if c.tie_embeddings and "lm_head.weight" in tensors:
-        if not torch.equal(tensors.pop("lm_head.weight"), tensors.get("embed_tokens.weight", torch.zeros(0))):
-            raise UserError(f"{path}: lm_head.weight differs from model.embed_tokens.weight, but config.json says tie_word_embeddings")
-    try:
-        shapes = {name: list(p.shape) for name, p in build(c, "meta").named_parameters()}
-    except UserError as e:
-        raise UserError(f"{folder / 'config.json'}: {e}") from None
-    for name in sorted({*shapes} ^ {*tensors}):
-        raise UserError(f"{path}: {name:.80} is " + ("missing" if name in shapes else "not a weight of the model that config.json describes"))
-    for name, t in tensors.items():
-        if list(t.shape) != shapes[name]:
-            raise UserError(f"{path}: {name} has shape {list(t.shape)}, config.json says {shapes[name]}")
-        if not t.isfinite().all():
-            raise UserError(f"{path}: {name} holds NaN or infinite values")
-    return tensors
-
-
 def load_weights(model: Llama, tensors: dict[str, torch.Tensor]) -> None:
     """Copy tensors into a model, each rank its own part. Rows of an embedding that has more of them are left as they are."""
     for name, p in model.named_parameters():
@@ -568,27 +327,6 @@ def load_weights(model: Llama, tensors: dict[str, torch.Tensor]) -> None:
 
 
 VOCAB_WEIGHTS = ("embed_tokens.weight", "lm_head.weight")
-
-
-@torch.no_grad()
-def put(p: torch.Tensor, value: torch.Tensor, first: int = 0) -> None:
-    """Copy rows into parameter p from row `first` on: into the rank's own rows of it, if p is sharded."""
-    offset, local = (0, p) if not hasattr(p, "device_mesh") else (shard_offset(p), p.to_local())
-    low, high = max(first, offset), min(first + len(value), offset + len(local))
-    if low < high:
-        local[low - offset : high - offset].copy_(value[low - first : high - first])
-
-
-def whole(p: torch.Tensor) -> torch.Tensor:
-    """A parameter on the CPU, gathered from all ranks if it is sharded (all must call this)."""
-    p = p.detach()
-    return (p.full_tensor() if hasattr(p, "device_mesh") else p).cpu()
-
-
-def shard_offset(p) -> int:
-    """First row of a sharded parameter that this rank holds (fully_shard cuts dimension 0 as torch.chunk does)."""
-    [axis] = [i for i, placement in enumerate(p.placements) if placement.is_shard()]
-    return min(len(p), p.device_mesh.get_local_rank(axis) * -(-len(p) // p.device_mesh.size(axis)))
 
 
 def add_markers(model: Llama, tok: Tokenizer, kind: str) -> None:
@@ -604,34 +342,6 @@ def add_markers(model: Llama, tok: Tokenizer, kind: str) -> None:
                 put(p, row[None], i)
 
 
-def save_model(folder, model: Llama, tok: Tokenizer) -> None:
-    """Write a model folder in Hugging Face's layout; config.json comes last and marks it complete. Under FSDP all ranks call this."""
-    folder, dtype = Path(folder), getattr(torch, model.config.dtype)
-    params = {(k if k == "lm_head.weight" else "model." + k): p for k, p in model.named_parameters()}
-    files, room = [{}], SHARD_BYTES
-    for name, p in params.items():
-        room -= p.numel() * dtype.itemsize
-        if room < 0 and files[-1]:
-            files.append({})
-            room = SHARD_BYTES - p.numel() * dtype.itemsize
-        files[-1][name] = p
-    names = ["model.safetensors"] if len(files) == 1 else [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    for file, group in zip(names, files):
-        values = (whole(p) for p in group.values())
-        if rank() == 0:
-            write_safetensors(folder / file, {k: p.shape for k, p in group.items()}, values, dtype)
-        else:
-            for _ in values:
-                pass
-    if rank() == 0:
-        if len(files) > 1:
-            size = dtype.itemsize * sum(p.numel() for p in params.values())
-            where = {name: file for file, group in zip(names, files) for name in group}
-            write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})
-        tok.save(folder)
-        write_config(folder, model.config, tok)
-
-
 def build(c: Config, device: str, shard: Callable = lambda model: None) -> Llama:
     """A model without values on a device; sharded, if at all, while it is still on the meta device, so that no rank ever holds all."""
     try:
@@ -643,11 +353,20 @@ def build(c: Config, device: str, shard: Callable = lambda model: None) -> Llama
     return model.to_empty(device=device)
 
 
+def read_tensors(folder: Path, c: Config) -> dict[str, torch.Tensor]:
+    """The weights of a folder whose configuration is c, checked against it before the model is made."""
+    try:
+        shapes = {name: list(p.shape) for name, p in build(c, "meta").named_parameters()}
+    except UserError as e:
+        raise UserError(f"{folder / 'config.json'}: {e}") from None
+    return check_weights(folder, c, shapes)
+
+
 def open_folder(folder: Path) -> tuple[Config, Tokenizer]:
     """Configuration and tokenizer of a model folder, which fit each other."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such model folder")
-    c, tok = read_config(folder), load_tokenizer(folder)
+    c, tok = Config(**read_config(folder)), load_tokenizer(folder)
     if not tok.n_base <= c.n_vocab <= tok.n_base + 1024:  # some makers pad the embedding
         raise UserError(f"{folder}: tokenizer.json has {tok.n_base} ids, but vocab_size in config.json is {c.n_vocab}: they do not belong together")
     return c, tok
@@ -659,56 +378,10 @@ def load_model(folder, device: str = "cpu", dtype: str = "float32") -> tuple[Lla
     c, tok = open_folder(folder)
     if tok.new_markers:
         raise UserError(f"{folder}: has no marker tokens; add them by train.py --init_from={folder} --max_steps=0 --out_dir=...")
-    tensors = check_weights(folder, c)
+    tensors = read_tensors(folder, c)
     model = build(replace(c, dtype=dtype), device, lambda model: model.to(getattr(torch, dtype)))
     load_weights(model, tensors)
     return model.eval(), tok
-
-
-def pick_device(name: str) -> str:
-    if name:
-        try:
-            torch.zeros(1, device=name)
-        except (RuntimeError, AssertionError) as e:
-            raise UserError(f"--device={name}: {str(e).splitlines()[0]}") from None
-        return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-# ------------------------------------------------------------------------------------------ several devices
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def join_ranks(device: str) -> str:
-    """Under torchrun: join the other ranks, and keep all but the first quiet. The device of this rank."""
-    if "WORLD_SIZE" not in os.environ:
-        return pick_device(device)
-    if device.startswith("cuda:"):
-        raise UserError(f"--device={device}: torchrun gives each process a device; leave it out, or --device=cuda")
-    if torch.cuda.is_available() and device in ("", "cuda"):
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    device = pick_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    if rank():
-        sys.stdout = open(os.devnull, "w")
-    return device
-
-
-def add_up(*values: float) -> list[float]:
-    """Sums over all ranks, in float64."""
-    total = torch.tensor(values, dtype=torch.float64)
-    if dist.is_initialized():
-        total = total.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(total)
-    return total.tolist()
 
 
 def shard_model(model: Llama, s: Settings, dtype: str, device: str) -> None:
@@ -814,182 +487,6 @@ def schedule(step: int, steps: int, warmup: int, final: float, kind: str = "cosi
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# -------------------------------------------------------------------------------------------- checkpoints
-
-
-def training_state(model: Llama, optimizers) -> dict:
-    """Everything that a step changes, as named tensors (sharded under FSDP)."""
-    names = {p: name for name, p in model.named_parameters()}
-    state = {f"model.{name}": p.detach() for p, name in names.items()}
-    for optimizer in optimizers:
-        state |= {f"optimizer.{names[p]}.{key}": value for p, values in optimizer.state.items() for key, value in values.items()}
-    return state
-
-
-def checkpoint_library():
-    """torch.distributed.checkpoint, imported when it is first needed, and quiet about there being one device only."""
-    import torch.distributed.checkpoint as dcp
-
-    warnings.filterwarnings("ignore", message="torch.distributed is")
-    return dcp
-
-
-def checkpoints(out_dir: Path) -> list[Path]:
-    """The complete ones, oldest first."""
-    return sorted(path for path in (out_dir / "checkpoints").glob("*") if path.name.isdigit())
-
-
-def save_checkpoint(out_dir: Path, model, optimizers, step: int, tokens: int, seconds: float, keep: int) -> None:
-    """Write checkpoints/STEP under a temporary name, rename it, and drop all but the newest `keep`. All ranks call this."""
-    dcp = checkpoint_library()
-    path = out_dir / "checkpoints" / f"{step:08d}"
-    temporary = path.with_name(path.name + ".tmp")
-    state = training_state(model, optimizers) | {"progress": torch.tensor([step, tokens, seconds], dtype=torch.float64)}
-    try:
-        if rank() == 0:
-            for left in path.parent.glob("*.tmp"):  # by a run that was killed
-                shutil.rmtree(left)
-            temporary.mkdir(parents=True)
-        dcp.save(state, checkpoint_id=temporary, no_dist=not dist.is_initialized())
-    except dcp.CheckpointException as e:
-        [error, _] = next(iter(e.failures.values()))
-        raise UserError(f"{temporary}: cannot be written ({str(error).splitlines()[0]}); the same command goes on from the one before") from None
-    if rank() == 0:
-        os.rename(temporary, path)
-        for old in checkpoints(out_dir)[:-keep]:
-            os.rename(old, old.with_name(old.name + ".tmp"))  # never half a checkpoint under a final name
-            shutil.rmtree(old.with_name(old.name + ".tmp"))
-
-
-def load_checkpoint(out_dir: Path, model, optimizers) -> tuple[int, int, float]:
-    """(step, tokens, seconds) of the newest checkpoint, which is read into model and optimisers; zeros without one. Any number of ranks."""
-    [newest] = add_up(max((int(path.name) for path in checkpoints(out_dir)), default=0) if rank() == 0 else 0)  # the first rank decides
-    if not newest:
-        return 0, 0, 0.0
-    dcp = checkpoint_library()
-    path = out_dir / "checkpoints" / f"{newest:08.0f}"
-    if add_up(path.exists())[0] < world():
-        raise UserError(f"{path}: not there on every machine; --out_dir must be on a file system that all of them share")
-    state = training_state(model, optimizers) | {"progress": torch.zeros(3, dtype=torch.float64)}
-    try:
-        dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
-    except (Exception, dcp.CheckpointException) as e:  # the latter is no Exception; a damaged file can fail in a dozen ways
-        raise UserError(f"{path}: damaged ({type(e).__name__}); remove it to go on from the one before, or from the start") from None
-    step, tokens, seconds = state["progress"].tolist()
-    return int(step), int(tokens), seconds
-
-
-# ---------------------------------------------------------------------------------------------------- plan
-
-PEAKS = {  # dense bf16 FLOP/s and bytes, by a part of the device's name (makers' data sheets)
-    "H200": (989e12, 141e9), "H100": (989e12, 80e9), "B200": (2250e12, 180e9), "A100": (312e12, 80e9), "L40S": (362e12, 48e9),
-    "A6000": (155e12, 48e9), "4090": (165e12, 24e9), "3090": (71e12, 24e9), "T4": (65e12, 16e9),
-}  # fmt: skip
-
-
-def peak_of(name: str) -> tuple[float, float] | None:
-    return next((peak for key, peak in PEAKS.items() if key.lower() in name.lower()), None)
-
-
-def sizes(c: Config) -> dict[str, int]:
-    """Number of parameters: all, of a block, of a block's matrices, and those that multiply (all but an input embedding of its own)."""
-    with torch.device("meta"):
-        model = Llama(c)
-    n, block = (sum(p.numel() for p in module.parameters()) for module in (model, model.layers[0]))
-    matrices = sum(p.numel() for p in model.layers[0].parameters() if p.ndim == 2)
-    return {"all": n, "block": block, "matrices": matrices, "multiplying": n - (0 if c.tie_embeddings else c.n_vocab * c.n_embd)}
-
-
-def flops_per_token(c: Config, T: int) -> float:
-    """Forward and backward: 6 a parameter that multiplies, and 12 T a coordinate of the queries in each layer, as if attention were not
-    causal (PaLM, appendix B; the count that MFU is usually quoted with)."""
-    return 6 * sizes(c)["multiplying"] + 12 * c.n_layer * c.n_head * c.head_dim * T
-
-
-def memory(c: Config, s: Settings, n_devices: int, micro_rows: int, micro_steps: int) -> dict[str, float]:
-    """Bytes a device needs, by part. Weights, gradients and optimiser states are exact; activations count what autograd keeps (eager)."""
-    n, n_block, n_matrices, _ = sizes(c).values()
-    shards, tokens, size = max(1, n_devices // s.replicas), micro_rows * s.seq_len, getattr(torch, c.dtype).itemsize
-    n_root = n - c.n_layer * n_block
-    # Kept of a block: the residual twice and its two norms; q and y; k and v; gate, silu(gate), up and their product.
-    block = tokens * size * (4 * c.n_embd + 2 * c.n_head * c.head_dim + 2 * c.n_kv_head * c.head_dim + 4 * c.n_hidden)
-    gathered = size * (2 * n_block + n_root) if shards > 1 else size * n * (size < 4)
-    logits = size * tokens * c.n_vocab
-    return {
-        "weights": 4 * n / shards,
-        "their copies for computing": gathered,
-        "gradients": 4 * n / shards + (4 * n if shards > 1 and micro_steps > 1 else 0),
-        "optimiser": (8 * n - 4 * c.n_layer * n_matrices * (s.optimizer == "muon")) / shards,
-        "activations": block + (c.n_layer - 1) * tokens * size * c.n_embd if s.recompute else c.n_layer * block,
-        "logits": (logits if logits <= HeadLoss.KEEP else 2 * HeadLoss.PIECE["cuda"]) + 4 * tokens * c.n_embd,
-    }
-
-
-def print_plan(c: Config, s: Settings, stream: Stream | None, steps: int, tokens_per_step: float, device: str) -> None:
-    """What a run takes; UserError if it does not fit."""
-    n_devices, _, name = s.plan_device.rpartition("x") if s.plan_device else (str(world()), "", "")
-    if not (n_devices or "1").isdigit() or (s.plan_device and not peak_of(name)):
-        raise UserError(f"--plan_device={s.plan_device}: expected a number and one of {', '.join(PEAKS)}, as in 8xH100")
-    n_devices = int(n_devices or 1)
-    if s.plan_device:
-        (peak, room), name = peak_of(name), f"{n_devices} x {name}"
-    else:
-        peak, room, name = this_device(device)
-        peak = peak or measured_peak(device, getattr(torch, c.dtype))
-    micro_steps, micro_rows = micro_plan(s, n_devices)
-    parts = memory(c, s, n_devices, micro_rows, micro_steps)
-    total, flops = sum(parts.values()), flops_per_token(c, s.seq_len) * tokens_per_step * steps
-    lines = [
-        f"parameters        {sizes(c)['all']:,}",
-        f"tokens a step     {tokens_per_step:,.0f}: {s.batch_size} rows, {micro_steps} micro-steps of {micro_rows} rows on each of {n_devices} devices",
-        f"steps             {steps:,}, {steps * tokens_per_step:,.0f} tokens",
-        *[f"data              {row['corpus']}: {row['epochs']:.2f} epochs, {row['text_tokens']:,} tokens of text, {row['thought_tokens']:,} of thoughts"
-          for row in (amounts(stream, steps * tokens_per_step) if stream else ())],
-        *[f"memory            {value / 1e9:8.2f} GB  {part}" for part, value in parts.items()],
-        f"memory            {total / 1e9:8.2f} GB of {room / 1e9:.0f} GB on a device ({name})",
-        f"arithmetic        {flops:.3g} FLOPs",
-    ]
-    hours = flops / (n_devices * peak * s.plan_mfu) / 3600
-    lines.append(f"time              {hours:,.2f} hours at {s.plan_mfu:.0%} of {peak / 1e12:,.3g} TFLOP/s a device")
-    print("\n".join(lines))
-    if total > room:
-        raise UserError(f"needs {total / 1e9:.1f} GB a device, there are {room / 1e9:.1f}: lower --micro_batch or --seq_len, use --recompute, or more devices")
-
-
-def this_device(device: str) -> tuple[float | None, float, str]:
-    """(peak FLOP/s or None where it isn't known, bytes of memory, name) of a device."""
-    if device.startswith("cuda"):
-        properties = torch.cuda.get_device_properties(device)
-        return (peak_of(properties.name) or [None])[0], properties.total_memory, properties.name
-    try:
-        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows
-        room = math.inf
-    return None, room, device
-
-
-def measured_peak(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, for devices whose peak isn't known."""
-    a = torch.randn(1024, 1024, device=device, dtype=dtype)
-    times = []
-    for _ in range(10):
-        begin = time.perf_counter()
-        (a @ a)[0, 0].item()
-        times.append(time.perf_counter() - begin)
-    return 2 * 1024**3 / min(times)
-
-
-def used_memory(device: str) -> int:
-    """Peak bytes so far: of the device, or resident ones of this process; 0 where the system does not tell."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 # ------------------------------------------------------------------------------------------------ training
 
 SIZES = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden")
@@ -1056,31 +553,10 @@ def open_all(s: Settings) -> tuple[Config, Config | None, Tokenizer | None, Stre
     return config, source, tok, stream
 
 
-def micro_plan(s: Settings, n_devices: int) -> tuple[int, int]:
-    """(micro-steps of an optimiser step, rows of each on a device)."""
-    if s.replicas > n_devices or n_devices % s.replicas:
-        raise UserError(f"--replicas={s.replicas} does not divide the {n_devices} devices")
-    steps = math.ceil(s.batch_size / (n_devices * (s.micro_batch or s.batch_size)))
-    if s.batch_size < n_devices * steps:
-        raise UserError(f"--batch_size={s.batch_size}: fewer rows than {n_devices} devices in {steps} micro-steps need")
-    return steps, math.ceil(s.batch_size / (n_devices * steps))
-
-
 def steps_of(s: Settings, stream: Stream | None) -> tuple[int, float]:
     """(optimiser steps, expected tokens of each)."""
     tokens = s.batch_size * (stream.mean_row() if stream else s.seq_len)
     return max(1, round(s.max_tokens / tokens)) if s.max_tokens and s.max_steps else s.max_steps, tokens
-
-
-def amounts(stream: Stream, tokens: float) -> list[dict]:
-    """What so many training tokens hold of each corpus: epochs, and tokens of text and of thoughts."""
-    documents = tokens / stream.mean_row() if stream.attention == "padded" else tokens / stream.mean_document()
-    rows = []
-    for c, (corpus, take) in enumerate(zip(stream.corpora, stream.takes)):
-        epochs = documents / sum(stream.takes) * take / corpus.n_docs
-        text, thoughts = (round(epochs * n) for n in (len(corpus.tokens), stream.thought_counts[c][1]))
-        rows.append({"corpus": str(corpus.folder), "epochs": epochs, "text_tokens": text, "thought_tokens": thoughts})
-    return rows
 
 
 def start_model(s: Settings, c: Config, tensors: dict | None, tok: Tokenizer | None, device: str) -> Llama:
@@ -1176,7 +652,7 @@ def train(s: Settings, device: str) -> None:
         return print_plan(config, s, stream, steps, tokens_per_step, device)
     micro_steps, micro_rows = micro_plan(s, world())
     out_dir = Path(s.out_dir)
-    tensors = check_weights(Path(s.init_from), source) if source and not (out_dir / "config.json").exists() else None
+    tensors = read_tensors(Path(s.init_from), source) if source and not (out_dir / "config.json").exists() else None
     if rank() == 0:
         if (out_dir / "config.json").exists() and not (out_dir / "settings.json").exists():
             raise UserError(f"{out_dir}: holds a model that train.py did not make; give another --out_dir")

@@ -15,9 +15,6 @@ Written to --out_dir/NAME/train.jsonl and test.jsonl, the fields as published. N
 validation, auxiliary and socratic files are left out, by count). A row that eval_math.py could not read is refused, with file and line.
 """
 
-import contextlib
-import csv
-import io
 import json
 import os
 import re
@@ -29,8 +26,9 @@ from pathlib import Path
 if not __package__:  # run as `python data/benchmarks.py`: the package is the folder above
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from data.cli import UserError, opt, replacing, run
-from data.sources import from_hub, optional, read_jsonl
+from data.lib.cli import UserError, opt, replacing, run
+from data.lib.problems import fault, read_rows
+from data.lib.sources import from_hub
 
 SOURCES = {"gsm8k": ("openai/gsm8k", ["main/*.parquet"]), "math": ("EleutherAI/hendrycks_math", ["*/*.parquet"]),
            "math500": ("HuggingFaceH4/MATH-500", ["test.jsonl"]), "mmlu_stem": ("cais/mmlu", ["all/test-*.parquet", "all/dev-*.parquet"])}  # fmt: skip
@@ -53,42 +51,6 @@ def split_of(path: Path) -> str:
     words = [re.findall("[a-z]+", part.lower()) for part in reversed(path.parts)]
     said = next(filter(None, ({SPLITS[word] for word in part if word in SPLITS} for part in words)), {""})
     return "" if len(said) > 1 or LEFT_OUT & set(sum(words, [])) else said.pop()
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a file, as published; UserError for one that is damaged."""
-    if path.suffix == ".parquet":
-        parquet, arrow = optional("pyarrow.parquet", str(path)), optional("pyarrow", str(path))
-        try:
-            return parquet.read_table(path).to_pylist()
-        except (OSError, arrow.ArrowException) as e:
-            raise UserError(f"{path}: not a parquet file ({e})") from None
-    if path.suffix == ".csv":  # MMLU's, without a head
-        try:
-            rows = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8"), newline="")))
-        except (csv.Error, UnicodeDecodeError) as e:
-            raise UserError(f"{path}: not a csv file in UTF-8 ({e})") from None
-        return [{"question": row[0], "choices": row[1:-1], "answer": "ABCDEFGHIJ".find(row[-1]) if len(row[-1]) == 1 else -1} if len(row) > 2 else {} for row in rows]
-    if path.suffix == ".json":  # one problem, a list of them, or jsonl under another name
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(path.read_text(encoding="utf-8"))
-            return value if isinstance(value, list) else [value]
-    return read_jsonl(str(path), json.loads, skip_bad=None)
-
-
-def fault(row) -> str:
-    """Why a row is no problem; "" when it is one: a question, and an answer in one of four forms."""
-    if not isinstance(row, dict):
-        return "expected a JSON object"
-    question, answer, choices, solution = row.get("question", row.get("problem")), row.get("answer"), row.get("choices"), row.get("solution") or ""
-    if not isinstance(question, str) or not question.strip() or not isinstance(solution, str):
-        return 'field "question", "problem" or "solution" is missing or no text'
-    if isinstance(choices, list) and choices and len(choices) <= 10:
-        return "" if answer in (*range(len(choices)), *"ABCDEFGHIJ"[: len(choices)]) else 'field "answer" names none of the choices'
-    if answer is None:
-        return "" if re.search(r"\\f?boxed\b", solution) else 'field "answer" is missing, and the solution has no \\boxed answer'
-    good = answer.rpartition("####")[2].strip() if isinstance(answer, str) else isinstance(answer, (int, float)) and not isinstance(answer, bool)
-    return "" if good else 'field "answer" is empty, or neither text nor a number'
 
 
 def natural(path: Path) -> list:

@@ -29,9 +29,9 @@ if not __package__:  # run as `python data/digits.py`: the package is the folder
 
 import numpy as np
 
-from data.cli import UserError, claim, opt, run
-from data.corpus import Corpus, write_parts
-from data.tokenizer import load_tokenizer, make_tokenizer
+from data.lib.cli import UserError, claim, opt, run
+from data.lib.corpus import Corpus, write_parts
+from data.lib.tokenizer import load_tokenizer, make_tokenizer
 
 OPERATIONS = {"+": "Add", "-": "Subtract", "*": "Multiply by"}
 

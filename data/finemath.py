@@ -24,9 +24,9 @@ if not __package__:  # run as `python data/finemath.py`: the package is the fold
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from data import text
-from data.cli import Progress, UserError, duration, opt, read_json, run, write_json
-from data.corpus import token_dtype
-from data.sources import Damaged, Format, expand, from_hub, kind_of, optional, texts
+from data.lib.cli import Progress, UserError, duration, opt, read_json, run, write_json
+from data.lib.corpus import token_dtype
+from data.lib.sources import Damaged, Format, expand, from_hub, kind_of, optional, texts
 
 REPO, FOLDER, SUFFIX, READER = "HuggingFaceTB/finemath", "finemath-4plus", ".parquet", "pyarrow"
 DOCUMENTS, DOWNLOAD, TOKENS, TEXT = 6_699_493, 18_365_184_633, 9.6e9, 31e9  # its card: documents, bytes of parquet; tokens; bytes of text, about

@@ -27,10 +27,10 @@ from dataclasses import dataclass
 if not __package__:  # run as `python data/gsm8k.py`: the package is the folder above
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from data.cli import UserError, claim, opt, run
-from data.corpus import write_parts
-from data.sources import read_jsonl
-from data.tokenizer import load_tokenizer, make_tokenizer
+from data.lib.cli import UserError, claim, opt, run
+from data.lib.corpus import write_parts
+from data.lib.sources import read_jsonl
+from data.lib.tokenizer import load_tokenizer, make_tokenizer
 
 
 @dataclass(kw_only=True)

@@ -33,9 +33,9 @@ if not __package__:  # run as `python data/methods.py`: the package is the folde
 import numpy as np
 
 from data import digits
-from data.cli import UserError, claim, opt, run, write_json
-from data.corpus import open_corpus, open_thoughts, write_corpus, write_thoughts
-from data.tokenizer import make_tokenizer
+from data.lib.cli import UserError, claim, opt, run, write_json
+from data.lib.corpus import open_corpus, open_thoughts, write_corpus, write_thoughts
+from data.lib.tokenizer import make_tokenizer
 
 
 @dataclass(kw_only=True)

@@ -21,8 +21,8 @@ if not __package__:  # run as `python data/show.py`: the package is the folder a
 
 import numpy as np
 
-from data.cli import UserError, opt, read_json, run
-from data.corpus import Corpus, Thoughts, open_corpus, open_thoughts
+from data.lib.cli import UserError, opt, read_json, run
+from data.lib.corpus import Corpus, Thoughts, open_corpus, open_thoughts
 
 BOLD, DIM, CYAN = 1, 2, 36
 

@@ -10,7 +10,7 @@
         --usd_in=0.15 --usd_out=0.6 --budget_usd=20 --rpm=500 --tpm=200000
     python data/show.py C/warm T
 
-Writes a thoughts folder (data/corpus.py); with --style=wrap or wrap-cot, a folder with texts.jsonl ({"text", "doc", "style"}). Every answer is appended
+Writes a thoughts folder (data/lib/corpus.py); with --style=wrap or wrap-cot, a folder with texts.jsonl ({"text", "doc", "style"}). Every answer is appended
 to OUT_DIR.answers/answers.jsonl as it comes, under its chunk's number and a hash of the request, and never asked for again: the same command goes on
 where a run was killed, stopped or out of budget. The output folder appears when every chunk has an answer; --partial writes it with what is there.
 
@@ -36,9 +36,9 @@ if not __package__:  # run as `python data/teacher.py`: the package is the folde
 
 import numpy as np
 
-from data.cli import Progress, UserError, claim, hold, new_folder, opt, read_json, replacing, run, write_json
-from data.corpus import Corpus, open_corpus, write_thoughts
-from data.endpoint import Answers, Endpoint, Trouble, price, read_answer, read_key, read_url, tokens_about
+from data.lib.cli import Progress, UserError, claim, hold, new_folder, opt, read_json, replacing, run, write_json
+from data.lib.corpus import Corpus, open_corpus, write_thoughts
+from data.lib.endpoint import Answers, Endpoint, Trouble, price, read_answer, read_key, read_url, tokens_about
 
 PROMPT = """Below is a passage of a document, and the text that comes before it. Write out the thinking from which the passage follows: the knowledge that it \
 takes for granted, and the reasoning that leads, step by step, to each thing it says. Carry out every calculation and derivation that it leaves out.
@@ -234,8 +234,10 @@ def ask_endpoint(s: Settings, task: Task, answers: Answers) -> tuple[collections
 
 def ask_model(s: Settings, task: Task, answers: Answers) -> tuple[collections.Counter, str]:
     """Let a model folder continue the prompts: to its end token, or to a blank line, for a base model goes on and on."""
-    from infer_thoughts import Engine, fingerprint  # here, for all else needs no torch
-    from train import load_model, pick_device
+    from data.lib.engine import Engine
+    from data.lib.ranks import pick_device
+    from infer_thoughts import fingerprint  # here, for all else needs no torch
+    from train import load_model
 
     device = pick_device(s.device)
     device = "cpu" if device == "mps" else device

@@ -11,10 +11,10 @@ FILE is jsonl, parquet or txt, compressed (.gz, .zst) or not, a quoted pattern, 
                                        warm (i % 20 == 0), bootstrap (i % 20 in 13..16), rest
 
 A document is left out, and counted, when it is empty, not UTF-8, longer than --max_bytes, a second copy (--dedup) or holds a benchmark's question
-(--decontaminate: 13 words in a row, data/decontaminate.py). Documents in = documents out + those; meta.json has the counts, dropped.jsonl
+(--decontaminate: 13 words in a row, data/lib/decontaminate.py). Documents in = documents out + those; meta.json has the counts, dropped.jsonl
 file, line and reason of each but the empty ones and the copies. A damaged line or file stops the run, or is counted as well with --skip_bad.
 
-The order is that of a hash of text and seed, the chunks hang on the text and the seed alone (data/chunking.py). So the folders are the same, byte for byte,
+The order is that of a hash of text and seed, the chunks hang on the text and the seed alone (data/lib/chunking.py). So the folders are the same, byte for byte,
 whatever the number of workers and the order of files. Three steps, of which finished parts are kept when a run is cut off:
 
     scan     a piece of input -> its documents, sorted by hash          work/scan-TASK-PART.text, .index, .json
@@ -52,12 +52,12 @@ if not __package__:  # run as `python data/text.py`: the package is the folder a
 
 import numpy as np
 
-from data.chunking import chunk, text_digest
-from data.cli import Progress, UserError, claim, hold, new_folder, opt, read_json, run, write_json
-from data.corpus import CorpusWriter, token_dtype
-from data.decontaminate import Finder
-from data.sources import Bad, Damaged, Format, expand, kind_of, read_jsonl, sizes, texts
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.lib.chunking import chunk, text_digest
+from data.lib.cli import Progress, UserError, claim, hold, new_folder, opt, read_json, run, write_json
+from data.lib.corpus import CorpusWriter, token_dtype
+from data.lib.decontaminate import Finder
+from data.lib.sources import Bad, Damaged, Format, expand, kind_of, read_jsonl, sizes, texts
+from data.lib.tokenizer import Tokenizer, load_tokenizer
 
 PART = 32 << 20  # bytes of text a part of the scan holds, and of input a task begins with
 RANGES, RANGE_LOW, RANGE_HIGH = 64, 4 << 20, 32 << 20  # into how many ranges of hashes the text is cut, and how many bytes one may have

@@ -6,7 +6,7 @@
 
 The text is the calculus book and GSM8K over and over, one page or ten problems a document, half and half by bytes, each time with other numbers and
 some words exchanged. Against tiktoken alone: encode_ordinary_batch() with as many threads as text.py has workers, on the same documents in memory, with our
-encoding and, for byte fallback tokenizers, with the plain one, whose words end at spaces alone (data/tokenizer.py parts them finer); and, harder, as many
+encoding and, for byte fallback tokenizers, with the plain one, whose words end at spaces alone (data/lib/tokenizer.py parts them finer); and, harder, as many
 processes as workers, each with its share of documents, encode_to_numpy(). Beside wall time stands CPU time, which another load on the machine changes less.
 Memory is the largest sum of what all processes hold (Pss in /proc, so shared pages count once), looked at every 50 ms, with --what=speed every 250 ms.
 """
@@ -28,10 +28,10 @@ from typing import Literal
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.chunking import chunk, sentence_ends, text_digest
-from data.cli import opt, run
-from data.decontaminate import Finder
-from data.tokenizer import SPACED_WORDS, load_tokenizer, tiktoken_of
+from data.lib.chunking import chunk, sentence_ends, text_digest
+from data.lib.cli import opt, run
+from data.lib.decontaminate import Finder
+from data.lib.tokenizer import SPACED_WORDS, load_tokenizer, tiktoken_of
 
 
 @dataclass(kw_only=True)

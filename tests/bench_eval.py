@@ -16,8 +16,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eval_math import END, Settings, benchmark_problems, grade
-from infer_thoughts import Engine
+from data.lib.engine import Engine
+from data.lib.grader import grade
+from eval_math import END, Settings, benchmark_problems
 from train import load_model
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eval_math import grade, readings
+from data.lib.grader import grade, readings
 
 
 def ours(response: str, gold: str) -> bool:

@@ -1,6 +1,6 @@
 """The loss on 4 x 2048 tokens, 32,004 classes, width 2048, bf16: memory above inputs and gradients, time, and the difference from the plain loss.
 
-Ours (train.HeadLoss), torch's own chunked one where it exists (2.13), and the plain loss, each in a process of its own.
+Ours (kernels.HeadLoss), torch's own chunked one where it exists (2.13), and the plain loss, each in a process of its own.
 
     python tests/bench_loss.py
     python tests/bench_loss.py --device=cuda
@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 
-import train
-from data.cli import opt, run
+from data.lib import kernels
+from data.lib.cli import opt, run
 
 
 @dataclass(kw_only=True)
@@ -71,7 +71,7 @@ def measure(loss, s: Settings) -> dict:
 
 
 def main(s: Settings) -> None:
-    losses = {"ours": train.HeadLoss.apply, "torch": torchs, "plain": plain}
+    losses = {"ours": kernels.HeadLoss.apply, "torch": torchs, "plain": plain}
     if s.which != "all":
         print(json.dumps(measure(losses[s.which], s)))
         return

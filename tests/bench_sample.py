@@ -22,9 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from data.cli import opt, run
-from data.corpus import POSTERIOR, PRIOR, open_corpus
-from infer_thoughts import Engine, Limits, context_of, infer, write_chunk
+from data.lib.cli import opt, run
+from data.lib.corpus import POSTERIOR, PRIOR, open_corpus
+from data.lib.engine import Engine
+from infer_thoughts import Limits, context_of, infer, write_chunk
 from train import load_model
 
 

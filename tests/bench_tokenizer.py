@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import tiktoken
 
-from data.cli import opt, read_json, run
-from data.tokenizer import Tokenizer, byte_level_steps, read_split
+from data.lib.cli import opt, read_json, run
+from data.lib.tokenizer import Tokenizer, byte_level_steps, read_split
 
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 

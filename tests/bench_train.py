@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 
 import train
-from data.cli import opt, run
-from data.stream import Batch
-from data.tokenizer import make_tokenizer
+from data.lib import model_folder
+from data.lib.cli import opt, run
+from data.lib.stream import Batch
+from data.lib.tokenizer import make_tokenizer
 
 
 @dataclass(kw_only=True)
@@ -64,9 +65,9 @@ def theirs(folder: Path, s: Settings, dtype: torch.dtype):
 
 def ours(folder: Path, s: Settings, dtype: str):
     settings = train.Settings(optimizer="adamw", lr=1e-5, clip=1.0)
-    config = train.read_config(folder)
+    config = train.open_folder(folder)[0]
     model = train.build(replace(config, dtype=dtype), s.device)
-    train.load_weights(model, train.check_weights(folder, config))
+    train.load_weights(model, train.read_tensors(folder, config))
     if s.compile:
         for layer in model.layers:
             layer.compute = torch.compile(layer.compute)
@@ -75,7 +76,7 @@ def ours(folder: Path, s: Settings, dtype: str):
 
 
 def compare(folder: Path, s: Settings, dtype: str) -> None:
-    rng, n_vocab, batches = np.random.default_rng(0), train.read_config(folder).n_vocab, []
+    rng, n_vocab, batches = np.random.default_rng(0), train.open_folder(folder)[0].n_vocab, []
     for _ in range(s.steps):
         ids = torch.from_numpy(rng.integers(0, n_vocab, (s.rows, s.seq_len + 1)))
         batches.append(Batch(ids[:, :-1], ids[:, 1:], None))
@@ -102,7 +103,7 @@ def main(s: Settings) -> None:
         if not s.model:
             tok = make_tokenizer()
             model = train.start_model(train.Settings(), train.make_config(train.Settings(), tok.n_vocab), None, tok, "cpu")
-            train.save_model(folder, model, tok)
+            model_folder.save_model(folder, model, tok)
         for dtype in ("float32", "bfloat16") if s.dtype == "both" else (s.dtype,):
             compare(Path(s.model or folder), s, dtype)
 

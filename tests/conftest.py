@@ -16,9 +16,9 @@ SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 
 import train
-from data.cli import run
-from data.corpus import Corpus
-from data.stream import Stream
+from data.lib.cli import run
+from data.lib.corpus import Corpus
+from data.lib.stream import Stream
 
 # Two letters and six special tokens: every thought of a few tokens can be written down.
 TOY = SimpleNamespace(n_vocab=8, bos=2, eos=3, sol=4, eol=5, pri=6, pos=7)

@@ -1,8 +1,8 @@
-"""What data/chunking.py does with many texts at once, one text at a time and with plain regular expressions: the reference for its tests."""
+"""What data/lib/chunking.py does with many texts at once, one text at a time and with plain regular expressions: the reference for its tests."""
 
 import re
 
-from data.chunking import AFTER, ITEM, LONG, MATH, STOP_IN_MATH, borders_of, code_spans, cuts, is_stop, join_spans, masked, outside
+from data.lib.chunking import AFTER, ITEM, LONG, MATH, STOP_IN_MATH, borders_of, code_spans, cuts, is_stop, join_spans, masked, outside
 
 SIGN = re.compile(rf"(?<![.!?…])[.!?…]+{AFTER}|\n(?:(?:[ \t\r]*\n)+|(?={ITEM}))|[。！？][」』”’）]*")
 

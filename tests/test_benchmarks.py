@@ -11,8 +11,10 @@ from conftest import ROOT, SHARED, script
 
 import eval_math
 from data import benchmarks
-from data.benchmarks import STEM, Settings, fault, main, split_of
-from data.cli import UserError
+from data.benchmarks import STEM, Settings, main, split_of
+from data.lib import problems
+from data.lib.cli import UserError
+from data.lib.problems import fault
 
 GSM8K = {"question": "How many are 2 and 3?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}
 MATH = {"problem": "What is $1+1$?", "level": "Level 2", "type": "Algebra", "solution": "It is $\\boxed{2}$."}
@@ -31,7 +33,7 @@ def get(out: Path, *words) -> dict[str, list[dict]]:
     main(Settings(benchmarks=list(map(str, words)), out_dir=str(out)))
     found = {f"{path.parent.name}/{path.stem}": [json.loads(line) for line in path.read_text().splitlines()] for path in sorted(out.rglob("*.jsonl"))}
     for path in out.rglob("*.jsonl"):
-        eval_math.read_items(path)  # nothing is written that it refuses
+        problems.read_items(path)  # nothing is written that it refuses
     assert not list(out.rglob("*.tmp"))
     return found
 
@@ -113,7 +115,7 @@ def test_the_rules_are_those_of_eval_math():
     n_good = 0
     for row in [base | change for base in (GSM8K, MATH, MATH500, MMLU) for change in ({}, *changes)]:
         try:
-            eval_math.read_item(row, "f:1")
+            problems.read_item(row, "f:1")
             taken = True
         except UserError:
             taken = False
@@ -184,5 +186,5 @@ def test_real_files_at_the_command_line(tmp_path):
     out = script("data/benchmarks.py", *words, f"--out_dir={tmp_path}").stdout
     assert out.count(" as published") == 2 and "mmlu_stem/test.jsonl: 302 problems, 3,018 were published" in out
     for name, n in (("gsm8k", 1319), ("math500", 50), ("mmlu_stem", 302)):
-        assert len(eval_math.read_items(tmp_path / name / "test.jsonl")) == n
+        assert len(problems.read_items(tmp_path / name / "test.jsonl")) == n
     assert script("data/benchmarks.py", code=1).stderr.startswith("benchmarks.py: error: BENCHMARK ... is required")

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from conftest import ROOT, SHARED, TOY, script
 
-from data.cli import UserError, read_json
-from data.corpus import POSTERIOR, PRIOR, RAW, hash_uniform, layout, open_corpus, open_thoughts, write_corpus, write_thoughts
 from data.digits import Settings as DigitsSettings
 from data.digits import make_documents, pairs_of, solve, true_nats, write_thought
 from data.gsm8k import read_problem
-from data.tokenizer import MARKERS, load_tokenizer, make_tokenizer
+from data.lib.cli import UserError, read_json
+from data.lib.corpus import POSTERIOR, PRIOR, RAW, hash_uniform, layout, open_corpus, open_thoughts, write_corpus, write_thoughts
+from data.lib.tokenizer import MARKERS, load_tokenizer, make_tokenizer
 
 TEXTS = ["Start at 3. Add 8.", "The café's naïve 数学 🎉 costs 1,234.50!", "a\n\n\tb  \r\n  c ", "<|END_OF_LATENT|> is text here", "", "x" * 300]
 SCRAPS = "".join(TEXTS) + "éß\u0301\u200b\ud7ff\U0001f600"

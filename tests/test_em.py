@@ -16,9 +16,9 @@ import pytest
 from conftest import ROOT, SHARED, script
 
 import em
-from data.cli import UserError
-from data.corpus import open_corpus, open_thoughts, write_corpus, write_thoughts
 from data.lib import stages
+from data.lib.cli import UserError
+from data.lib.corpus import open_corpus, open_thoughts, write_corpus, write_thoughts
 
 SMALL = ["--max_new=24", "--train=--max_steps=40 --save_every=10", "--warm_train=--weight_decay=0.3", "--infer=--part_size=20"]
 TINY = ["--iterations=2", "--samples=2", *SMALL]

@@ -7,9 +7,11 @@ from conftest import SHARED, TOY, corpus_of
 
 import infer_thoughts
 import train
-from data.cli import UserError
-from data.corpus import hash_state, hash_uniform
-from infer_thoughts import Engine, Limits, draw, infer, keyed_uniform, sample_slowly, score_slowly
+from data.lib import engine as engine_module
+from data.lib.cli import UserError
+from data.lib.corpus import hash_state, hash_uniform
+from data.lib.engine import Engine, draw, keyed_uniform
+from infer_thoughts import Limits, infer, sample_slowly, score_slowly
 
 
 def random_model(**sizes) -> train.Llama:
@@ -108,12 +110,12 @@ def test_memory_is_planned_and_refused_in_one_line(monkeypatch):
     assert (slots, cells) == (256, 4) and engine.plan(64, 100, 50, n_prompts=1)[:2] == (1, 64)
     each = engine.slot_bytes(4, 100, 50)
     free = int((planned - (slots + 1) * each + 100.5 * each) / 0.8)  # 80% of it may be used: room for 100 slots, one of them for padding
-    monkeypatch.setattr(infer_thoughts, "free_memory", lambda device: free)
+    monkeypatch.setattr(engine_module, "free_memory", lambda device: free)
     fewer, _, less, _ = engine.plan(4, 100, 50, n_prompts=1000)
     assert fewer == 99 and less <= 0.8 * free
     engine.reserve(4, 100, 50, 1000)
     assert engine.shape == (100, 100, 50, 4) and sum(x.nbytes for x in (engine.prompt, engine.own)) < 100 * each
-    monkeypatch.setattr(infer_thoughts, "free_memory", lambda device: 1 << 20)
+    monkeypatch.setattr(engine_module, "free_memory", lambda device: 1 << 20)
     with pytest.raises(UserError, match="one prompt of 100 tokens with 4 samples of 50 needs .* lower --max_new"):
         engine.plan(4, 100, 50, n_prompts=1000)
 
@@ -137,8 +139,8 @@ def test_a_wrong_engine_stops_the_run(toy_model, monkeypatch, tmp_path):
     assert (infer_thoughts.check(toy_model, TOY, corpus, numbers, got, limits, {}) < 1e-5).all()
     s = infer_thoughts.Settings(corpus="", model="", out_dir="", max_new=4)
     tok = type("Tok", (), vars(TOY) | {"decode": staticmethod(str)})
-    fast = infer_thoughts.draw
-    monkeypatch.setattr(infer_thoughts, "draw", lambda *a: (lambda t, p: (t, p + 0.01))(*fast(*a)))
+    fast = engine_module.draw
+    monkeypatch.setattr(engine_module, "draw", lambda *a: (lambda t, p: (t, p + 0.01))(*fast(*a)))
     with pytest.raises(UserError, match="differs from the slow function by 0.01 nats a token"):
         infer_thoughts.run_part(tmp_path / "000000.npz", numbers, Engine(toy_model), tok, corpus, s, None)
     assert not list(tmp_path.iterdir())
@@ -165,8 +167,8 @@ def test_an_error_at_every_token_is_no_rounding(monkeypatch, tmp_path, dtype, er
     found, n_checked = (np.load(path)[k] for k in ("check", "n_checked"))
     assert n_checked >= 1 and (found > 0).any() and (found[0] <= found[1]).all()
     path.unlink()
-    fast = infer_thoughts.draw
-    monkeypatch.setattr(infer_thoughts, "draw", lambda *a: (lambda t, p: (t, p + error))(*fast(*a)))
+    fast = engine_module.draw
+    monkeypatch.setattr(engine_module, "draw", lambda *a: (lambda t, p: (t, p + error))(*fast(*a)))
     tolerance = infer_thoughts.TOLERANCE[dtype]
     message = f"by {error:.1g}.* nats a token .at most {tolerance} wanted.* over a thought by .* the root"
     with pytest.raises(UserError, match=message) as e:
@@ -225,7 +227,7 @@ def test_memory_stays_within_the_plan(smollm2):
 
     code = f"""
 import gc, sys, threading, time, numpy as np, psutil; sys.path.insert(0, {str(train.Path(train.__file__).parent)!r})
-from infer_thoughts import Engine; from train import load_model
+
 model, tok = load_model({str(smollm2)!r}); engine = Engine(model)
 engine.score([np.arange(10)], [[np.arange(10)]]); gc.collect()
 process, peak = psutil.Process(), [0]
@@ -253,8 +255,8 @@ def test_a_start_that_all_prompts_share_is_computed_once(n_rows, piece, shared, 
     model = random_model()
     head = np.random.default_rng(1).integers(0, 50, shared)
     prompts = [np.concatenate((head, p)) for p in prompts_of(9)] + [np.append(head, 7)]
-    assert infer_thoughts.shared_length(prompts) == (shared if shared >= 32 else 0)
-    assert infer_thoughts.shared_length([prompts[0]]) == infer_thoughts.shared_length(prompts_of(5)) == 0
+    assert engine_module.shared_length(prompts) == (shared if shared >= 32 else 0)
+    assert engine_module.shared_length([prompts[0]]) == engine_module.shared_length(prompts_of(5)) == 0
     slow = [[sample_slowly(model, p, i, k, 10, {3}, 5) for k in range(2)] for i, p in enumerate(prompts)]
     engine, seen, forward = Engine(model, n_rows), [], Engine.forward
     engine.PIECE = piece
@@ -281,7 +283,7 @@ def test_temperature_and_nucleus_are_those_of_transformers(temperature, top_p):
     reference = torch.log_softmax(expected.double(), dim=-1)
     torch.testing.assert_close(log_p, reference[torch.arange(200), tokens], atol=1e-4, rtol=0)  # never a token outside, and with its probability
     if top_p < 1:
-        kept = infer_thoughts.nucleus(logits / temperature, top_p).isfinite()
+        kept = engine_module.nucleus(logits / temperature, top_p).isfinite()
         assert (kept != expected.isfinite()).sum() <= 2  # a border within rounding
     assert draw(logits, uniform, 0.0, top_p)[0].equal(logits.argmax(-1))
 

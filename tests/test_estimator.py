@@ -9,20 +9,9 @@ import torch
 from conftest import TOY, corpus_of
 
 import infer_thoughts
-from data.corpus import POSTERIOR, PRIOR, hash_uniform
-from infer_thoughts import (
-    NO_THOUGHT,
-    Engine,
-    Limits,
-    bound,
-    choose,
-    infer,
-    normalise,
-    pick,
-    score_slowly,
-    thoughtless,
-    write_chunk,
-)
+from data.lib.corpus import POSTERIOR, PRIOR, hash_uniform
+from data.lib.engine import Engine
+from infer_thoughts import NO_THOUGHT, Limits, bound, choose, infer, normalise, pick, score_slowly, thoughtless, write_chunk
 
 MAX_NEW = 4  # thoughts of up to three tokens and EOL
 CORPUS = corpus_of([[[0, 1], [1, 0, 1]]])

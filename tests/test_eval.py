@@ -18,19 +18,19 @@ from conftest import ROOT, SHARED, TOY, corpus_of, script
 
 import eval_math
 from data import digits as digits_maker
-from data.cli import UserError
-from data.corpus import PRIOR, RAW, chunks_of, layout, open_corpus, write_corpus
-from data.tokenizer import load_tokenizer, make_tokenizer
+from data.lib import grader, problems
+from data.lib.cli import UserError
+from data.lib.corpus import PRIOR, RAW, chunks_of, layout, open_corpus, write_corpus
+from data.lib.engine import Engine
+from data.lib.problems import Item, choose_shots, read_item, read_items
+from data.lib.tokenizer import load_tokenizer, make_tokenizer
 from eval_math import (
-    Item,
     Problem,
     Settings,
     answer_block,
     answers_end_with_line,
     benchmark_problems,
-    can_think,
     choose_scored,
-    choose_shots,
     corpus_problems,
     few_shot_prompt,
     first_line,
@@ -38,14 +38,12 @@ from eval_math import (
     paired,
     paired_difference,
     pass_at,
-    read_item,
-    read_items,
     respond,
     scores,
     sign_test,
     text_nll,
 )
-from infer_thoughts import NO_THOUGHT, Engine
+from infer_thoughts import NO_THOUGHT, can_think
 
 
 def settings(**values) -> Settings:
@@ -80,9 +78,9 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path):
     with pytest.raises(UserError, match="holds no problem"):
         read_items(tmp_path / "empty.jsonl")
     with pytest.raises(UserError, match="get it by `python data/benchmarks.py gsm8k`"):
-        eval_math.find_file(settings(benchmark="gsm8k", file=str(tmp_path / "no.jsonl")), "test")
+        problems.find_file(settings(benchmark="gsm8k", file=str(tmp_path / "no.jsonl")), "test")
     with pytest.raises(UserError, match="is one of gsm8k"):
-        eval_math.find_file(settings(benchmark="gsm9k"), "test")
+        problems.find_file(settings(benchmark="gsm9k"), "test")
 
 
 def test_parquet_is_read_like_jsonl(tmp_path):
@@ -121,7 +119,7 @@ def test_our_own_examples_grade_true_against_their_answers(name, n):
     assert len(shots) == n
     for x in shots:
         written = x.solution + x.answer_text
-        assert eval_math.judge(written, x.answer) == {"extracted": eval_math.extract_answer(written), "correct": True, "strict": True, "graded": True}
+        assert grader.judge(written, x.answer) == {"extracted": grader.extract_answer(written), "correct": True, "strict": True, "graded": True}
 
 
 @pytest.mark.parametrize("name,file", [("gsm8k", "gsm8k/test.jsonl"), ("math", "math/sample50.jsonl"), ("mmlu_stem", "mmlu_stem/sample300.jsonl")])
@@ -158,7 +156,7 @@ def test_raw_prompt_is_one_string(tok):
 
 
 def test_latent_prompt_has_the_markers_of_training(tok):
-    """Token by token what data.corpus.layout writes for such a document in training, up to the thought that is asked for."""
+    """Token by token what data.lib.corpus.layout writes for such a document in training, up to the thought that is asked for."""
     chunks, thoughts = [], []
     for x in [*SHOTS, ASKED]:
         chunks += [tok.encode(x.question_text), tok.encode(x.answer_text + "\n\n")]
@@ -570,7 +568,7 @@ def sums(digits, tmp_path_factory):
     """A benchmark in the words of the digits corpus: (test file, file of worked examples)."""
     folder = tmp_path_factory.mktemp("bench")
     corpus = open_corpus(digits / "warm")
-    from data.corpus import open_thoughts
+    from data.lib.corpus import open_thoughts
 
     thoughts, tok = open_thoughts(digits / "warm_thoughts", corpus), corpus.tokenizer
     rows = []

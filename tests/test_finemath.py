@@ -12,9 +12,9 @@ import pytest
 from conftest import script
 
 from data import finemath, text
-from data.cli import UserError, read_json
-from data.corpus import open_corpus
-from data.tokenizer import make_tokenizer
+from data.lib.cli import UserError, read_json
+from data.lib.corpus import open_corpus
+from data.lib.tokenizer import make_tokenizer
 
 QUESTION = "Janet has 16 eggs per day and eats three for breakfast every morning; how many are left for the market at 2 per egg?"
 

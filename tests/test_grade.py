@@ -12,8 +12,9 @@ import pytest
 import sympy
 from conftest import SHARED
 
-import eval_math
-from eval_math import Unreadable, Worker, alike, equal, extract_answer, grade, judge, readings
+from data.lib import mathvalues
+from data.lib.grader import Worker, alike, extract_answer, grade, judge, readings
+from data.lib.mathvalues import Unreadable, equal
 
 CASES = [json.loads(line) for line in open(Path(__file__).with_name("grades.jsonl"), encoding="utf-8")]
 
@@ -131,7 +132,7 @@ def test_equal_is_bounded_and_exact():
     assert equal((x + 1) ** 2, x**2 + 2 * x + 1) and not equal((x + 1) ** 2, x**2 + 2 * x + sympy.Rational(10**30 + 1, 10**30))
     assert equal(sympy.sqrt(12), 2 * sympy.sqrt(3)) and not equal(sympy.sqrt(12), sympy.Rational(34641016151, 10**10))
     with pytest.raises(Unreadable):
-        eval_math.power(sympy.Integer(10), sympy.Integer(10**9))
+        mathvalues.power(sympy.Integer(10), sympy.Integer(10**9))
 
 
 # --------------------------------------------------------------------------------------------------------- hostility

@@ -16,10 +16,13 @@ from conftest import ROOT, TOY, corpus_of, inside, script
 
 import infer_thoughts
 import train
-from data.cli import UserError
-from data.corpus import POSTERIOR, Corpus, open_corpus, open_thoughts, write_corpus
-from data.tokenizer import make_tokenizer
-from infer_thoughts import Engine, Limits, context_of, infer, rank_in_group, split_parts
+from data.lib import model_folder
+from data.lib.cli import UserError
+from data.lib.corpus import POSTERIOR, Corpus, open_corpus, open_thoughts, write_corpus
+from data.lib.engine import Engine
+from data.lib.parts import do_parts, split_parts
+from data.lib.tokenizer import make_tokenizer
+from infer_thoughts import Limits, context_of, infer, rank_in_group
 
 
 def test_greedy_decoding_equals_transformers(tmp_path):
@@ -27,7 +30,7 @@ def test_greedy_decoding_equals_transformers(tmp_path):
     tok = make_tokenizer()
     s = train.Settings(n_layer=2, n_embd=32, n_head=4, n_kv_head=2, tie_embeddings=False, seed=3)
     model = train.start_model(s, train.make_config(s, tok.n_vocab), None, tok, "cpu").eval()
-    train.save_model(tmp_path, model, tok)
+    model_folder.save_model(tmp_path, model, tok)
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 256, rng.integers(1, 40)) for _ in range(20)]
@@ -158,7 +161,7 @@ def test_no_thought_ends_at_all(digits, tmp_path):
     hardly.norm.weight.data *= 100  # sure of its likeliest token, which is never EOL: that has logit 0
     hardly.embed_tokens.weight.data[tok.eol] = 0
     (tmp_path / "sure").mkdir()
-    train.save_model(tmp_path / "sure", hardly, tok)
+    model_folder.save_model(tmp_path / "sure", hardly, tok)
     flags = ["--max_new=2", "--samples=2", "--seed=1", "--show=1"]
     out = script("infer_thoughts.py", *run_infer(digits, tmp_path / "sure", tmp_path / "E"), *flags).stdout
     meta, samples = json.loads((tmp_path / "E/meta.json").read_text()), np.load(tmp_path / "E/samples.npz")
@@ -321,9 +324,8 @@ def test_a_part_that_fails_stops_alone(toy_model, monkeypatch, tmp_path, capsys)
         path.write_bytes(b"done")
         return {"part": path.stem}
 
-    monkeypatch.setattr(infer_thoughts, "run_part", run_part)
     with pytest.raises(UserError, match="1 of 4 parts failed .* chunk 1: log-probabilities are not finite"):
-        infer_thoughts.do_parts(parts, None, None, None, None, tmp_path)
+        do_parts(parts, run_part, tmp_path)
     assert [path.exists() for path, _ in parts] == [True, False, True, True] and "part 000001 failed" in capsys.readouterr().err
 
 
@@ -362,7 +364,7 @@ def test_broken_weights_and_missing_markers(digits, model, tmp_path):
     broken, tok = train.load_model(model)
     broken.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
     (tmp_path / "nan").mkdir()
-    train.save_model(tmp_path / "nan", broken, tok)
+    model_folder.save_model(tmp_path / "nan", broken, tok)
     done = script("infer_thoughts.py", *run_infer(digits, tmp_path / "nan", tmp_path / "E"), code=1)
     assert "layers.1.mlp.up_proj.weight holds NaN or infinite values" in done.stderr and done.stderr.count("\n") == 1
     assert not list(tmp_path.glob("E*"))

@@ -10,9 +10,9 @@ from conftest import inside, script
 
 import em
 from data import methods
-from data.cli import UserError
-from data.corpus import open_corpus, open_thoughts
 from data.digits import OPERATIONS, Settings, make_documents
+from data.lib.cli import UserError
+from data.lib.corpus import open_corpus, open_thoughts
 
 TOKENS = 20_000
 TINY = ["--compare", f"--tokens={TOKENS}", "--seeds=1", "--max_new=40", "--train=--batch_size=16 --n_layer=1 --n_embd=32", "--eval=--bound_docs=5"]

@@ -13,9 +13,9 @@ import pytest
 from conftest import ROOT, inside, script
 
 import data.show
-from data.corpus import open_corpus, write_corpus, write_thoughts
+from data.lib.corpus import open_corpus, write_corpus, write_thoughts
+from data.lib.tokenizer import make_tokenizer
 from data.show import histogram
-from data.tokenizer import make_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -21,12 +21,12 @@ import pytest
 from conftest import ROOT, inside, script
 
 import data.show
-import infer_thoughts
 import train
 from data import endpoint, teacher
-from data.cli import UserError, read_json
-from data.corpus import open_corpus, open_thoughts, write_corpus
-from data.tokenizer import make_tokenizer
+from data.lib import engine
+from data.lib.cli import UserError, read_json
+from data.lib.corpus import open_corpus, open_thoughts, write_corpus
+from data.lib.tokenizer import make_tokenizer
 
 KEY = "sk-secret-0123456789abcdef"
 FAULTS = ("slow", "429", "500", "cut", "drop", "none", "two", "huge", "html", "deep", "no usage", "null", "list")
@@ -608,8 +608,8 @@ def test_a_model_folder(local, tmp_path):
 
 
 def test_the_temperature_of_a_model_folder(local, tmp_path, monkeypatch):
-    asked, plain = [], infer_thoughts.Engine.generate
-    monkeypatch.setattr(infer_thoughts.Engine, "generate", lambda self, *a, **how: asked.append(how["temperature"]) or plain(self, *a, **how))
+    asked, plain = [], engine.Engine.generate
+    monkeypatch.setattr(engine.Engine, "generate", lambda self, *a, **how: asked.append(how["temperature"]) or plain(self, *a, **how))
 
     def draw(name: str, *more: str) -> list[tuple]:
         run_teacher(*local, "--max_tokens=12", f"--out_dir={tmp_path / name}", *more)

@@ -21,13 +21,13 @@ import pytest
 from conftest import ROOT, SHARED, inside, script
 
 import data.text as text_module
-from data.chunking import LIMIT, LONG, MOST, chunk, sentence_ends, text_digest
-from data.cli import UserError, help_text, opt, read_json, read_settings
-from data.corpus import open_corpus, write_corpus
-from data.decontaminate import Finder, fold, letters
-from data.sources import expand, lines, read_jsonl
+from data.lib.chunking import LIMIT, LONG, MOST, chunk, sentence_ends, text_digest
+from data.lib.cli import UserError, help_text, opt, read_json, read_settings
+from data.lib.corpus import open_corpus, write_corpus
+from data.lib.decontaminate import Finder, fold, letters
+from data.lib.sources import expand, lines, read_jsonl
+from data.lib.tokenizer import load_tokenizer, make_tokenizer
 from data.text import Settings, split_of
-from data.tokenizer import load_tokenizer, make_tokenizer
 
 sys.path.insert(0, str(ROOT / "tests"))
 from bench_data import perturbed, planted, punkt_ends, read, sentences_a_chunk, torn
@@ -705,7 +705,7 @@ def test_parts_are_small_however_short_the_documents(tok, tmp_path, monkeypatch)
 
 def value_and_peak(expression: str) -> list[int]:
     """What it gives in a process of its own, and the megabytes that process held at most."""
-    code = f"import re; from data.sources import *; print({expression}, int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) // 1024)"
+    code = f"import re; from data.lib.sources import *; print({expression}, int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) // 1024)"
     return list(map(int, subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()))
 
 
@@ -758,7 +758,7 @@ def test_a_file_that_cannot_be_opened_leaves_nothing_behind(tok, tmp_path, monke
     def refused(*_):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr("data.sources.open_stream", refused)
+    monkeypatch.setattr("data.lib.sources.open_stream", refused)
     with pytest.raises(PermissionError):
         build(tok, tmp_path / "out", path)
     assert not (tmp_path / "out").exists()

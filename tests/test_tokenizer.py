@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, SHARED
 
-from data.cli import UserError, read_json
-from data.tokenizer import MARKERS, PARTED_WORDS, load_tokenizer, make_tokenizer
+from data.lib.cli import UserError, read_json
+from data.lib.tokenizer import MARKERS, PARTED_WORDS, load_tokenizer, make_tokenizer
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 tokenizers = pytest.importorskip("tokenizers")

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from conftest import ROOT, TOY, corpus_of, script
 
 import train
-from data.corpus import POSTERIOR, PRIOR, RAW, open_corpus
-from data.stream import Batch, Stream, pad
-from data.tokenizer import make_tokenizer
+from data.lib import checkpoint, kernels, model_folder, plan
+from data.lib.corpus import POSTERIOR, PRIOR, RAW, open_corpus
+from data.lib.stream import Batch, Stream, pad
+from data.lib.tokenizer import make_tokenizer
 
 SMALL = {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_kv_head": 2, "seq_len": 64}
 
@@ -148,12 +149,12 @@ def test_causal_attention_equals_torchs(shape):
     torch.manual_seed(0)
     q, k, v = (torch.randn(B, T, h, d).transpose(1, 2).requires_grad_() for h in (n, n_kv, n_kv))
     dy, results = torch.randn(B, n, T, d), []
-    for f in (train.CausalAttention.apply, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=n != n_kv)):
+    for f in (kernels.CausalAttention.apply, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=n != n_kv)):
         y = f(q, k, v)
         results.append((y, *torch.autograd.grad(y, (q, k, v), dy)))
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
-    rounded = train.CausalAttention.apply(*(x.bfloat16() for x in (q, k, v)))
+    rounded = kernels.CausalAttention.apply(*(x.bfloat16() for x in (q, k, v)))
     torch.testing.assert_close(rounded.float(), results[1][0], atol=0.03, rtol=0.03)
 
 
@@ -167,16 +168,16 @@ def plain_loss(hidden, weight, targets):
 @pytest.mark.parametrize("keep", [0, 1 << 30])  # logits computed again in the backward pass, or kept
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_head_loss_equals_the_plain_one(keep, dtype, monkeypatch):
-    monkeypatch.setattr(train.HeadLoss, "KEEP", keep)
-    monkeypatch.setattr(train.HeadLoss, "PIECE", {"cpu": 4 * 50 * 7})  # many pieces, the last one smaller
+    monkeypatch.setattr(kernels.HeadLoss, "KEEP", keep)
+    monkeypatch.setattr(kernels.HeadLoss, "PIECE", {"cpu": 4 * 50 * 7})  # many pieces, the last one smaller
     torch.manual_seed(0)
     hidden, weight = torch.randn(2, 25, 16, dtype=dtype), torch.randn(99, 16, dtype=dtype)
     targets = torch.randint(0, 99, (2, 25))
     targets[0, 3:9] = -1
     results = []
-    for f in (train.HeadLoss.apply, train.head_loss, plain_loss):
+    for f in (kernels.HeadLoss.apply, kernels.head_loss, plain_loss):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        arguments = (h, w, targets) if f is train.head_loss else (h.flatten(0, 1), w, targets.flatten())
+        arguments = (h, w, targets) if f is kernels.head_loss else (h.flatten(0, 1), w, targets.flatten())
         loss = f(*arguments)
         (0.125 * loss).backward()
         results.append((loss.detach(), h.grad.float(), w.grad.float()))
@@ -188,7 +189,7 @@ def test_head_loss_equals_the_plain_one(keep, dtype, monkeypatch):
 
 def test_head_loss_of_padding_only():
     h, w = torch.randn(1, 3, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
-    loss = train.head_loss(h, w, torch.full((1, 3), -1))
+    loss = kernels.head_loss(h, w, torch.full((1, 3), -1))
     loss.backward()
     assert loss == 0 and not h.grad.any() and not w.grad.any()
 
@@ -209,7 +210,7 @@ def test_fifty_steps_equal_transformers(tmp_path):
     s = train.Settings(n_layer=6, n_embd=256, n_head=8, n_kv_head=4, seq_len=64, rope_theta=1e4, optimizer="adamw", lr=1e-3, max_steps=50, clip=1.0, weight_decay=0.01)
     model = train.start_model(s, train.make_config(s, tok.n_vocab), None, None, "cpu")
     assert 4e6 < sum(p.numel() for p in model.parameters()) < 6e6
-    train.save_model(tmp_path, model, tok)
+    model_folder.save_model(tmp_path, model, tok)
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     plain = torch.optim.AdamW(reference.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
     optimizers, rng = train.make_optimizers(model, s), np.random.default_rng(0)
@@ -237,7 +238,7 @@ def test_loss_equals_transformers():
     model = small_model(tok.n_vocab)
     sequences = [np.array(tok.encode(text)) for text in ("Start at 3.", "Add", "Multiply by 9. And again.")]
     with tempfile.TemporaryDirectory() as folder:
-        train.save_model(folder, model, tok)
+        model_folder.save_model(folder, model, tok)
         reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     expected = sum(reference(torch.tensor(ids[None]), labels=torch.tensor(ids[None])).loss.item() * (len(ids) - 1) for ids in sequences)
     ids, targets = pad(sequences, "cpu")
@@ -402,20 +403,20 @@ def test_the_plan_is_what_a_model_takes(optimizer):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         loss = model(ids[:, :-1], targets=ids[:, 1:])
     loss.backward()
-    parts, n = train.memory(c, s, 1, 4, 1), sum(p.numel() for p in model.parameters())
+    parts, n = plan.memory(c, s, 1, 4, 1), sum(p.numel() for p in model.parameters())
     state = sum(v.numel() for o in train.make_optimizers(model, s) for values in o.state.values() for v in values.values() if v.ndim)
     assert parts["weights"] == parts["gradients"] == 4 * n == 4 * sum(p.grad.numel() for p in model.parameters())
     assert parts["optimiser"] == 4 * state and parts["their copies for computing"] == 0
     assert sum(kept.values()) == pytest.approx(parts["activations"] + 4 * 512 * 1000, rel=0.25)
     s.recompute = True
-    assert train.memory(c, s, 1, 4, 1)["activations"] < 0.5 * parts["activations"]
-    assert train.memory(c, s, 8, 4, 2)["weights"] == parts["weights"] / 8
+    assert plan.memory(c, s, 1, 4, 1)["activations"] < 0.5 * parts["activations"]
+    assert plan.memory(c, s, 8, 4, 2)["weights"] == parts["weights"] / 8
 
 
 def test_flops_by_hand():
     s = train.Settings(n_layer=3, n_embd=32, n_head=4, n_kv_head=2, n_hidden=80, tie_embeddings=False)
     n = 3 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 80 + 2 * 32) + 32 + 500 * 32
-    assert train.flops_per_token(train.make_config(s, 500), 100) == 6 * n + 12 * 3 * 32 * 100
+    assert plan.flops_per_token(train.make_config(s, 500), 100) == 6 * n + 12 * 3 * 32 * 100
 
 
 def test_plan_prints_and_writes_nothing(digits, tmp_path):
@@ -524,14 +525,14 @@ def test_thirty_kills_at_random_moments(digits, tmp_path):
             child.kill()
             child.communicate()
             kills += 1
-            steps = [int(path.name) for path in train.checkpoints(out)]
+            steps = [int(path.name) for path in checkpoint.checkpoints(out)]
             seen |= {*steps}
             if steps:  # each, not only the newest
-                for path in train.checkpoints(out):
+                for path in checkpoint.checkpoints(out):
                     single = tmp_path / "single"
                     shutil.rmtree(single, ignore_errors=True)
                     shutil.copytree(path, single / "checkpoints" / path.name)
-                    assert train.load_checkpoint(single, model, optimizers)[0] == int(path.name)
+                    assert checkpoint.load_checkpoint(single, model, optimizers)[0] == int(path.name)
     script("train.py", *run_train(digits, tmp_path / f"killed{round_}", *flags))
     assert (tmp_path / f"killed{round_}/model.safetensors").read_bytes() == expected
     print(f"{kills} kills in {round_ + 1} runs, {len(seen)} different checkpoints read")

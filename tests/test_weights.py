@@ -18,8 +18,9 @@ import torch
 from conftest import SHARED, script
 
 import train
-from data.cli import UserError
-from data.tokenizer import MARKERS, Tokenizer, load_tokenizer, make_tokenizer
+from data.lib import model_folder
+from data.lib.cli import UserError
+from data.lib.tokenizer import MARKERS, Tokenizer, load_tokenizer, make_tokenizer
 
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -31,7 +32,7 @@ def open_model(folder) -> tuple[train.Llama, Tokenizer]:
     folder = Path(folder)
     config, tok = train.open_folder(folder)
     model = train.build(replace(config, dtype="float32"), "cpu")
-    train.load_weights(model, train.check_weights(folder, config))
+    train.load_weights(model, train.read_tensors(folder, config))
     return model.eval(), tok
 
 
@@ -53,7 +54,7 @@ def their_model(folder):
 
 def save(folder: Path, model: train.Llama, tok=TOK) -> Path:
     folder.mkdir(exist_ok=True)
-    train.save_model(folder, model, tok)
+    model_folder.save_model(folder, model, tok)
     return folder
 
 
@@ -129,7 +130,7 @@ def test_our_folders_open_there_with_equal_logits_and_settings(name, tmp_path):
     before, after = theirs.config.to_dict(), again.config.to_dict()
     assert {k for k in before if before[k] != after[k]} <= {"transformers_version", "_name_or_path", "architectures", "dtype", "head_dim"}
     assert after["head_dim"] == getattr(theirs.model.layers[0].self_attn, "head_dim", None) and after["dtype"] in ("float32", torch.float32)
-    assert train.read_config(tmp_path / "ours") == train.read_config(tmp_path / "theirs")
+    assert model_folder.read_config(tmp_path / "ours") == model_folder.read_config(tmp_path / "theirs")
 
 
 WITHOUT = {  # what makes a family: weights or settings whose loss must be seen in the logits above
@@ -181,7 +182,7 @@ def test_half_precision_is_read_exactly_and_kept(dtype, style, tmp_path):
     assert gap(ours, their_model(tmp_path / "half"), IDS) <= 1e-4
     s = train.Settings(init_from=str(tmp_path / "half"), max_steps=0)
     config, source, tok, _ = train.open_all(replace(s, out_dir="unused"))
-    save(tmp_path / "kept", train.start_model(s, config, train.check_weights(Path(s.init_from), source), tok, "cpu"), tok)
+    save(tmp_path / "kept", train.start_model(s, config, train.read_tensors(Path(s.init_from), source), tok, "cpu"), tok)
     saved = safetensors_torch.load_file(tmp_path / "kept/model.safetensors")
     assert {t.dtype for t in saved.values()} == {torch.bfloat16 if dtype == "bfloat16" else torch.float32}  # fp32 holds fp16 exactly
     assert all(torch.equal(saved[k].float(), p.float()) for k, p in theirs.state_dict().items())
@@ -233,7 +234,7 @@ def test_markers_get_random_rows_or_those_of_words(unmarked, tmp_path):
     after = train.read_safetensors(tmp_path / "random/model.safetensors")
     random_rows = [after[name][-4:] for name in ("lm_head.weight", "model.embed_tokens.weight")]
     assert all(r.abs().max() == 3 / 16 and 0.058 < r.std() < 0.066 for r in random_rows) and not torch.equal(*random_rows)
-    assert train.read_config(tmp_path / "words").n_vocab == tok.n_vocab
+    assert model_folder.read_config(tmp_path / "words")["n_vocab"] == tok.n_vocab
 
 
 def test_markers_take_rows_that_pad_the_embedding(unmarked, tmp_path):
@@ -559,7 +560,7 @@ def test_damaged_bytes_are_refused_or_harmless(file, good, tmp_path):
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("shard_bytes", [10**9, 40_000, 20_000, 1])
 def test_shards_are_hugging_faces_and_open_in_its_library(tie, shard_bytes, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(model_folder, "SHARD_BYTES", shard_bytes)
     model = new_model(tie_embeddings=tie)
     model.config.dtype = "bfloat16"
     model = model.to(torch.bfloat16)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.cli import replacing
+from data.lib.cli import replacing
 
 
 def value(row: dict, key: str) -> float | None:

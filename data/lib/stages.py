@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.cli import UserError, duration, read_json
+from data.lib.cli import UserError, duration, read_json
 
 ROOT = Path(__file__).resolve().parents[2]  # where the scripts are
 

@@ -25,7 +25,7 @@ from itertools import chain
 
 import numpy as np
 
-from data.corpus import hash_uniform
+from data.lib.corpus import hash_uniform
 
 LONG, LIMIT = 1000, 4000  # characters: where a sentence without an end is cut if it can be, and where it is in any case
 MEAN, MOST = 8, 20  # sentences a chunk

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data.corpus import FORM_COIN, POSTERIOR, PRIOR, RAW, Corpus, Thoughts, hash_uniform, layout
-from data.tokenizer import Tokenizer
+from data.lib.corpus import FORM_COIN, POSTERIOR, PRIOR, RAW, Corpus, Thoughts, hash_uniform, layout
+from data.lib.tokenizer import Tokenizer
 
 GIVEN = -2  # a token that is read but not learned stands as GIVEN - id in a row
 

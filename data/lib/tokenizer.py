@@ -25,7 +25,7 @@ import numpy as np
 import regex  # comes with tiktoken, which splits with the same syntax
 import tiktoken
 
-from data.cli import UserError, read_json, replacing
+from data.lib.cli import UserError, read_json, replacing
 
 MARKERS = ("<|START_OF_LATENT|>", "<|END_OF_LATENT|>", "<|PRIOR_PREFIX|>", "<|POSTERIOR_PREFIX|>")
 BOS, EOS = "<|BOS|>", "<|EOS|>"

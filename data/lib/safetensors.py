@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from data.cli import UserError, replacing
+from data.lib.cli import UserError, replacing
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 HEADER_BYTES = 100_000_000  # the safetensors library reads no longer header either

@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.cli import UserError, new_folder, read_json, write_json
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.lib.cli import UserError, new_folder, read_json, write_json
+from data.lib.tokenizer import Tokenizer, load_tokenizer
 
 RAW, PRIOR, POSTERIOR = 0, 1, 2  # the three ways to write a chunk
 

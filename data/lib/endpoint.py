@@ -21,7 +21,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import numpy as np
 
-from data.cli import UserError
+from data.lib.cli import UserError
 
 MAX_BODY = 4 << 20  # bytes read of a response; a long answer is a few hundred kB
 MAX_WAIT = 600.0  # seconds that a server may ask us to wait
