@@ -182,17 +182,25 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.layer, self.head_dim = layer, c.head_dim
+        self.layer, self.head_dim, self.heads = layer, c.head_dim, (c.n_head, c.n_kv_head, c.n_kv_head)
         self.q_proj = Linear(c.n_embd, c.n_head * c.head_dim, bias=c.qkv_bias)
         self.k_proj = Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
         self.v_proj = Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
         self.o_proj = Linear(c.n_head * c.head_dim, c.n_embd, bias=c.out_bias)
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.qkv_proj = None  # the three projections as one, see Llama.pack
+
+    def project(self, x):
+        """x [B, T, n_embd] -> q [B, T, n_head, head_dim], k and v [B, T, n_kv_head, head_dim]."""
+        B, T, _ = x.shape
+        if self.qkv_proj:
+            return self.qkv_proj(x).view(B, T, -1, self.head_dim).split(self.heads, dim=2)
+        return (p(x).view(B, T, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
 
     def forward(self, x, rope, mask, attend: Attend | None):
         B, T, _ = x.shape
-        q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.project(x)
         q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = rotate(q.transpose(1, 2), rope), rotate(k.transpose(1, 2), rope), v.transpose(1, 2)
         # q: [B, n_head, T, head_dim]; k, v: [B, n_kv_head, T, head_dim]
@@ -216,9 +224,21 @@ class MLP(nn.Module):
         self.gate_proj = Linear(c.n_embd, c.n_hidden, bias=False)
         self.up_proj = Linear(c.n_embd, c.n_hidden, bias=False)
         self.down_proj = Linear(c.n_hidden, c.n_embd, bias=False)
+        self.gate_up_proj = None  # the two projections as one, see Llama.pack
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if self.gate_up_proj else (self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(F.silu(gate) * up)
+
+
+@torch.no_grad()
+def joined(*linears: Linear) -> Callable:
+    """One product in place of several of the same input. Their weights become views of its weight: nothing is held twice."""
+    weight = torch.cat([linear.weight for linear in linears])
+    bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
+    for linear, rows in zip(linears, weight.split([len(linear.weight) for linear in linears])):
+        linear.weight.data = rows
+    return lambda x: F.linear(x, weight, bias)
 
 
 class Block(nn.Module):
@@ -296,6 +316,12 @@ class Llama(nn.Module):
             x = layer(x, rope, mask, attend)
         x = self.norm(x)
         return x if targets is None else head_loss(x, self.head(), targets)
+
+    def pack(self) -> None:
+        """For sampling: q, k and v are computed by one product, gate and up by another. The parameters keep their names."""
+        for layer in self.layers:
+            a, m = layer.self_attn, layer.mlp
+            a.qkv_proj, m.gate_up_proj = joined(a.q_proj, a.k_proj, a.v_proj), joined(m.gate_proj, m.up_proj)
 
     def head(self) -> torch.Tensor:
         """The output embedding [n_vocab, n_embd]."""

@@ -11,8 +11,6 @@ import pytest
 import torch
 from conftest import ROOT
 
-import train
-
 SIZES = ["--n_layer=2", "--n_embd=64", "--n_head=4", "--n_kv_head=2", "--batch_size=8", "--max_steps=50", "--log_every=1", "--save_every=10"]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -65,7 +63,7 @@ def test_two_processes_equal_one_that_accumulates(digits, tmp_path, way):
     text = finish(launch(digits, tmp_path / "two", 2, "--micro_batch=2", *WAYS[way]))
     assert "2 x 2 on each of 2 x cpu" in text and text.count("tokens of text") == 1  # one rank speaks
     assert_equal_curves(tmp_path / "one", tmp_path / "two", 1e-3 if "muon" in way else 1e-4)
-    a, b = (train.read_safetensors(tmp_path / f"{name}/model.safetensors") for name in ("one", "two"))
+    a, b = (read_safetensors(tmp_path / f"{name}/model.safetensors") for name in ("one", "two"))
     assert a.keys() == b.keys() and all((a[k] - b[k]).abs().max() < 0.05 for k in a)
 
 
@@ -97,7 +95,7 @@ def test_bf16_on_two_processes_is_near_bf16_on_one(digits, tmp_path):
     finish(launch(digits, tmp_path / "two", 2, *flags))
     assert_equal = [curve(tmp_path / name)["loss"] for name in ("one", "two")]
     assert assert_equal[0] == pytest.approx(assert_equal[1], abs=0.05)
-    tensors = train.read_safetensors(tmp_path / "two/model.safetensors")
+    tensors = read_safetensors(tmp_path / "two/model.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
 
 

@@ -18,6 +18,7 @@ from conftest import ROOT, TOY, corpus_of, script
 import train
 from data.lib import checkpoint, kernels, model_folder, plan
 from data.lib.corpus import POSTERIOR, PRIOR, RAW, open_corpus
+from data.lib.safetensors import read_safetensors
 from data.lib.stream import Batch, Stream, pad
 from data.lib.tokenizer import make_tokenizer
 
@@ -485,7 +486,7 @@ def test_how_the_work_is_done_may_change_on_resume_but_not_what_comes_out(digits
     assert "--seed=0 became 1" in script("train.py", *run_train(digits, tmp_path / "m", "--seed=1"), code=1).stderr
     script("train.py", *run_train(digits, tmp_path / "m", "--micro_batch=3", "--recompute"))
     script("train.py", *run_train(digits, tmp_path / "whole"))
-    a, b = (train.read_safetensors(tmp_path / f"{name}/model.safetensors") for name in ("m", "whole"))
+    a, b = (read_safetensors(tmp_path / f"{name}/model.safetensors") for name in ("m", "whole"))
     assert all((a[k] - b[k]).abs().max() < 0.02 for k in a)
 
 

@@ -20,6 +20,7 @@ from conftest import SHARED, script
 import train
 from data.lib import model_folder
 from data.lib.cli import UserError
+from data.lib.safetensors import read_safetensors
 from data.lib.tokenizer import MARKERS, Tokenizer, load_tokenizer, make_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -204,7 +205,7 @@ def add_markers(folder: Path, out: Path, **change) -> dict[str, torch.Tensor]:
     """What --init_from=folder --max_steps=0 --out_dir=out does, without a process; the tensors of out."""
     s = train.Settings(init_from=str(folder), max_steps=0, out_dir=str(out), **change)
     train.train(s, "cpu")
-    return train.read_safetensors(out / "model.safetensors")
+    return read_safetensors(out / "model.safetensors")
 
 
 @pytest.fixture
@@ -222,7 +223,7 @@ def unmarked(tmp_path) -> Path:
 
 
 def test_markers_get_random_rows_or_those_of_words(unmarked, tmp_path):
-    before, tok = train.read_safetensors(unmarked / "model.safetensors"), load_tokenizer(unmarked)
+    before, tok = read_safetensors(unmarked / "model.safetensors"), load_tokenizer(unmarked)
     words = [tok.encode(word)[-1] for word in (" thought", " end", " before", " after")]
     for kind in ("random", "words"):
         after = add_markers(unmarked, tmp_path / kind, marker_rows=kind)
@@ -231,14 +232,14 @@ def test_markers_get_random_rows_or_those_of_words(unmarked, tmp_path):
             assert len(after[name]) == len(t) + (4 if name in ("lm_head.weight", "model.embed_tokens.weight") else 0)
             if kind == "words" and len(after[name]) > len(t):
                 assert torch.equal(after[name][-4:], t[words])
-    after = train.read_safetensors(tmp_path / "random/model.safetensors")
+    after = read_safetensors(tmp_path / "random/model.safetensors")
     random_rows = [after[name][-4:] for name in ("lm_head.weight", "model.embed_tokens.weight")]
     assert all(r.abs().max() == 3 / 16 and 0.058 < r.std() < 0.066 for r in random_rows) and not torch.equal(*random_rows)
     assert model_folder.read_config(tmp_path / "words")["n_vocab"] == tok.n_vocab
 
 
 def test_markers_take_rows_that_pad_the_embedding(unmarked, tmp_path):
-    tok, tensors = load_tokenizer(unmarked), train.read_safetensors(unmarked / "model.safetensors")
+    tok, tensors = load_tokenizer(unmarked), read_safetensors(unmarked / "model.safetensors")
     padding = {"lm_head.weight": 50, "model.embed_tokens.weight": 50}
     padded = {k: torch.cat((t, torch.full((padding.get(k, 0), *t.shape[1:]), 7.0))) for k, t in tensors.items()}
     safetensors_torch.save_file(padded, unmarked / "model.safetensors")
@@ -604,7 +605,7 @@ def test_files_in_any_order_and_alignment_are_read(tmp_path):
         header = json.dumps(dict(sorted(header.items()))).encode() + b" " * extra
         (tmp_path / f"odd{extra}").write_bytes(len(header).to_bytes(8, "little") + header + values)
     for path in tmp_path.iterdir():
-        ours, theirs = train.read_safetensors(path), safetensors_torch.load_file(path)
+        ours, theirs = read_safetensors(path), safetensors_torch.load_file(path)
         assert ours.keys() == theirs.keys() == held.keys()
         assert all(torch.equal(ours[k], t) and ours[k].dtype == theirs[k].dtype == t.dtype and torch.equal(theirs[k], t) for k, t in held.items())
 
@@ -650,7 +651,7 @@ def test_real_model_has_transformers_logits(smollm2, questions):
 
 @real
 def test_real_model_keeps_its_bytes_and_gets_marker_rows(smollm2, marked):
-    before, after = (train.read_safetensors(folder / W) for folder in (smollm2, marked))
+    before, after = (read_safetensors(folder / W) for folder in (smollm2, marked))
     assert before.keys() == after.keys() and "lm_head.weight" not in after and json.loads((marked / "config.json").read_text())["tie_word_embeddings"]
     for name, t in before.items():
         same = after[name][: len(t)]

@@ -106,60 +106,29 @@ class Engine:
 
     def __init__(self, model, n_rows: int = 0, burst: int = 0):
         self.model, self.config, self.n_rows = model, model.config, n_rows
-        self.device, self.shape, self.rope, self.graphs = model.embed_tokens.weight.device, None, None, {}
+        self.device, self.shape, self.graphs = model.embed_tokens.weight.device, None, {}
         if self.device.type == "mps":
             raise UserError("--device=mps: the engine adds up in float64, which mps lacks; --device=cpu")
         self.rounded = self.device.type == "cuda"
         self.burst = burst or (8 if self.rounded else 1)
         self.pool = torch.cuda.graph_pool_handle() if self.rounded else None
         self.stops = {}  # sets of tokens that end a sample, on the device
-        self.layers = [self.join(layer) for layer in model.layers]
+        model.pack()
+        self.dtype = model.embed_tokens.weight.dtype
         self.head = model.head()
         if self.device.type != "cuda":
             self.head = self.head.float()  # fp32 logits: only CUDA has products of bf16 into fp32
 
-    @staticmethod
-    @torch.no_grad()
-    def join(layer) -> SimpleNamespace:
-        """A block's weights, with q, k, v and gate, up joined; the model's own become views of them, so that nothing is held twice."""
-
-        def joined(*linears):
-            weight = torch.cat([linear.weight for linear in linears])
-            for linear, part in zip(linears, weight.split([len(linear.weight) for linear in linears])):
-                linear.weight.data = part
-            return weight, None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
-
-        a, m = layer.self_attn, layer.mlp
-        qkv, qkv_bias = joined(a.q_proj, a.k_proj, a.v_proj)
-        return SimpleNamespace(
-            norm=layer.input_layernorm, qkv=qkv, qkv_bias=qkv_bias, q_norm=a.q_norm, k_norm=a.k_norm, out=a.o_proj.weight, out_bias=a.o_proj.bias,
-            mlp_norm=layer.post_attention_layernorm, gate_up=joined(m.gate_proj, m.up_proj)[0], down=m.down_proj.weight,
-        )  # fmt: skip
-
     # ---- the model on flat tokens
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, attend) -> torch.Tensor:
-        """ids, positions [N] -> hidden [N, n_embd], as train.Llama. attend(layer, q [N, n_head, head_dim], k, v [N, n_kv_head, head_dim])
+        """ids, positions [N] -> hidden [N, n_embd]. attend(layer, q [N, n_head, head_dim], k, v [N, n_kv_head, head_dim])
         -> like q: only attention needs to know which tokens belong together."""
-        c, N = self.config, len(ids)
-        half, n_qk = c.head_dim // 2, c.n_head + c.n_kv_head
-        cos, sin = (table[positions][:, None] for table in self.rope)  # [N, 1, head_dim], [N, 1, head_dim / 2]
-        x = self.model.embed_tokens(ids).to(self.layers[0].qkv.dtype)
-        for i, w in enumerate(self.layers):
-            qkv = F.linear(w.norm(x), w.qkv, w.qkv_bias).view(N, n_qk + c.n_kv_head, c.head_dim)
-            qk, v = qkv[:, :n_qk], qkv[:, n_qk:]
-            if c.qk_norm:
-                qk = torch.cat((w.q_norm(qk[:, : c.n_head]), w.k_norm(qk[:, c.n_head :])), dim=1)
-            turned = qk * cos  # train.rotate, in three passes
-            turned[..., :half].addcmul_(qk[..., half:], sin, value=-1)
-            turned[..., half:].addcmul_(qk[..., :half], sin)
-            y = attend(i, turned[:, : c.n_head], turned[:, c.n_head :], v).reshape(N, -1)
-            x = torch.addmm(x, y, w.out.T)
-            if w.out_bias is not None:
-                x = x + w.out_bias
-            gate, up = F.linear(w.mlp_norm(x), w.gate_up).chunk(2, dim=-1)
-            x = torch.addmm(x, F.silu(gate) * up, w.down.T)
-        return self.model.norm(x)
+
+        def flat(layer, q, k, v):  # [1, heads, N, head_dim]
+            return attend(layer, *(x[0].transpose(0, 1) for x in (q, k, v))).transpose(0, 1)[None]
+
+        return self.model(ids[None], positions[None], flat)[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [n, n_embd] -> logits [n, n_vocab], added up and kept in fp32 whatever the weights."""
@@ -172,7 +141,7 @@ class Engine:
     def slot_bytes(self, C: int, prompt_len: int, max_new: int) -> int:
         """What one slot takes: keys and values, and what a step allocates for its cells (logits twice, scores, the widest layer;
         twice where steps are captured, for those have memory of their own)."""
-        c, size = self.config, self.layers[0].qkv.itemsize
+        c, size = self.config, self.dtype.itemsize
         cache = 2 * c.n_layer * c.n_kv_head * c.head_dim * size * (prompt_len + C * max_new)
         return cache + (2 if self.rounded else 1) * C * (10 * c.n_vocab + 8 * max_new + 4 * size * (c.n_head * (prompt_len + max_new) + 2 * c.n_hidden + 4 * c.n_embd))
 
@@ -183,7 +152,7 @@ class Engine:
 
     def plan(self, samples: int, prompt_len: int, max_new: int, n_prompts: int, sharers: int = 1) -> tuple[int, int, int, int]:
         """(slots, cells of a slot, bytes that all of it takes beside the weights, bytes free). UserError when not even one prompt fits."""
-        c, size = self.config, self.layers[0].qkv.itemsize
+        c, size = self.config, self.dtype.itemsize
         rows, C = self.wanted(samples, n_prompts)
         tokens = prompt_len + max_new + self.SCORED  # at once in a layer: a tail is scored whole, however long
         fixed = tokens * size * (8 * c.n_embd + 6 * c.n_hidden + 8 * c.n_head * c.head_dim) + (192 << 20)  # 192 MB: scored logits
@@ -204,7 +173,7 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         n_slots = self.plan(samples, prompt_len, max_new, n_prompts)[0] + 1  # one for padding
-        self.shape, dtype, where = (n_slots, prompt_len, max_new, C), self.layers[0].qkv.dtype, dict(device=self.device)
+        self.shape, dtype, where = (n_slots, prompt_len, max_new, C), self.dtype, dict(device=self.device)
         self.prompt = torch.zeros(c.n_layer, 2, n_slots, c.n_kv_head, prompt_len, c.head_dim, dtype=dtype, **where)
         self.own = torch.zeros(c.n_layer, 2, n_slots, c.n_kv_head, C, max_new, c.head_dim, dtype=dtype, **where)
         self.cells = torch.zeros(n_slots * C, dtype=torch.long, **where)  # the live ones first
@@ -212,15 +181,6 @@ class Engine:
         self.log_q = torch.zeros(n_slots * C, dtype=torch.float64, **where)
         self.state = torch.zeros(4, n_slots * C, dtype=torch.long, **where)
         self.base = torch.zeros(n_slots, dtype=torch.long, **where)  # tokens of each prompt but its last
-        self.extend_rope(prompt_len + max_new + 1)
-
-    def extend_rope(self, length: int) -> None:
-        if self.rope is None or len(self.rope[0]) < length:
-            self.graphs, length = {}, max(length, self.config.seq_len)  # graphs would read the old tables
-            from train import rope_table  # moves out with the engine's own forward
-
-            cos, sin = rope_table(torch.arange(length, device=self.device)[None], self.config)  # [1, 1, length, head_dim]
-            self.rope = cos[0, 0], sin[0, 0, :, : self.config.head_dim // 2]
 
     # ---- attention
 
@@ -475,7 +435,6 @@ class Engine:
         parts = [np.asarray(p, dtype=np.int64) for p in prefixes] + [tail[:-1] for tail in flat_tails]  # a tail's last token predicts nothing
         lengths = np.array([len(part) for part in parts])
         starts, G = np.cumsum(lengths) - lengths, len(prefixes)
-        self.extend_rope(int(lengths[:G].max() + lengths[G:].max()) + 1)
         offset = np.where(np.arange(len(parts)) < G, 0, np.append(np.zeros(G, np.int64), lengths[:G][owner]))
         positions = np.concatenate([np.arange(n) + first for n, first in zip(lengths, offset)])
 
