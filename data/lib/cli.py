@@ -129,6 +129,24 @@ def run(main, settings: type, presets: dict[str, dict] | None = None) -> None:
         sys.exit(f"{name}: error: {e.filename or 'a file'}: {e.strerror or e}")
 
 
+ROOT = Path(__file__).resolve().parents[2]  # the folder of the scripts
+
+
+def start(script: str, flags: dict, launcher=(), env: dict | None = None, **how):
+    """Start `python SCRIPT --name=value ...`, a script of this project; returns the subprocess.Popen.
+
+    Flags that are "" are left out. `launcher` goes before the script, as in ["-m", "torch.distributed.run"]; `env` is
+    added to the environment; `how` goes to Popen. The child holds the other end of a pipe to this process as its
+    standard input, so it ends when this process does, however that ends (see run).
+    """
+    import subprocess
+
+    words = [f"--{name}={value}" for name, value in flags.items() if value != ""]
+    command = [sys.executable, *launcher, str(ROOT / script), *words]
+    env = os.environ | {"EM_CHILD": "1"} | (env or {})
+    return subprocess.Popen(command, stdin=subprocess.PIPE, env=env, **how)
+
+
 def _die_with_parent() -> None:
     """Who started us (em.py, or the first of the E-step's workers) holds the other end of our stdin: when it ends, however it ends, so do we."""
     while os.read(0, 4096):

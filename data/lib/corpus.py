@@ -38,6 +38,12 @@ class Part(NamedTuple):
     chunk: tuple[int, int]
 
 
+def marker_count(form):
+    """Marker tokens beside a thought in a form (or in each of an array of forms), its EOL included: SOL PRI EOL, or
+    SOL EOL SOL POS EOL. A chunk written as plain text has none."""
+    return np.array([0, 3, 5])[form]
+
+
 def layout(tok: Tokenizer, chunks, thoughts, forms, end: bool = True) -> tuple[np.ndarray, list[Part]]:
     """A document as token ids (int64) and the place of each chunk and thought in it.
 
