@@ -1,42 +1,42 @@
-"""Train a Llama-family model on text with latent thoughts (the M-step), or on plain text (the baselines).
+"""Train a Llama-family model on text with latent thoughts (the M-step), or on plain text.
 
-Maximise, over documents, the log-likelihood of their token sequences. A chunk x with a thought z is written in one of two
-forms, by a coin flip drawn anew in each epoch (data/lib/corpus.py lays both out):
+Maximise, over documents, the log-likelihood of their token sequences. A chunk x with a
+thought z is written in one of two forms, by a coin flip drawn anew in each epoch
+(layout() in data/lib/corpus.py writes both):
 
-    prior      before SOL PRI z EOL x              teaches  p(z, x | before): think, then write
-    posterior  before SOL EOL x SOL POS z EOL      teaches  q(z | before, x): read, then recover the thought
+    prior      before SOL PRI z EOL x              teaches p(z, x | before): think, then write
+    posterior  before SOL EOL x SOL POS z EOL      teaches q(z | before, x): read, then recover z
 
-A chunk without a thought is written as x alone. The loss is the mean cross-entropy of all tokens (--loss=completion: of
-those that answer a question).
+A chunk without a thought is written as x alone. The loss is the mean cross-entropy of all
+tokens (--loss=completion: of those that answer a question).
 
-    python train.py --corpus=out/digits/warm --thoughts=out/digits/warm_thoughts --out_dir=out/M0            # the toy, on a CPU
-    python train.py --preset=tinyllama-1.1b --init_from=TinyLlama_v1.1 --corpus=C --thoughts=T --out_dir=M   # one GPU
-    torchrun --nproc_per_node=8 train.py --preset=tinyllama-1.1b ...                                         # eight: FSDP2
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ... --replicas=2   # two nodes: HSDP
-    python train.py --preset=tinyllama-1.1b --plan --plan_device=8xH100                                      # what would it take?
-    python train.py --init_from=FOLDER --max_steps=0 --out_dir=OUT                                           # only add the markers
+    # the toy, on a CPU
+    python train.py --corpus=out/digits/warm --thoughts=out/digits/warm_thoughts --out_dir=out/M0
+    # one GPU, eight (FSDP2), two nodes of eight (HSDP)
+    python train.py --preset=tinyllama-1.1b --init_from=FOLDER --corpus=C --thoughts=T --out_dir=M
+    torchrun --nproc_per_node=8 train.py --preset=tinyllama-1.1b ...
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+        train.py ... --replicas=2
+    # what would it take? and: only add the marker tokens
+    python train.py --preset=tinyllama-1.1b --plan=8xH100
+    python train.py --init_from=FOLDER --max_steps=0 --out_dir=OUT
 
---init_from and --out_dir are model folders in Hugging Face's layout (config.json, model.safetensors, tokenizer files): what the hub
-has opens here, what is written here opens in transformers. The same command goes on where a run was cut off, also on another number of
-devices; on a CPU and the same number of processes it ends in the same weights, bit for bit. Whatever is random is a function of --seed and
-the position in the stream, so a checkpoint holds weights, optimiser state and the step, nothing else. Checkpoints (torch.distributed.checkpoint) contain a pickle:
-resume only your own.
+Model folders (--init_from, --out_dir) have Hugging Face's layout. On several machines
+--out_dir must be on a file system that all of them share.
 
-Out of memory? First --micro_batch=4 (fewer rows at once, the same result), then --recompute (a third slower), then more devices.
---corpus=A,B --thoughts=TA, --weights=0.7,0.3 takes 70% of the tokens from A with thoughts and 30% from B as plain text.
---attention=padded is for short documents, a row each; packed fills rows and attends across documents, as in the paper; document
-fills rows and attends within documents. SIGTERM and Ctrl-C save before they end (torchrun allows 30 seconds for it). On several
-machines --out_dir must be on a file system that all of them share. MFU counts 6 FLOPs a parameter that multiplies and 12 T a query
-coordinate and layer, against the dense bf16 peak of the device's data sheet.
+The same command goes on where a run was cut off, also on another number of devices. On a
+CPU and the same number of processes it ends in the same weights, bit for bit: whatever is
+random is a function of --seed and the position in the stream. SIGTERM and Ctrl-C save
+before they end. Checkpoints contain a pickle: resume only your own.
+
+Out of memory? First --micro_batch=4 (fewer rows at once, the same result), then
+--recompute (a third slower), then more devices.
 
 Source: Ruan, Band, Maddison, Hashimoto 2025, arXiv 2503.18866, sections 3 and 4.
 """
 
 import math
-import os
 import shutil
-import signal
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,95 +48,86 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-from data.lib.checkpoint import load_checkpoint, save_checkpoint
-from data.lib.cli import Progress, UserError, append_jsonl, claim, opt, run, write_json
-from data.lib.corpus import open_corpus, open_thoughts
-from data.lib.kernels import CausalAttention, head_loss
-from data.lib.model_folder import LLAMA3_ROPE, check_weights, read_config, save_model
-from data.lib.plan import amounts, flops_per_token, micro_plan, print_plan, this_device, used_memory
-from data.lib.ranks import add_up, join_ranks, put, rank, shard_offset, whole, world
-from data.lib.stream import Batch, Stream
+from data.lib import model_folder
+from data.lib.checkpoint import Position, load_checkpoint, save_checkpoint
+from data.lib.cli import UserError, claim, opt, run
+from data.lib.kernels import attention, head_loss, joined
+from data.lib.log import Interrupt, Log, write_report
+from data.lib.plan import amounts, describe, micro_plan, print_plan, steps_of
+from data.lib.presets import PRESETS
+from data.lib.ranks import add_up, is_sharded, join_ranks, put, rank, shard_offset, world
+from data.lib.stream import Batch, Stream, open_stream, rows_of
 from data.lib.tokenizer import Tokenizer, load_tokenizer
 
-# What a preset changes; flags given beside it win. The paper's 1B recipe is in its section 4 and appendix.
-BIG = dict(attention="packed", optimizer="adamw", lr=1e-4, final_lr=1e-6, weight_decay=0.01, warmup=1000, dtype="bfloat16", log_every=1, save_every=500, val_every=500)
-TINYLLAMA = dict(n_layer=22, n_head=32, n_kv_head=4, n_embd=2048, n_hidden=5632, seq_len=2048, rope_theta=1e4, tie_embeddings=False, n_vocab=32004)
-SMOLLM2 = dict(n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_hidden=1536, seq_len=1024, rope_theta=1e5, tie_embeddings=True, n_vocab=49156)
-PRESETS = {
-    "toy": {},
-    "smollm2-135m": BIG | SMOLLM2 | dict(batch_size=8, micro_batch=2, lr=3e-4, warmup=20, save_every=50, val_every=50),
-    "tinyllama-1.1b": BIG | TINYLLAMA | dict(batch_size=192, micro_batch=8, compile=True, max_steps=33060),
-    "tinyllama-1.1b-warm": BIG | TINYLLAMA | dict(batch_size=96, micro_batch=8, compile=True, max_steps=4069),
-}
+# ----------------------------------------------------------------------------- settings
 
 
 @dataclass(kw_only=True)
 class Settings:
     preset: Literal[tuple(PRESETS)] = opt("toy", "defaults for a model and its recipe")
-    # what goes in and out; corpora and thoughts can be lists: --corpus=A,B --thoughts=TA,
+    # Input and output. Corpora and thoughts can be lists: --corpus=A,B --thoughts=TA,
     corpus: str = opt("", "corpus folders, with commas between")
-    thoughts: str = opt("", "a thoughts folder for each corpus, in their order; none, or nothing between commas: plain text")
-    weights: str = opt("", "share of the training tokens from each corpus, as in 0.7,0.3; none: by size")
+    thoughts: str = opt("", "a thoughts folder for each corpus; none: plain text")
+    weights: str = opt("", "share of the tokens from each corpus, as in 0.7,0.3; none: by size")
     init_from: str = opt("", "model folder to start from; none: new weights")
-    marker_rows: Literal["random", "words"] = opt("random", "embeddings of added markers: the paper's normal draw, or those of four words")
+    marker_rows: Literal["random", "words"] = opt("random", "added markers' embeddings: drawn, or of words")
     out_dir: str = opt("", "model folder to write")
-    bare: float = opt(0.0, "share of the chunks with a thought that are written without it, drawn anew each epoch; 0: the paper's", low=0)
+    bare: float = opt(0.0, "share of the thoughts that are left out, drawn anew each epoch", low=0)
     val_corpus: str = opt("", "corpus folder for the validation loss")
     val_thoughts: str = opt("", "its thoughts folder")
     val_every: int = opt(100, "steps between validations (and one at the end)", low=1)
-    val_rows: int = opt(512, "documents (padded) or packed rows it is measured on, the same each time", low=1)
-    # model: the toy's size; Llama-family throughout. With --init_from that folder decides
+    # Model: the toy's size. With --init_from that folder decides.
     n_layer: int = opt(3, "transformer blocks", low=1)
     n_head: int = opt(2, "query heads", low=1)
-    n_kv_head: int = opt(1, "key and value heads; fewer than --n_head: grouped-query attention", low=1)
+    n_kv_head: int = opt(1, "key and value heads; below --n_head: grouped-query attention", low=1)
     n_embd: int = opt(64, "width", low=2)
     n_hidden: int = opt(0, "width inside the SwiGLU; 0: 8/3 of --n_embd, rounded up to 16", low=0)
     n_vocab: int = opt(0, "rows of the embedding; 0: as many as the tokenizer has ids", low=0)
-    rope_theta: float = opt(20.0, "base of the rotary frequencies; 10000 for sequences beyond a few hundred tokens", low=1)
+    rope_theta: float = opt(20.0, "base of the rotary frequencies; 1e4 beyond a few hundred tokens", low=1)
     tie_embeddings: bool = opt(True, "one matrix for input and output embeddings")
-    # sequences
+    # Sequences
     seq_len: int = opt(512, "tokens a row", low=8)
-    attention: Literal["padded", "packed", "document"] = opt("padded", "a document a row, its end cut off beyond --seq_len; rows packed full, "
-        "attention across documents (the paper's); packed, attention within documents")  # fmt: skip
-    loss: Literal["all", "completion"] = opt("all", "of all tokens; of what follows a question, thoughts in the prior form: fine-tuning")
+    attention: Literal["padded", "packed", "document"] = opt(
+        "padded", "a document a row; packed rows (the paper's); packed, attention within documents"
+    )
+    loss: Literal["all", "completion"] = opt("all", "of all tokens; of what answers a question")
     batch_size: int = opt(16, "rows an optimiser step, over all devices", low=1)
-    micro_batch: int = opt(0, "rows that a device computes at once: fewer rows, less memory; 0: --batch_size / devices", low=0)
-    # optimisation
+    micro_batch: int = opt(0, "rows that a device computes at once; 0: --batch_size / devices", low=0)
+    # Optimisation
     max_steps: int = opt(300, "optimiser steps; 0: only write the model", low=0)
-    max_tokens: int = opt(0, "if above 0: as many steps as come nearest to this many training tokens", low=0)
-    optimizer: Literal["muon", "adamw"] = opt("muon", "for the matrices of the blocks; AdamW always has the rest")
+    max_tokens: int = opt(0, "if above 0: the number of steps comes from so many tokens", low=0)
+    optimizer: Literal["muon", "adamw"] = opt("muon", "for the blocks' matrices; AdamW has the rest")
     lr: float = opt(1e-2, "peak learning rate of AdamW", low=0)
     muon_lr: float = opt(0.02, "peak learning rate of Muon", low=0)
     weight_decay: float = opt(0.1, "decoupled weight decay", low=0)
-    schedule: Literal["cosine", "wsd"] = opt("cosine", "or warm-up, stable, decay: constant, and linear over the last fifth")
+    schedule: Literal["cosine", "wsd"] = opt("cosine", "wsd: warm-up, stable, decay")
     warmup: int = opt(10, "steps of linear warm-up", low=0)
     final_lr: float = opt(0.0, "end of the schedule, as a share of the peak", low=0)
     clip: float = opt(1.0, "largest gradient norm; 0: no clipping", low=0)
-    # system
-    dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "of the arithmetic and of the saved weights, trained as float32 in any case; "
-        "auto: as in --init_from, float32 for a new model")  # fmt: skip
+    # System
+    dtype: Literal["auto", "float32", "bfloat16"] = opt(
+        "auto", "of the arithmetic and the saved weights; auto: --init_from's, else float32"
+    )
     compile: bool = opt(False, "torch.compile each block; a minute at the start")
-    recompute: bool = opt(False, "recompute each block in the backward pass: a third slower, far less memory")
+    recompute: bool = opt(False, "recompute blocks in the backward pass: slower, far less memory")
     replicas: int = opt(1, "HSDP: copies of the model, each sharded over devices / replicas", low=1)
-    log_every: int = opt(10, "steps between lines of metrics.jsonl", low=1)
-    save_every: int = opt(50, "steps between checkpoints", low=1)
-    keep: int = opt(2, "newest checkpoints that are kept", low=1)
+    save_every: int = opt(50, "steps between checkpoints; the newest two are kept", low=1)
     seed: int = opt(0, "initial weights, order of documents, coin flips", low=0)
     device: str = opt("", "cpu, cuda, cuda:1, mps; none: the best there is")
-    plan: bool = opt(False, "print sizes, memory and time, and train nothing")
-    plan_device: str = opt("", "what to plan for, as in 8xH100; none: what this command would run on")
-    plan_mfu: float = opt(0.4, "share of the peak arithmetic that the plan expects", low=0.01)
+    plan: str = opt("", "only print sizes, memory and time for devices: 8xH100, ..., or here")
 
 
-# May differ between two runs that fill one folder: they decide how the work is done, not what comes out.
-HOW = ("device", "micro_batch", "compile", "recompute", "replicas", "log_every", "save_every", "keep", "plan", "plan_device", "plan_mfu")
+# What may differ between two runs that fill one folder: how the work is done.
+HOW = ("device", "micro_batch", "compile", "recompute", "replicas", "save_every", "plan")
 
 
-# --------------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------- model
 
 
 @dataclass(kw_only=True)
 class Config:
+    """What decides the shapes and the arithmetic of a model."""
+
     n_vocab: int
     n_layer: int
     n_head: int
@@ -146,10 +137,10 @@ class Config:
     head_dim: int
     seq_len: int
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # Llama 3's, the only kind there is here
+    rope_scaling: dict | None = None  # Llama 3's; no other kind is supported
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
-    model_type: str = "llama"  # a key of FAMILIES
+    model_type: str = "llama"  # or qwen2, qwen3
     attention_bias: bool = False
     dtype: str = "float32"  # of the arithmetic, and of the saved weights
 
@@ -158,22 +149,26 @@ class Config:
     qk_norm = property(lambda c: c.model_type == "qwen3")
 
 
-# attend(layer, q, k, v) -> y, in place of causal self-attention. q, y: [B, n_head, T, head_dim]; k, v: [B, n_kv_head, T, head_dim].
-# The sampler passes one that keeps keys and values (infer_thoughts.py); the model itself knows of no cache.
+# attend(layer, q, k, v) -> y replaces causal self-attention. q and y: [B, n_head, T,
+# head_dim]; k and v: [B, n_kv_head, T, head_dim]. The sampler passes one that keeps keys
+# and values (data/lib/engine.py); the model itself knows of no cache.
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Linear(nn.Linear):
-    """Computes in the dtype of its input: on one device fp32 master weights are cast here, under FSDP they arrive as bf16."""
+    """Computes in the dtype of its input. On one device fp32 weights are cast here; under
+    FSDP they arrive in that dtype."""
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
 
     def forward(self, x):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
@@ -182,7 +177,9 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.layer, self.head_dim, self.heads = layer, c.head_dim, (c.n_head, c.n_kv_head, c.n_kv_head)
+        self.layer = layer
+        self.head_dim = c.head_dim
+        self.heads = (c.n_head, c.n_kv_head, c.n_kv_head)  # of q, k, v
         self.q_proj = Linear(c.n_embd, c.n_head * c.head_dim, bias=c.qkv_bias)
         self.k_proj = Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
         self.v_proj = Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
@@ -193,27 +190,19 @@ class Attention(nn.Module):
 
     def project(self, x):
         """x [B, T, n_embd] -> q [B, T, n_head, head_dim], k and v [B, T, n_kv_head, head_dim]."""
-        B, T, _ = x.shape
         if self.qkv_proj:
-            return self.qkv_proj(x).view(B, T, -1, self.head_dim).split(self.heads, dim=2)
-        return (p(x).view(B, T, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+            qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+            return qkv.split(self.heads, dim=2)
+        products = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        return [y.unflatten(-1, (-1, self.head_dim)) for y in products]
 
     def forward(self, x, rope, mask, attend: Attend | None):
-        B, T, _ = x.shape
         q, k, v = self.project(x)
-        q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = rotate(q.transpose(1, 2), rope), rotate(k.transpose(1, 2), rope), v.transpose(1, 2)
-        # q: [B, n_head, T, head_dim]; k, v: [B, n_kv_head, T, head_dim]
-        if attend:
-            y = attend(self.layer, q, k, v)
-        elif q.device.type == "cpu" and mask is None and torch.is_grad_enabled() and (T > 128 or q.dtype == torch.bfloat16):
-            y = CausalAttention.apply(q, k, v)
-        else:
-            group = q.shape[1] // k.shape[1]
-            if q.is_cuda and (mask is not None or q.dtype == torch.float32):  # no fused kernel there takes fewer key heads
-                k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=group > 1)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # [B, T, n_embd]
+        q = rotate(self.q_norm(q).transpose(1, 2), rope)  # [B, n_head, T, head_dim]
+        k = rotate(self.k_norm(k).transpose(1, 2), rope)  # [B, n_kv_head, T, head_dim]
+        v = v.transpose(1, 2)
+        y = attend(self.layer, q, k, v) if attend else attention(q, k, v, mask)
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # [B, T, n_embd]
 
 
 class MLP(nn.Module):
@@ -224,28 +213,23 @@ class MLP(nn.Module):
         self.gate_proj = Linear(c.n_embd, c.n_hidden, bias=False)
         self.up_proj = Linear(c.n_embd, c.n_hidden, bias=False)
         self.down_proj = Linear(c.n_hidden, c.n_embd, bias=False)
-        self.gate_up_proj = None  # the two projections as one, see Llama.pack
+        self.gate_up_proj = None  # the first two projections as one, see Llama.pack
 
     def forward(self, x):
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if self.gate_up_proj else (self.gate_proj(x), self.up_proj(x))
+        if self.gate_up_proj:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
         return self.down_proj(F.silu(gate) * up)
-
-
-@torch.no_grad()
-def joined(*linears: Linear) -> Callable:
-    """One product in place of several of the same input. Their weights become views of its weight: nothing is held twice."""
-    weight = torch.cat([linear.weight for linear in linears])
-    bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
-    for linear, rows in zip(linears, weight.split([len(linear.weight) for linear in linears])):
-        linear.weight.data = rows
-    return lambda x: F.linear(x, weight, bias)
 
 
 class Block(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.input_layernorm, self.self_attn = RMSNorm(c.n_embd, c.norm_eps), Attention(c, layer)
-        self.post_attention_layernorm, self.mlp = RMSNorm(c.n_embd, c.norm_eps), MLP(c)
+        self.input_layernorm = RMSNorm(c.n_embd, c.norm_eps)
+        self.self_attn = Attention(c, layer)
+        self.post_attention_layernorm = RMSNorm(c.n_embd, c.norm_eps)
+        self.mlp = MLP(c)
         self.recompute = False
 
     def compute(self, x, rope, mask, attend):
@@ -259,117 +243,123 @@ class Block(nn.Module):
 
 
 def rope_frequencies(c: Config) -> torch.Tensor:
-    """Angle a position for each pair of coordinates, [head_dim / 2]; Llama 3 stretches the slow ones for longer contexts.
-    The operations are transformers' one by one, so that the angles are equal to the last bit."""
+    """The angle a position for each pair of coordinates, [head_dim / 2]. Llama 3 stretches
+    the slow ones for longer contexts. The operations are transformers' one by one, so that
+    the angles are equal to the last bit."""
     frequency = 1.0 / c.rope_theta ** (torch.arange(0, c.head_dim, 2).float() / c.head_dim)
     if not c.rope_scaling:
         return frequency
-    factor, low, high, before = (c.rope_scaling[k] for k in LLAMA3_ROPE)
-    turns = before / (2 * math.pi / frequency)  # within the context that it was first trained on
-    keep = ((turns - low) / (high - low)).clamp(0, 1)  # many turns: as it is; less than `low`: slowed down by `factor`
+    factor, low, high, old_context = (c.rope_scaling[k] for k in model_folder.LLAMA3_ROPE)
+    turns = old_context / (2 * math.pi / frequency)  # within the context of its first training
+    # Pairs of many turns stay as they are; those of fewer than `low` are slowed by `factor`.
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - keep) * frequency / factor + keep * frequency
 
 
 def rope_table(positions: torch.Tensor, c: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin for positions [B or 1, T]: each [B or 1, 1, T, head_dim], the halves alike (Hugging Face's order)."""
-    angle = positions[:, None, :, None].float() * rope_frequencies(c).to(positions.device, non_blocking=True)  # [B, 1, T, head_dim / 2]
+    """cos and sin for positions [B or 1, T], each [B or 1, 1, T, head_dim]; both halves are
+    alike (Hugging Face's order)."""
+    frequency = rope_frequencies(c).to(positions.device, non_blocking=True)
+    angle = positions[:, None, :, None].float() * frequency  # [B, 1, T, head_dim / 2]
     angle = torch.cat((angle, angle), dim=-1)
     dtype = getattr(torch, c.dtype)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x, rope):
-    """Rotary embedding (Su et al. 2021): turn the pairs (i, i + head_dim/2) of each head by its position's angles."""
+    """Rotary embedding (Su et al. 2021): turn the pairs (i, i + head_dim / 2) of each head
+    by the angles of its position."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
 class Llama(nn.Module):
-    """Decoder-only transformer with Hugging Face's parameter names. model(ids) gives hidden states, .logits() the rest.
-
-    With targets it gives the loss instead: under FSDP the head's weight is whole only inside of forward.
-    """
+    """Decoder-only transformer with Hugging Face's parameter names."""
 
     def __init__(self, c: Config):
         super().__init__()
         self.config = c
-        # Values come later (start_model, load_weights). To draw some on the meta device torch would import its compiler: seconds.
-        self.embed_tokens = nn.Embedding(c.n_vocab, c.n_embd, _weight=torch.empty(c.n_vocab, c.n_embd))
+        # Values come later. To draw some on the meta device torch would import its
+        # compiler, which takes seconds.
+        values = torch.empty(c.n_vocab, c.n_embd)
+        self.embed_tokens = nn.Embedding(c.n_vocab, c.n_embd, _weight=values)
         self.layers = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
         self.norm = RMSNorm(c.n_embd, c.norm_eps)
-        self.lm_head = None if c.tie_embeddings else Linear(c.n_embd, c.n_vocab, bias=False)
+        self.lm_head = None
+        if not c.tie_embeddings:
+            self.lm_head = Linear(c.n_embd, c.n_vocab, bias=False)
 
-    def forward(self, ids, positions=None, attend: Attend | None = None, targets=None, documents=None):
-        """ids [B, T] -> hidden [B, T, n_embd], or, with targets [B, T], their summed cross-entropy in nats (-1: not counted).
+    def forward(
+        self, ids, positions=None, attend: Attend | None = None, targets=None, documents=None
+    ):
+        """ids [B, T] -> hidden states [B, T, n_embd]; logits() gives the rest. With targets
+        [B, T]: their summed cross-entropy in nats (-1: not counted), because under FSDP
+        the head's weight is whole only inside of forward.
 
-        positions [B, T] default to 0..T-1; `attend` replaces causal attention; documents [B, T] keeps it within equal numbers.
+        positions [B, T] default to 0..T-1. `attend` replaces causal attention. documents
+        [B, T] keeps attention within equal numbers.
         """
-        T, mask = ids.shape[1], None
+        T = ids.shape[1]
         if positions is None:
             positions = torch.arange(T, device=ids.device)[None]
+        mask = None
         if documents is not None:
             causal = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
-            mask = (documents[:, None, :, None] == documents[:, None, None, :]) & causal  # [B, 1, T, T]
-        x, rope = self.embed_tokens(ids).to(getattr(torch, self.config.dtype)), rope_table(positions, self.config)
+            same = documents[:, :, None] == documents[:, None, :]  # [B, T, T]
+            mask = (same & causal)[:, None]  # [B, 1, T, T]
+        x = self.embed_tokens(ids).to(getattr(torch, self.config.dtype))
+        rope = rope_table(positions, self.config)
         for layer in self.layers:
             x = layer(x, rope, mask, attend)
         x = self.norm(x)
         return x if targets is None else head_loss(x, self.head(), targets)
 
     def pack(self) -> None:
-        """For sampling: q, k and v are computed by one product, gate and up by another. The parameters keep their names."""
+        """For sampling: q, k and v come from one product, gate and up from another. The
+        parameters keep their names."""
         for layer in self.layers:
-            a, m = layer.self_attn, layer.mlp
-            a.qkv_proj, m.gate_up_proj = joined(a.q_proj, a.k_proj, a.v_proj), joined(m.gate_proj, m.up_proj)
+            heads, mlp = layer.self_attn, layer.mlp
+            heads.qkv_proj = joined(heads.q_proj, heads.k_proj, heads.v_proj)
+            mlp.gate_up_proj = joined(mlp.gate_proj, mlp.up_proj)
 
     def head(self) -> torch.Tensor:
         """The output embedding [n_vocab, n_embd]."""
-        return (self.embed_tokens if self.lm_head is None else self.lm_head).weight
+        return (self.lm_head or self.embed_tokens).weight
 
     def logits(self, hidden):
         """hidden [..., n_embd] -> fp32 logits [..., n_vocab]."""
         return F.linear(hidden, self.head().to(hidden.dtype)).float()
 
 
+# ------------------------------------------------------------------- weights and folders
+
+
 @torch.no_grad()
 def init_weights(model: Llama, seed: int) -> None:
-    """Normal(0, 1/sqrt(fan-in)), embeddings 0.1; projections back into the residual stream scaled down by depth (GPT-2)."""
+    """Normal(0, 1/sqrt(fan-in)), embeddings 0.1. Projections back into the residual stream
+    are scaled down by depth (GPT-2). Norms are 1, biases 0."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
-        if p.ndim == 2:
-            std = 0.1 if "embed" in name else p.shape[1] ** -0.5
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                std /= math.sqrt(2 * model.config.n_layer)
-            put(p, torch.randn(p.shape, generator=generator) * std)
-        else:
-            put(p, torch.ones(p.shape) if "norm" in name else torch.zeros(p.shape))  # norms, biases
+        if p.ndim == 1:
+            put(p, torch.ones(p.shape) if "norm" in name else torch.zeros(p.shape))
+            continue
+        std = 0.1 if "embed" in name else p.shape[1] ** -0.5
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            std /= math.sqrt(2 * model.config.n_layer)
+        put(p, torch.randn(p.shape, generator=generator) * std)
 
 
 def load_weights(model: Llama, tensors: dict[str, torch.Tensor]) -> None:
-    """Copy tensors into a model, each rank its own part. Rows of an embedding that has more of them are left as they are."""
+    """Copy tensors into a model, each rank its own part. Where an embedding has more rows
+    than its tensor, the others are left as they are."""
     for name, p in model.named_parameters():
         put(p, tensors[name])
 
 
-VOCAB_WEIGHTS = ("embed_tokens.weight", "lm_head.weight")
-
-
-def add_markers(model: Llama, tok: Tokenizer, kind: str) -> None:
-    """Give the markers that a tokenizer did not have their rows: normal(0, 1/sqrt(n_embd)) clamped at 3 sigma as in the paper's code,
-    or those of four words, which a small model with little data keeps apart better."""
-    words = [tok.encode(word)[-1] for word in (" thought", " end", " before", " after")]
-    generator, std = torch.Generator().manual_seed(42), model.config.n_embd**-0.5
-    for name, p in model.named_parameters():
-        if name in VOCAB_WEIGHTS:
-            rows = (torch.randn(4, model.config.n_embd, generator=generator) * std).clamp(-3 * std, 3 * std)
-            rows = whole(p)[words] if kind == "words" else rows
-            for row, i in zip(rows, tok.new_markers):
-                put(p, row[None], i)
-
-
 def build(c: Config, device: str, shard: Callable = lambda model: None) -> Llama:
-    """A model without values on a device; sharded, if at all, while it is still on the meta device, so that no rank ever holds all."""
+    """A model without values on a device. It is sharded, if at all, while it is still on
+    the meta device, so that no rank ever holds all of it."""
     try:
         with torch.device("meta"):
             model = Llama(c)
@@ -379,31 +369,33 @@ def build(c: Config, device: str, shard: Callable = lambda model: None) -> Llama
     return model.to_empty(device=device)
 
 
+def open_folder(folder: Path) -> tuple[Config, Tokenizer]:
+    """Configuration and tokenizer of a model folder; UserError if they do not fit."""
+    c = Config(**model_folder.read_config(folder))
+    tok = load_tokenizer(folder)
+    model_folder.check_vocabulary(folder, c.n_vocab, tok)
+    return c, tok
+
+
 def read_tensors(folder: Path, c: Config) -> dict[str, torch.Tensor]:
-    """The weights of a folder whose configuration is c, checked against it before the model is made."""
+    """The weights of a folder with configuration c, checked before the model is made."""
+    # This comes first, so that no config.json can ask for a billion layers.
+    tensors, path = model_folder.read_weights(folder, c.n_layer)
     try:
         shapes = {name: list(p.shape) for name, p in build(c, "meta").named_parameters()}
     except UserError as e:
         raise UserError(f"{folder / 'config.json'}: {e}") from None
-    return check_weights(folder, c, shapes)
-
-
-def open_folder(folder: Path) -> tuple[Config, Tokenizer]:
-    """Configuration and tokenizer of a model folder, which fit each other."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such model folder")
-    c, tok = Config(**read_config(folder)), load_tokenizer(folder)
-    if not tok.n_base <= c.n_vocab <= tok.n_base + 1024:  # some makers pad the embedding
-        raise UserError(f"{folder}: tokenizer.json has {tok.n_base} ids, but vocab_size in config.json is {c.n_vocab}: they do not belong together")
-    return c, tok
+    return model_folder.check_weights(path, c, tensors, shapes)
 
 
 def load_model(folder, device: str = "cpu", dtype: str = "float32") -> tuple[Llama, Tokenizer]:
-    """Read a model folder for inference; UserError for anything missing, damaged or of another architecture."""
+    """Read a model folder for inference; UserError for anything that is missing, damaged or
+    of another architecture."""
     folder = Path(folder)
     c, tok = open_folder(folder)
     if tok.new_markers:
-        raise UserError(f"{folder}: has no marker tokens; add them by train.py --init_from={folder} --max_steps=0 --out_dir=...")
+        add = f"train.py --init_from={folder} --max_steps=0 --out_dir=..."
+        raise UserError(f"{folder}: has no marker tokens; add them by {add}")
     tensors = read_tensors(folder, c)
     model = build(replace(c, dtype=dtype), device, lambda model: model.to(getattr(torch, dtype)))
     load_weights(model, tensors)
@@ -411,100 +403,133 @@ def load_model(folder, device: str = "cpu", dtype: str = "float32") -> tuple[Lla
 
 
 def shard_model(model: Llama, s: Settings, dtype: str, device: str) -> None:
-    """FSDP2: each block, then the rest, is sharded over the devices; gathered in `dtype`, gradients reduced in fp32 (paper: the same).
+    """FSDP2: each block, then the rest, is sharded over the devices. Weights are gathered
+    in `dtype`, gradients reduced in fp32 (as in the paper).
 
-    --replicas=R (HSDP) shards over devices / R instead, and keeps R copies: for several nodes with slow links between them.
+    --replicas=R (HSDP) shards over devices / R instead and keeps R copies: for several
+    nodes with slow links between them.
     """
     if world() == 1:
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    kind, shards = torch.device(device).type, world() // s.replicas
+    shape, names = (world(),), ("shard",)
     if s.replicas > 1:
-        mesh = init_device_mesh(kind, (s.replicas, shards), mesh_dim_names=("replicate", "shard"))
-    else:
-        mesh = init_device_mesh(kind, (shards,), mesh_dim_names=("shard",))
+        shape, names = (s.replicas, world() // s.replicas), ("replicate", "shard")
+    mesh = init_device_mesh(torch.device(device).type, shape, mesh_dim_names=names)
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-# ---------------------------------------------------------------------------------------------- optimisers
+# ---------------------------------------------------------------------------- optimisers
 
 
 def newton_schulz(g: torch.Tensor, rounds: int = 5) -> torch.Tensor:
-    """The nearest (semi-)orthogonal matrix to each g [n, rows, cols], roughly: singular values go to about 0.7 .. 1.2.
+    """Roughly the nearest (semi-)orthogonal matrix to each g [n, rows, cols]: singular
+    values go to about 0.7 .. 1.2.
 
-    Quintic iteration with Jordan et al.'s coefficients (kellerjordan.github.io/posts/muon). In fp32: on a CPU bf16 takes a
-    hundred times longer, and the matrices are small.
+    Quintic iteration with Jordan et al.'s coefficients (kellerjordan.github.io/posts/muon).
+    It is done in fp32: on a CPU bf16 takes a hundred times longer, and the matrices are
+    small.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g.shape[1] > g.shape[2]
     x = g.mT if tall else g
-    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).contiguous()  # [n, short side, long side]
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).contiguous()  # [n, short, long side]
     for _ in range(rounds):
         gram = x @ x.mT  # [n, short, short]
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)  # a x + (b gram + c gram^2) x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram^2
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + polynomial x
     return x.mT if tall else x
 
 
+def muon_direction(g: torch.Tensor) -> torch.Tensor:
+    """g [n, rows, cols] orthogonalised; tall matrices get longer steps."""
+    _, rows, cols = g.shape
+    return newton_schulz(g) * max(1, rows / cols) ** 0.5
+
+
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024). For 2-D weights; on a CPU those of one shape are updated together. A sharded matrix
-    is gathered and orthogonalised on every rank: right, but the work is not shared."""
+    """Momentum, orthogonalised (Jordan et al. 2024), for the weights that are matrices."""
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            by_shape = {}
+            same_shape = {}
             for p in group["params"]:
-                by_shape.setdefault((p.shape, None if type(p) is nn.Parameter and p.device.type == "cpu" else p), []).append(p)
-            for ((rows, cols), alone), params in by_shape.items():
-                sharded = alone if hasattr(alone, "device_mesh") else None
-                momentum = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
-                grads = [p.grad for p in params]
-                if sharded is None:
-                    torch._foreach_lerp_(momentum, grads, 1 - group["momentum"])
-                    nesterov = torch._foreach_lerp(grads, momentum, group["momentum"])
+                if is_sharded(p):
+                    self.update_sharded(p, group)
+                elif p.device.type == "cpu":
+                    same_shape.setdefault(p.shape, []).append(p)
                 else:
-                    nesterov = [grads[0].lerp(momentum[0].lerp_(grads[0], 1 - group["momentum"]), group["momentum"]).full_tensor()]
-                updates = (newton_schulz(torch.stack(nesterov)) * max(1, rows / cols) ** 0.5).unbind()
-                if sharded is not None:
-                    first, params = shard_offset(sharded), [sharded.to_local()]
-                    updates = [update[first : first + len(params[0])] for update in updates]
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(updates), alpha=-group["lr"])
+                    self.update_whole([p], group)
+            for params in same_shape.values():  # together, which saves time on a CPU
+                self.update_whole(params, group)
+
+    def update_whole(self, params: list, group: dict) -> None:
+        """Update matrices of one shape."""
+        grads = [p.grad for p in params]
+        momenta = [self.state[p]["momentum"] for p in params]
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
+        directions = muon_direction(torch.stack(nesterov))
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(params, list(directions.unbind()), alpha=-group["lr"])
+
+    def update_sharded(self, p, group: dict) -> None:
+        """Update a matrix whose rows are spread over ranks. Each rank orthogonalises all of
+        it and keeps its rows: the result is right, but the work is not shared."""
+        momentum = self.state[p]["momentum"]
+        momentum.lerp_(p.grad, 1 - group["momentum"])
+        nesterov = p.grad.lerp(momentum, group["momentum"]).full_tensor()
+        direction = muon_direction(nesterov[None])[0]
+        rows = p.to_local()
+        first = shard_offset(p)
+        rows.mul_(1 - group["lr"] * group["weight_decay"])
+        rows.add_(direction[first : first + len(rows)], alpha=-group["lr"])
 
 
 def make_optimizers(model: Llama, s: Settings) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices if asked for, AdamW for all else; each group remembers its peak rate.
-
-    Their state is made here, not in the first step, so that a checkpoint can be read into it.
-    """
-    matrices = [p for p in model.layers.parameters() if p.ndim == 2]
-    if s.optimizer == "adamw":
-        matrices = []
-    chosen = set(map(id, matrices))
+    """Muon for the blocks' matrices if asked for, AdamW for all else; each group remembers
+    its peak rate. Their state exists before the first step, so that a checkpoint can be
+    read into it."""
+    matrices = []
+    if s.optimizer == "muon":
+        matrices = [p for p in model.layers.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
-    optimizers = [torch.optim.AdamW(rest, lr=s.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=s.weight_decay, fused=True)]
+    decay = s.weight_decay
+    adamw = torch.optim.AdamW(rest, s.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=decay, fused=True)
     for p in rest:
-        step = torch.zeros((), device=p.device)
-        optimizers[0].state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        adamw.state[p] = {
+            "step": torch.zeros((), device=p.device),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
+    optimizers = [adamw]
     if matrices:
-        optimizers.append(Muon(matrices, lr=s.muon_lr, weight_decay=s.weight_decay))
-        for p in matrices:
-            optimizers[1].state[p] = {"momentum": torch.zeros_like(p)}
-    for group in (g for o in optimizers for g in o.param_groups):
+        optimizers.append(Muon(matrices, lr=s.muon_lr, weight_decay=decay))
+    for group in parameter_groups(optimizers):
         group["peak"] = group["lr"]
     return optimizers
 
 
+def parameter_groups(optimizers) -> list[dict]:
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
 def schedule(step: int, steps: int, warmup: int, final: float, kind: str = "cosine") -> float:
-    """Share of the peak learning rate at a step: linear warm-up, then a cosine down to `final`; or (wsd) constant, and linear at the end."""
+    """The learning rate at a step, as a share of its peak: linear warm-up, then a cosine
+    down to `final`; or (wsd) constant, and linear over the last fifth."""
     if step < warmup:
         return (step + 1) / warmup
     if kind == "wsd":
@@ -513,226 +538,241 @@ def schedule(step: int, steps: int, warmup: int, final: float, kind: str = "cosi
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# ------------------------------------------------------------------------------------------------ training
-
-SIZES = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden")
+# ---------------------------------------------------------------------- what a run is made of
 
 
 def make_config(s: Settings, n_vocab: int) -> Config:
     """Configuration of a new model."""
     if s.n_embd % s.n_head or s.n_head % s.n_kv_head or (s.n_embd // s.n_head) % 2:
-        raise UserError(f"--n_embd={s.n_embd} must be an even multiple of --n_head={s.n_head}, and that a multiple of --n_kv_head={s.n_kv_head}")
+        raise UserError(
+            f"--n_embd={s.n_embd} must be an even multiple of --n_head={s.n_head}, "
+            f"and that a multiple of --n_kv_head={s.n_kv_head}"
+        )
     if s.n_vocab and s.n_vocab < n_vocab:
         raise UserError(f"--n_vocab={s.n_vocab}: the tokenizer has {n_vocab} ids")
+    same = ("n_layer", "n_head", "n_kv_head", "n_embd", "seq_len", "rope_theta", "tie_embeddings")
     return Config(
-        n_vocab=s.n_vocab or n_vocab, n_layer=s.n_layer, n_head=s.n_head, n_kv_head=s.n_kv_head, n_embd=s.n_embd,
-        n_hidden=s.n_hidden or math.ceil(s.n_embd * 8 / 3 / 16) * 16, head_dim=s.n_embd // s.n_head, seq_len=s.seq_len,
-        rope_theta=s.rope_theta, tie_embeddings=s.tie_embeddings, dtype="float32" if s.dtype == "auto" else s.dtype,
-    )  # fmt: skip
+        **{name: getattr(s, name) for name in same},
+        n_vocab=s.n_vocab or n_vocab,
+        n_hidden=s.n_hidden or math.ceil(s.n_embd * 8 / 3 / 16) * 16,
+        head_dim=s.n_embd // s.n_head,
+        dtype="float32" if s.dtype == "auto" else s.dtype,
+    )
 
 
 def extend_config(s: Settings, c: Config, tok: Tokenizer) -> Config:
-    """Configuration of a model that starts from a folder's: room for the markers, and the dtype asked for."""
-    for name in SIZES:
-        if getattr(s, name) not in (getattr(c, name), Settings.__dataclass_fields__[name].default):
-            raise UserError(f"--{name}={getattr(s, name)}, but {s.init_from} has {getattr(c, name)}; leave sizes to --init_from, or take its preset")
+    """Configuration of a model that starts from a folder's c: with room for the markers,
+    and in the dtype asked for."""
+    for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden"):
+        asked, found = getattr(s, name), getattr(c, name)
+        if asked not in (found, Settings.__dataclass_fields__[name].default):
+            raise UserError(
+                f"--{name}={asked}, but {s.init_from} has {found}; "
+                "leave sizes to --init_from, or take its preset"
+            )
     if s.max_steps and s.seq_len > c.seq_len:
-        raise UserError(f"--seq_len={s.seq_len}: {s.init_from} was made for {c.seq_len} tokens at most")
-    return replace(c, n_vocab=max(c.n_vocab, tok.n_vocab), dtype=c.dtype if s.dtype == "auto" else s.dtype)
-
-
-def open_stream(corpora: str, thoughts: str, s: Settings, tok: Tokenizer | None, seed: int, weights: str = "") -> Stream:
-    """The stream of the folders named in comma-separated lists; UserError for folders or lists that do not fit together."""
-    folders = corpora.split(",")
-    spans = thoughts.split(",") if thoughts else [""] * len(folders)
-    opened = [open_corpus(folders[0], tok)]
-    tok = tok or opened[0].tokenizer
-    opened += [open_corpus(folder, tok) for folder in folders[1:]]
-    try:
-        shares = [float(w) for w in weights.split(",")] if weights else []
-    except ValueError:
-        shares = [0.0]
-    if len(spans) != len(folders) or len(shares) not in (0, len(folders)) or not all(0 < w < math.inf for w in shares):
-        raise UserError(f"--thoughts={thoughts} --weights={weights}: expected nothing, or one a corpus ({len(folders)}), weights above 0")
-    for folder, corpus in zip(folders, opened):
-        if corpus.n_docs == 0:
-            raise UserError(f"{folder}: has no documents")
-    return Stream(opened, [open_thoughts(t, c) if t else None for t, c in zip(spans, opened)], tok, s.seq_len, seed, s.attention, shares, s.bare, s.loss == "completion")
+        most = f"{s.init_from} was made for {c.seq_len} tokens at most"
+        raise UserError(f"--seq_len={s.seq_len}: {most}")
+    dtype = c.dtype if s.dtype == "auto" else s.dtype
+    return replace(c, n_vocab=max(c.n_vocab, tok.n_vocab), dtype=dtype)
 
 
 def open_all(s: Settings) -> tuple[Config, Config | None, Tokenizer | None, Stream | None]:
-    """(the model's configuration, that of --init_from, tokenizer, stream): what a run is made of, read before anything is written."""
-    source, tok = open_folder(Path(s.init_from)) if s.init_from else (None, None)
-    stream = open_stream(s.corpus, s.thoughts, s, tok, s.seed, s.weights) if s.corpus else None
-    if not stream and not s.plan and (s.max_steps or not source):
+    """What a run is made of, read before anything is written: the model's configuration,
+    that of --init_from, the tokenizer and the training stream.
+
+    Raises UserError for what is missing or does not fit together.
+    """
+    source, tok, stream = None, None, None
+    if s.init_from:
+        source, tok = open_folder(Path(s.init_from))
+    if s.corpus:
+        stream = open_stream(s.corpus, s.thoughts, s.weights, tok, rows_of(s, s.seed))
+        tok = stream.tok
+    elif not s.plan and (s.max_steps or not source):
         raise UserError("--corpus=... is required: the corpus folder to train on")
-    if s.bare > 1:
-        raise UserError(f"--bare={s.bare}: expected a share, at most 1")
-    if s.loss == "completion" and (s.attention != "padded" or not stream or not all(c.questions.any() for c in stream.corpora)):
-        raise UserError("--loss=completion: needs --attention=padded, and corpora with questions (questions.npy), for instance data/gsm8k.py's")
     if not s.out_dir and not s.plan:
         raise UserError("--out_dir=... is required: the model folder to write")
-    if not stream and not source and not s.n_vocab:
-        raise UserError("--plan without --corpus or --init_from needs --n_vocab, or a preset that has one")
-    tok = tok or (stream.tok if stream else None)
-    config = extend_config(s, source, tok) if source else make_config(s, tok.n_vocab if tok else s.n_vocab)
-    return config, source, tok, stream
+    if source:
+        return extend_config(s, source, tok), source, tok, stream
+    if not stream and not s.n_vocab:
+        needs = "--n_vocab, or a preset that has one"
+        raise UserError(f"--plan without --corpus or --init_from needs {needs}")
+    return make_config(s, tok.n_vocab if tok else s.n_vocab), None, tok, stream
 
 
-def steps_of(s: Settings, stream: Stream | None) -> tuple[int, float]:
-    """(optimiser steps, expected tokens of each)."""
-    tokens = s.batch_size * (stream.mean_row() if stream else s.seq_len)
-    return max(1, round(s.max_tokens / tokens)) if s.max_tokens and s.max_steps else s.max_steps, tokens
-
-
-def start_model(s: Settings, c: Config, tensors: dict | None, tok: Tokenizer | None, device: str) -> Llama:
-    """The model with its first weights, new ones or those of a folder, on this rank's device; sharded if there are several."""
+def start_model(
+    s: Settings, c: Config, tensors: dict | None, tok: Tokenizer | None, device: str
+) -> Llama:
+    """The model with its first weights, new ones or those of a folder, on this rank's
+    device; sharded if there are several ranks."""
     model = build(c, device, lambda model: shard_model(model, s, c.dtype, device))
-    init_weights(model, s.seed) if tensors is None else load_weights(model, tensors)
-    if tensors is not None and tok.new_markers:
-        add_markers(model, tok, s.marker_rows)
+    if tensors is None:
+        init_weights(model, s.seed)
+    else:
+        load_weights(model, tensors)
+        if tok.new_markers:
+            model_folder.add_markers(model, tok, s.marker_rows)
     for layer in model.layers:
         layer.recompute = s.recompute
         if s.compile:
-            layer.compute = torch.compile(layer.compute)  # block by block: quick, without FSDP's hooks, and no parameter changes its name
+            # Block by block: quick, without FSDP's hooks, and no parameter changes its name.
+            layer.compute = torch.compile(layer.compute)
     return model
 
 
-def train_step(model: Llama, optimizers, batches: list[Batch], n_targets: int, s: Settings, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimiser step on this rank's micro-batches; (its part of the mean loss in nats a token, gradient norm), not waited for."""
+# ------------------------------------------------------------------------------ training
+
+VAL_ROWS = 512  # documents (padded) or packed rows of the validation loss
+
+
+def loss_of(model: Llama, batch: Batch, device: str) -> torch.Tensor:
+    """Summed cross-entropy of a micro-batch in nats."""
+    moved = [x if x is None else x.to(device, non_blocking=True) for x in batch]
+    ids, targets, documents = moved
+    return model(ids, targets=targets, documents=documents)
+
+
+def train_step(
+    model: Llama, optimizers, batches: list[Batch], n_targets: int, s: Settings, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimiser step on this rank's micro-batches; n_targets is that of all ranks.
+
+    Returns this rank's part of the mean loss in nats a token, and the gradient norm, both
+    as tensors that nobody has waited for.
+    """
     total = torch.zeros((), device=device)
-    for i, (ids, targets, documents) in enumerate(batches):
+    for i, batch in enumerate(batches):
         if world() > 1:
             model.set_requires_gradient_sync(i == len(batches) - 1)
-        documents = documents if documents is None else documents.to(device, non_blocking=True)
-        loss = model(ids.to(device, non_blocking=True), targets=targets.to(device, non_blocking=True), documents=documents)
-        (loss * (world() / n_targets)).backward()  # FSDP takes the mean over ranks; we want the sum
+        loss = loss_of(model, batch, device)
+        # FSDP takes the mean of the gradients over ranks, but the sum is wanted.
+        (loss * (world() / n_targets)).backward()
         total += loss.detach() / n_targets
-    norm = nn.utils.clip_grad_norm_(model.parameters(), s.clip or math.inf)  # once a step, after the last micro-batch
+    norm = nn.utils.clip_grad_norm_(model.parameters(), s.clip or math.inf)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return total, norm.full_tensor() if hasattr(norm, "device_mesh") else norm
+    return total, norm.full_tensor() if is_sharded(norm) else norm
 
 
 @torch.no_grad()
-def validate(model: Llama, stream: Stream, n: int, micro_rows: int, device: str) -> float:
-    """Mean loss in nats a token on the first n rows of a stream, or on one epoch if that is less: always the same ones."""
-    epoch = stream.epoch(0)
-    n = min(n, len(epoch.doc) if stream.attention == "padded" else max(1, int(epoch.starts[-1]) // stream.seq_len))
-    groups, total = math.ceil(n / (micro_rows * world())) * world(), 0.0  # each rank has as many: FSDP gathers weights in each forward
-    for ids, targets, documents in stream.micro_batches(0, n, groups, slice(rank(), None, world())):
-        total += model(ids.to(device), targets=targets.to(device), documents=documents if documents is None else documents.to(device)).item()
+def validate(model: Llama, stream: Stream, micro_rows: int, device: str) -> float:
+    """Mean loss in nats a token on the first VAL_ROWS rows of a stream, or on one epoch if
+    that is less: the same rows each time."""
+    n = min(VAL_ROWS, stream.rows_of_epoch())
+    # Each rank has as many micro-batches, because FSDP gathers weights in each forward.
+    groups = math.ceil(n / (micro_rows * world())) * world()
+    batches = stream.micro_batches(0, n, groups, slice(rank(), None, world()))
+    total = 0.0
+    for batch in batches:
+        total += loss_of(model, batch, device).item()
     if world() > 1:
         model.reshard()
     return add_up(total)[0] / stream.n_targets(0, n)
 
 
-class Interrupt:
-    """SIGTERM and SIGINT ask to save and leave after the step; one more, 5 seconds later, ends the run at once. (A job's manager and
-    torchrun may each send one. torchrun kills what is still there after 30 seconds.)"""
+@dataclass
+class Run:
+    """What the training loop works with."""
 
-    def __init__(self):
-        self.signal, self.when = 0, math.inf
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.note)
+    s: Settings
+    device: str
+    steps: int
+    model: Llama
+    optimizers: list
+    stream: Stream | None
+    validation: Stream | None
 
-    def note(self, number, frame) -> None:
-        if time.time() > self.when + 5:
-            os._exit(128 + number)
-        self.signal, self.when = number, min(self.when, time.time())
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of a step; none behind the last one."""
+        if step >= self.steps:
+            return []
+        size = self.s.batch_size
+        micro_steps, _ = micro_plan(self.s, world())
+        mine = slice(rank(), None, world())
+        return self.stream.micro_batches(step * size, size, micro_steps * world(), mine)
 
 
-class Log:
-    """One line on the terminal and one in metrics.jsonl: what a step did, and how fast (the speed counts from this start of the run)."""
-
-    def __init__(self, s: Settings, c: Config, device: str, steps: int, start: int, tokens: int, seconds: float):
-        self.s, self.device, self.steps, self.first_tokens = s, device, steps, tokens
-        self.progress, self.begin, self.data_seconds = Progress("train", steps, "steps", done=start), time.time() - seconds, 0.0
-        self.peak, self.flops = this_device(device)[0], flops_per_token(c, s.seq_len)
-
-    def seconds(self) -> float:
-        """Spent on this run, before an interruption, too."""
-        return time.time() - self.begin
-
-    def step(self, done: int, loss: float, norm: float, share: float, tokens: int) -> None:
-        spent = time.time() - self.progress.start
-        rate, memory, data = (tokens - self.first_tokens) / spent, used_memory(self.device), self.data_seconds / spent
-        mfu = rate * self.flops / (self.peak * world()) if self.peak else None
-        shown = {"loss": f"{loss:.3f}", "lr": f"{self.s.lr * share:.1e}", "tokens": f"{rate:,.0f}/s", "mfu": f"{mfu:.1%}" if mfu else "n/a"}
-        self.progress.update(done, **shown, mem=f"{memory / 1e9:.1f}GB", data=f"{data:.0%}")
-        if done % self.s.log_every == 0 or done == self.steps:
-            speed = {"tokens_per_s": round(rate), "mfu": mfu, "memory": memory, "data_share": data, "seconds": round(self.seconds(), 2)}
-            self.write({"step": done, "loss": loss, "grad_norm": norm, "lr_share": share, "tokens": tokens} | speed)
-
-    def write(self, record: dict) -> None:
-        if rank() == 0:
-            append_jsonl(Path(self.s.out_dir) / "metrics.jsonl", record)
+def training_loop(run: Run, position: Position, interrupt: Interrupt) -> Position:
+    """All steps from a position on; where they ended. An interrupt saves and exits."""
+    s, model, optimizers = run.s, run.model, run.optimizers
+    out_dir = Path(s.out_dir)
+    log = Log(s, model.config, run.device, run.steps, position)
+    tokens = position.tokens
+    batches = run.batches(position.step)
+    for step in range(position.step, run.steps):
+        done = step + 1
+        # Nothing draws from this generator, but a dropout that you add resumes exactly.
+        torch.manual_seed((s.seed << 32) + step * world() + rank() & 2**63 - 1)
+        share = schedule(step, run.steps, s.warmup, s.final_lr, s.schedule)
+        for group in parameter_groups(optimizers):
+            group["lr"] = group["peak"] * share
+        n_targets = run.stream.n_targets(step * s.batch_size, s.batch_size)
+        loss, norm = train_step(model, optimizers, batches, n_targets, s, run.device)
+        tokens += n_targets
+        if s.attention == "padded":
+            tokens += s.batch_size  # a document's first token is no target, but is read
+        begin = time.time()
+        batches = run.batches(done)  # while a GPU still works on this step
+        log.data_seconds += time.time() - begin
+        loss, stop = add_up(loss.item(), interrupt.signal)  # each rank has a part of the mean
+        norm = float(norm)
+        log.step(done, loss, norm, share, tokens)
+        if run.validation and (done % s.val_every == 0 or done == run.steps):
+            _, micro_rows = micro_plan(s, world())
+            val_loss = validate(model, run.validation, micro_rows, run.device)
+            log.write({"step": done, "val_loss": val_loss})
+        if done < run.steps and (stop or done % s.save_every == 0):
+            save_checkpoint(out_dir, model, optimizers, Position(done, tokens, log.seconds()))
+        if done < run.steps and stop:
+            interrupt.leave(done)
+    return Position(run.steps, tokens, log.seconds())
 
 
 def train(s: Settings, device: str) -> None:
+    """A whole run: read the inputs, make or resume the model, train it, write its folder."""
     config, source, tok, stream = open_all(s)
-    validation = open_stream(s.val_corpus, s.val_thoughts, s, tok, seed=0) if s.val_corpus else None
-    steps, tokens_per_step = steps_of(s, stream)
+    validation = None
+    if s.val_corpus:
+        validation = open_stream(s.val_corpus, s.val_thoughts, "", tok, rows_of(s, seed=0))
+    steps, step_tokens = steps_of(s, stream)
     if s.plan:
-        return print_plan(config, s, stream, steps, tokens_per_step, device)
+        print_plan(config, s, stream, steps, step_tokens, device)
+        return
     micro_steps, micro_rows = micro_plan(s, world())
     out_dir = Path(s.out_dir)
-    tensors = read_tensors(Path(s.init_from), source) if source and not (out_dir / "config.json").exists() else None
+    complete = (out_dir / "config.json").exists()
+    tensors = None
+    if source and not complete:
+        tensors = read_tensors(Path(s.init_from), source)
     if rank() == 0:
-        if (out_dir / "config.json").exists() and not (out_dir / "settings.json").exists():
-            raise UserError(f"{out_dir}: holds a model that train.py did not make; give another --out_dir")
+        if complete and not (out_dir / "settings.json").exists():
+            whose = "a model that train.py did not make"
+            raise UserError(f"{out_dir}: holds {whose}; give another --out_dir")
         claim(out_dir, s, HOW)
-    if (out_dir / "config.json").exists():
+    if complete:
         print(f"{out_dir}: complete")
         return
-    add_up(0)  # no rank looks for checkpoints before the first has the folder
+    add_up(0)  # no rank looks for checkpoints before the first one has made the folder
     model = start_model(s, config, tensors, tok, device)
     optimizers = make_optimizers(model, s)
-    start, tokens, seconds = load_checkpoint(out_dir, model, optimizers)
+    start = load_checkpoint(out_dir, model, optimizers)
     n_params = sum(p.numel() for p in model.parameters())
-    print(f"{n_params:,} parameters, {steps} steps of {s.batch_size} rows ({micro_steps} x {micro_rows} on each of {world()} x {device}), from step {start}")
-    for row in amounts(stream, steps * tokens_per_step) if steps else ():
-        print(f"{row['corpus']}: {row['epochs']:.2f} epochs, {row['text_tokens']:,} tokens of text, {row['thought_tokens']:,} of thoughts")
-
-    def batches_of(step: int) -> list[Batch]:
-        mine = slice(rank(), None, world())
-        return stream.micro_batches(step * s.batch_size, s.batch_size, micro_steps * world(), mine) if step < steps else []
-
-    interrupt, log, batches = Interrupt(), Log(s, config, device, steps, start, tokens, seconds), batches_of(start)
-    for step in range(start, steps):
-        torch.manual_seed((s.seed << 32) + step * world() + rank() & 2**63 - 1)  # nothing draws from it; a dropout that you add resumes exactly
-        share, done = schedule(step, steps, s.warmup, s.final_lr, s.schedule), step + 1
-        for group in (g for o in optimizers for g in o.param_groups):
-            group["lr"] = group["peak"] * share
-        n_targets = stream.n_targets(step * s.batch_size, s.batch_size)
-        loss, norm = train_step(model, optimizers, batches, n_targets, s, device)
-        tokens += n_targets + (s.batch_size if s.attention == "padded" else 0)  # a document's first token is given, but read
-        data_begin = time.time()
-        batches = batches_of(done)  # while a GPU is still at work on this step: then this time is no wait
-        log.data_seconds += time.time() - data_begin
-        (loss, stop), norm = add_up(loss.item(), interrupt.signal), float(norm)
-        if not math.isfinite(loss + norm):
-            raise UserError(f"{out_dir}: loss {loss}, gradient norm {norm} at step {step}; lower --lr or --muon_lr, and give another --out_dir")
-        log.step(done, loss, norm, share, tokens)
-        if validation and (done % s.val_every == 0 or done == steps):
-            log.write({"step": done, "val_loss": validate(model, validation, s.val_rows, micro_rows, device)})
-        if done < steps and (stop or done % s.save_every == 0):
-            save_checkpoint(out_dir, model, optimizers, done, tokens, log.seconds(), s.keep)
-        if done < steps and stop:
-            print(f"\n{os.path.basename(sys.argv[0])}: interrupted; saved step {done}, the same command goes on from here", file=sys.stderr)
-            sys.exit(128 + (interrupt.signal or signal.SIGTERM))
-    seconds = log.seconds()
-    if rank() == 0:
-        cut_tokens = stream.cut_tokens(steps * s.batch_size) if steps else 0
-        if cut_tokens:
-            print(f"{cut_tokens:,} tokens beyond --seq_len={s.seq_len} were cut off")
-        report = {"steps": steps, "train_tokens": tokens, "n_params": n_params, "cut_tokens": cut_tokens, "seconds": seconds}
-        report |= {"tokens_per_s": tokens / max(seconds, 1e-9), "data": amounts(stream, tokens) if stream else []}
-        write_json(out_dir / "training.json", report)
-    save_model(out_dir, model, tok)
-    if rank() == 0:
-        shutil.rmtree(out_dir / "checkpoints", ignore_errors=True)
+    work = f"{micro_steps} x {micro_rows} on each of {world()} x {device}"
+    rows = f"{steps} steps of {s.batch_size} rows ({work})"
+    print(f"{n_params:,} parameters, {rows}, from step {start.step}")
+    if steps:
+        for row in amounts(stream, steps * step_tokens):
+            print(describe(row))
+    run = Run(s, device, steps, model, optimizers, stream, validation)
+    with Interrupt() as interrupt:
+        end = training_loop(run, start, interrupt)
+        if rank() == 0:
+            write_report(s, stream, end, n_params)
+        model_folder.save_model(out_dir, model, tok)
+        if rank() == 0:
+            shutil.rmtree(out_dir / "checkpoints", ignore_errors=True)
 
 
 def main(s: Settings) -> None:
@@ -740,8 +780,13 @@ def main(s: Settings) -> None:
     try:
         train(s, device)
     except torch.OutOfMemoryError as e:
-        raise UserError(f"{device}: out of memory; lower --micro_batch or --seq_len, use --recompute, or more devices ({str(e).splitlines()[0]})") from None
-    if dist.is_initialized():  # not after an error: the other ranks may wait for this one, and it would wait for them
+        reason = str(e).splitlines()[0]
+        raise UserError(
+            f"{device}: out of memory; lower --micro_batch or --seq_len, use --recompute, "
+            f"or more devices ({reason})"
+        ) from None
+    # Not after an error: the other ranks may wait for this one, and it would wait for them.
+    if dist.is_initialized():
         dist.barrier()  # gloo's threads can abort a process whose peer is already leaving
         dist.destroy_process_group()
 

@@ -1,19 +1,24 @@
-"""GSM8K as a corpus: the question is given, the worked solution is the thought, the text is the final answer.
+"""GSM8K as a corpus: the solution is the thought, the final answer is the text.
 
     question (given)   Natalia sold clips to 48 of her friends ...
-    thought (latent)   Natalia sold 48/2 = 24 clips in May. ...          (calculator marks <<48/2=24>> removed)
+    thought (latent)   Natalia sold 48/2 = 24 clips in May. ...
     answer             The answer is 72.
 
-From the published jsonl files (train.jsonl, test.jsonl: {"question", "answer"}, the answer ending in "#### 72"), written to --out_dir:
+Calculator marks such as <<48/2=24>> are removed. The published files are read,
+train.jsonl and test.jsonl, with lines of {"question", "answer"} whose answer ends
+in "#### 72". Written to --out_dir:
 
-    warm/  warm_thoughts/   the first --warm training documents of a seeded shuffle, with their solutions as thoughts
-    raw/                    the others, without: their solutions are written nowhere
+    warm/  warm_thoughts/   the first --warm training documents of a seeded
+                            shuffle, with their solutions as thoughts
+    raw/                    the others, without: their solutions are not written
     heldout/                the test file
 
-With --questions_and_solutions instead, raw/ and heldout/ hold plain text with the solution in it (question, solution, answer), and there
-is no warm start: the corpus for ordinary training. A line that cannot be used is counted and, unless --skip_bad, refused.
+With --questions_and_solutions instead, raw/ and heldout/ hold plain text with the
+solution in it (question, solution, answer), and there is no warm start: the corpus
+for ordinary training. A line that cannot be used is refused, or with --skip_bad
+counted.
 
-    python data/gsm8k.py --train=gsm8k/train.jsonl --test=gsm8k/test.jsonl --out_dir=out/gsm8k
+    python data/gsm8k.py --train=train.jsonl --test=test.jsonl --out_dir=out/gsm8k
     python em.py --corpus=out/gsm8k
 """
 
@@ -32,6 +37,8 @@ from data.lib.corpus import write_parts
 from data.lib.sources import read_jsonl
 from data.lib.tokenizer import load_tokenizer, make_tokenizer
 
+Problem = tuple[str, str, str]  # question, solution, answer
+
 
 @dataclass(kw_only=True)
 class Settings:
@@ -43,54 +50,95 @@ class Settings:
     heldout: int = opt(0, "how many test documents to use; 0: all", low=0)
     questions_and_solutions: bool = opt(False, "plain text with the solutions, no thoughts")
     skip_bad: bool = opt(False, "leave out lines that cannot be used, and count them")
-    tokenizer: str = opt("", "a tokenizer.json; none: learn one from the questions and the warm documents")
+    tokenizer: str = opt("", "a tokenizer.json; none: learn one from what is trained on")
     n_vocab: int = opt(1024, "text tokens of the learned tokenizer; 256: plain bytes", low=256)
     seed: int = opt(0, "which documents are warm")
 
 
-def read_problem(line: str) -> tuple[str, str, str]:
-    """(question, solution, answer) of a jsonl line; ValueError says what is wrong with it."""
+def read_problem(line: str) -> Problem:
+    """The problem of a jsonl line; ValueError says what is wrong with it."""
     record = json.loads(line)
     if not isinstance(record, dict):
         raise ValueError("expected a JSON object")
     for field in ("question", "answer"):
-        if not isinstance(record.get(field), str) or not record[field].strip():
+        text = record.get(field)
+        if not isinstance(text, str) or not text.strip():
             raise ValueError(f'field "{field}" is missing or empty')
     solution, mark, answer = record["answer"].rpartition("####")
     if not mark or not answer.strip():
         raise ValueError('field "answer" does not end in "#### number"')
-    return record["question"].strip(), re.sub(r"<<[^<>]*>>", "", solution).strip(), answer.strip()
+    solution = re.sub(r"<<[^<>]*>>", "", solution)
+    return record["question"].strip(), solution.strip(), answer.strip()
 
 
-def read_problems(path: str, skip_bad: bool) -> list[tuple[str, str, str]]:
-    """All problems of a jsonl file. UserError for the first bad line, or, with skip_bad, a printed count."""
-    problems = read_jsonl(path, read_problem, skip_bad, hint="; `python data/benchmarks.py gsm8k` fetches train.jsonl and test.jsonl")
+def read_problems(path: str, skip_bad: bool) -> list[Problem]:
+    """All problems of a file. UserError for the first bad line, or a printed count."""
+    hint = "; `python data/benchmarks.py gsm8k` fetches train.jsonl and test.jsonl"
+    problems = read_jsonl(path, read_problem, skip_bad, hint=hint)
     if not problems:
         raise UserError(f"{path}: holds no problem")
     return problems
 
 
-def main(s: Settings) -> None:
-    train, test = read_problems(s.train, s.skip_bad), read_problems(s.test, s.skip_bad)
+def split_problems(s: Settings) -> dict[str, list[Problem]]:
+    """The problems of warm, raw and heldout, without training problems that are tested."""
+    train = read_problems(s.train, s.skip_bad)
+    test = read_problems(s.test, s.skip_bad)
     random.Random(s.seed).shuffle(train)
-    n_warm = 0 if s.questions_and_solutions else s.warm
     tested = {question for question, _, _ in test}
     kept = [problem for problem in train if problem[0] not in tested]
-    if len(kept) < len(train):
-        print(f"{len(train) - len(kept)} training problems are also test problems: left out")
+    n_tested = len(train) - len(kept)
+    if n_tested:
+        print(f"{n_tested} training problems are also test problems: left out")
+    n_warm = 0 if s.questions_and_solutions else s.warm
     if n_warm >= len(kept):
-        raise UserError(f"--warm={s.warm}: {s.train} has {len(kept)} problems that are not tested; leave some for raw")
-    raw = kept[n_warm : n_warm + s.raw if s.raw else None]
-    parts = {"warm": kept[:n_warm], "raw": raw, "heldout": test[: s.heldout or None]}
+        there = f"{s.train} has {len(kept)} problems that are not tested"
+        raise UserError(f"--warm={s.warm}: {there}; leave some for raw")
+    return {
+        "warm": kept[:n_warm],
+        "raw": kept[n_warm:][: s.raw or None],
+        "heldout": test[: s.heldout or None],
+    }
+
+
+def write_document(problem: Problem, in_plain_text: bool) -> list[tuple[str, str, str]]:
+    """A document of one problem: its question, thought and answer."""
+    question, solution, answer = problem
+    thought = f"\n{solution}"
+    answer = f"\nThe answer is {answer}."
+    if in_plain_text:
+        return [(question, "", thought + answer)]
+    return [(question, thought, answer)]
+
+
+def texts_to_learn_from(documents: dict[str, list]):
+    """What a tokenizer may be learned from: all but the thoughts of raw documents."""
+    for [(question, thought, answer)] in documents.get("warm", ()):
+        yield from (question, thought, answer)
+    for [(question, _, answer)] in documents["raw"]:
+        yield from (question, answer)
+
+
+def main(s: Settings) -> None:
+    parts = split_problems(s)
+    thoughts = {"warm": "warm_thoughts"}
     if s.questions_and_solutions:
-        documents = {part: [[(q, "", f"\n{solution}\nThe answer is {a}.")] for q, solution, a in parts[part]] for part in ("raw", "heldout")}
+        del parts["warm"]
+        thoughts = {}
+    in_plain_text = s.questions_and_solutions
+    documents = {}
+    for part, problems in parts.items():
+        documents[part] = [write_document(p, in_plain_text) for p in problems]
+    if s.tokenizer:
+        tok = load_tokenizer(s.tokenizer)
     else:
-        documents = {part: [[(q, f"\n{solution}", f"\nThe answer is {a}.")] for q, solution, a in problems] for part, problems in parts.items()}
-    seen = [text for d in documents.get("warm", ()) for problem in d for text in problem]
-    seen += [text for d in documents["raw"] for q, _, answer in d for text in (q, answer)]  # never a raw document's thought
-    tok = load_tokenizer(s.tokenizer) if s.tokenizer else make_tokenizer(seen, s.n_vocab)
-    source = {"maker": "data/gsm8k.py", "seed": s.seed, "questions_and_solutions": s.questions_and_solutions}
-    write_parts(documents, tok, claim(s.out_dir, s), source, {} if s.questions_and_solutions else {"warm": "warm_thoughts"})
+        tok = make_tokenizer(texts_to_learn_from(documents), s.n_vocab)
+    source = {
+        "maker": "data/gsm8k.py",
+        "seed": s.seed,
+        "questions_and_solutions": s.questions_and_solutions,
+    }
+    write_parts(documents, tok, claim(s.out_dir, s), source, thoughts)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,21 @@
 
     python tests/bench_data.py --tokenizer=../shared/data/llama2 --out_dir=/tmp/bench --mb=200
     python tests/bench_data.py --tokenizer=../shared/data/llama2 --out_dir=/tmp/bench --mb=1000 --what=memory
-    python tests/bench_data.py --tokenizer=../shared/data/llama2 --out_dir=/tmp/bench --what=chunks        (and --what=benchmarks)
+    python tests/bench_data.py --tokenizer=../shared/data/llama2 --out_dir=/tmp/bench --what=chunks
+    python tests/bench_data.py --tokenizer=../shared/data/llama2 --out_dir=/tmp/bench --what=benchmarks
 
-The text is the calculus book and GSM8K over and over, one page or ten problems a document, half and half by bytes, each time with other numbers and
-some words exchanged. Against tiktoken alone: encode_ordinary_batch() with as many threads as text.py has workers, on the same documents in memory, with our
-encoding and, for byte fallback tokenizers, with the plain one, whose words end at spaces alone (data/lib/tokenizer.py parts them finer); and, harder, as many
-processes as workers, each with its share of documents, encode_to_numpy(). Beside wall time stands CPU time, which another load on the machine changes less.
-Memory is the largest sum of what all processes hold (Pss in /proc, so shared pages count once), looked at every 50 ms, with --what=speed every 250 ms.
+The text is the calculus book and GSM8K over and over, one page or ten problems a document,
+half and half by bytes, each time with other numbers and some words exchanged.
+
+It is compared with tiktoken alone: encode_ordinary_batch() with as many threads as text.py has
+workers, on the same documents in memory, with our encoding and, for byte fallback tokenizers,
+with the plain one, whose words end at spaces alone (data/lib/tokenizer.py parts them finer).
+A harder comparison is with as many processes as workers, each of which calls
+encode_to_numpy() for its share of the documents. CPU time is printed beside wall time, because
+other load on the machine changes it less.
+
+Memory is the largest sum of what all processes hold (Pss in /proc, where shared pages count
+once), looked at every 50 ms, or every 250 ms with --what=speed.
 """
 
 import json
@@ -59,7 +67,10 @@ def perturbed(text: str, rng: random.Random) -> str:
 def make_text(data: Path, path: Path, n_bytes: int) -> None:
     if path.exists():
         return
-    pages, problems = read(data / "calculus/calculus_made_easy.jsonl", "text"), read(data / "gsm8k/train.jsonl", "question", "answer")
+    pages, problems = (
+        read(data / "calculus/calculus_made_easy.jsonl", "text"),
+        read(data / "gsm8k/train.jsonl", "question", "answer"),
+    )
     tens = ["\n\n".join(problems[i : i + 10]) for i in range(0, len(problems) - 10, 10)]
     rng, written = random.Random(0), [0, 0]
     with open(path.with_suffix(".tmp"), "w", encoding="utf-8") as f:
@@ -84,7 +95,9 @@ def held(pid: int) -> int:
     total = 0
     for p in [pid, *children(pid)]:
         try:
-            total += 1024 * int(re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{p}/smaps_rollup").read_text(), re.MULTILINE)[1])
+            total += 1024 * int(
+                re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{p}/smaps_rollup").read_text(), re.MULTILINE)[1]
+            )
         except (OSError, TypeError):
             pass
     return total
@@ -127,7 +140,10 @@ def documents(path: Path) -> list[str]:
 
 def tiktoken_processes(s: Settings, text: Path) -> tuple[float, float]:
     barrier, spent = multiprocessing.Barrier(s.workers + 1), multiprocessing.Array("d", s.workers)
-    processes = [multiprocessing.Process(target=encode_share, args=(barrier, spent, s.tokenizer, text, i, s.workers)) for i in range(s.workers)]
+    processes = [
+        multiprocessing.Process(target=encode_share, args=(barrier, spent, s.tokenizer, text, i, s.workers))
+        for i in range(s.workers)
+    ]
     for process in processes:
         process.start()
     barrier.wait()
@@ -141,7 +157,9 @@ def tiktoken_processes(s: Settings, text: Path) -> tuple[float, float]:
 
 def tiktoken_spaces(s: Settings, text: Path) -> tuple[float, float]:
     """The plain way for a byte fallback tokenizer: words end at spaces alone."""
-    return tiktoken_threads(s, text, tiktoken_of(SPACED_WORDS, load_tokenizer(s.tokenizer).encoding._mergeable_ranks))
+    return tiktoken_threads(
+        s, text, tiktoken_of(SPACED_WORDS, load_tokenizer(s.tokenizer).encoding._mergeable_ranks)
+    )
 
 
 def tiktoken_threads(s: Settings, text: Path, encoding=None) -> tuple[float, float]:
@@ -165,27 +183,44 @@ def speed(s: Settings) -> None:
     text = out / f"text{s.mb}.jsonl"
     make_text(Path(s.data), text, s.mb * 10**6)
     n_bytes = sum(len(t.encode()) for t in documents(text)) if s.what == "speed" else s.mb * 10**6
-    compared = ({"threads, words end at spaces": tiktoken_spaces} if load_tokenizer(s.tokenizer).spaced else {}) | COMPARED
+    compared = (
+        {"threads, words end at spaces": tiktoken_spaces} if load_tokenizer(s.tokenizer).spaced else {}
+    ) | COMPARED
     for _ in range(s.repeats if s.what == "speed" else 1):
         seconds, spent, peak = run_text(s, text, out / "corpus")
-        print(f"text.py {n_bytes / seconds / 1e6:.1f} MB/s ({seconds:.1f} s, CPU {spent:.1f} s), {peak / 1e6:,.0f} MB at the peak", flush=True)
+        print(
+            f"text.py {n_bytes / seconds / 1e6:.1f} MB/s ({seconds:.1f} s, CPU {spent:.1f} s), "
+            f"{peak / 1e6:,.0f} MB at the peak",
+            flush=True,
+        )
         for name, measure in compared.items() if s.what == "speed" else ():
             theirs, their_cpu = measure(s, text)
-            print(f"  tiktoken, {s.workers} {name}: {n_bytes / theirs / 1e6:.1f} MB/s ({theirs:.1f} s, CPU {their_cpu:.1f} s): "
-                  f"{theirs / seconds:.0%} of its speed, {their_cpu / spent:.0%} by CPU time", flush=True)  # fmt: skip
+            print(
+                f"  tiktoken, {s.workers} {name}: {n_bytes / theirs / 1e6:.1f} MB/s "
+                f"({theirs:.1f} s, CPU {their_cpu:.1f} s): "
+                f"{theirs / seconds:.0%} of its speed, {their_cpu / spent:.0%} by CPU time",
+                flush=True,
+            )
 
 
-# --------------------------------------------------------------------------------------------------- the promises
+# -------------------------------------------------------------------- the promises
 
-FORMULA = re.compile(r"\\begin\{(\w+\*?)\}.*?\\end\{\1\}|\\\[.*?\\\]|\\\(.*?\\\)|\$\$.+?\$\$|\$(?:(?!\n\s*\n)[^$])+\$", re.DOTALL)
+FORMULA = re.compile(
+    r"\\begin\{(\w+\*?)\}.*?\\end\{\1\}|\\\[.*?\\\]|\\\(.*?\\\)|\$\$.+?\$\$|\$(?:(?!\n\s*\n)[^$])+\$",
+    re.DOTALL,
+)
 NUMBER = re.compile(r"\d+(?:[.,]\s?\d+)*")
 LINK = re.compile(r"(?:https?://|www\.)\S+|\S+@\S+\.\w+")
 
 
 def torn(text: str, ends: list[int]) -> dict[str, int]:
     """How many of the ends lie inside a formula, a number, a link."""
-    return {name: sum(m.start() < end < m.end() for m in pattern.finditer(text) for end in ends if end < len(text))
-            for name, pattern in (("formulas", FORMULA), ("numbers", NUMBER), ("links", LINK))}  # fmt: skip
+    return {
+        name: sum(
+            m.start() < end < m.end() for m in pattern.finditer(text) for end in ends if end < len(text)
+        )
+        for name, pattern in (("formulas", FORMULA), ("numbers", NUMBER), ("links", LINK))
+    }
 
 
 def punkt_ends(text: str) -> list[int]:
@@ -205,14 +240,27 @@ def chunks(s: Settings) -> None:
     print(f"calculus: {sum(map(len, ours)):,} sentences; torn: {total(map(torn, pages, ours))}")
     try:
         theirs = [punkt_ends(page) for page in pages]
-        print(f"punkt, untrained: {sum(map(len, theirs)):,} sentences; torn: {total(map(torn, pages, theirs))}")
+        print(
+            f"punkt, untrained: {sum(map(len, theirs)):,} sentences; torn: {total(map(torn, pages, theirs))}"
+        )
     except ImportError:
         print("punkt: nltk is not installed")
-    counts = [n for seed in range(20) for page, ends in zip(pages, ours) for n in sentences_a_chunk(page, ends, seed)]
-    print(f"calculus page by page, 20 seeds: {sum(counts) / len(counts):.2f} sentences a chunk, {max(counts)} at most")
+    counts = [
+        n
+        for seed in range(20)
+        for page, ends in zip(pages, ours)
+        for n in sentences_a_chunk(page, ends, seed)
+    ]
+    print(
+        f"calculus page by page, 20 seeds: {sum(counts) / len(counts):.2f} sentences a chunk, "
+        f"{max(counts)} at most"
+    )
     long, n = "\n\n".join(pages), 40
     counts = [n for seed in range(n) for n in sentences_a_chunk(long, sentence_ends([long])[0], seed)]
-    print(f"the whole book as one text, {n} seeds: {sum(counts) / len(counts):.2f} sentences a chunk, {max(counts)} at most")
+    print(
+        f"the whole book as one text, {n} seeds: {sum(counts) / len(counts):.2f} sentences a chunk, "
+        f"{max(counts)} at most"
+    )
 
 
 def sentences_a_chunk(text: str, ends: list[int], seed: int) -> list[int]:
@@ -224,7 +272,7 @@ def sentences_a_chunk(text: str, ends: list[int], seed: int) -> list[int]:
     return counts
 
 
-# ------------------------------------------------------------------------------------------------- decontamination
+# ----------------------------------------------------------------- decontamination
 
 
 def planted(question: str, rng: random.Random) -> str:
@@ -237,12 +285,25 @@ def planted(question: str, rng: random.Random) -> str:
 def benchmarks(s: Settings) -> None:
     """100 test questions hidden in 20,000 documents of GSM8K's training set and the calculus book."""
     data, rng = Path(s.data), random.Random(1)
-    questions, problems = read(data / "gsm8k/test.jsonl", "question"), read(data / "gsm8k/train.jsonl", "question", "answer")
-    paragraphs = [p for page in read(data / "calculus/calculus_made_easy.jsonl", "text") for p in page.split("\n\n") if len(p) > 60]
-    texts = problems + [rng.choice(paragraphs) + "\n\n" + perturbed(rng.choice(problems), rng) for _ in range(20_000 - len(problems))]
+    questions, problems = (
+        read(data / "gsm8k/test.jsonl", "question"),
+        read(data / "gsm8k/train.jsonl", "question", "answer"),
+    )
+    paragraphs = [
+        p
+        for page in read(data / "calculus/calculus_made_easy.jsonl", "text")
+        for p in page.split("\n\n")
+        if len(p) > 60
+    ]
+    texts = problems + [
+        rng.choice(paragraphs) + "\n\n" + perturbed(rng.choice(problems), rng)
+        for _ in range(20_000 - len(problems))
+    ]
     holders = rng.sample(range(len(texts)), 100)
     for i, question in zip(holders, rng.sample(questions, 100)):
-        texts[i] = rng.choice((texts[i] + "\n", "")) + planted(question, rng) + rng.choice(("\n" + texts[i], ""))
+        texts[i] = (
+            rng.choice((texts[i] + "\n", "")) + planted(question, rng) + rng.choice(("\n" + texts[i], ""))
+        )
     begin = time.perf_counter()
     finder = Finder(questions)
     built = time.perf_counter()
@@ -251,8 +312,11 @@ def benchmarks(s: Settings) -> None:
         found |= {i + j: match for j, match in finder.find(texts[i : i + 2000]).items()}
     spent, size = time.perf_counter() - built, sum(len(t.encode()) for t in texts)
     others = set(found) - set(holders)
-    print(f"{len(set(found) & set(holders))} of 100 planted found; {len(others)} of {len(texts) - 100} others flagged ({len(others) / (len(texts) - 100):.3%}); "
-          f"index {built - begin:.2f} s, {size / spent / 1e6:.0f} MB/s")  # fmt: skip
+    print(
+        f"{len(set(found) & set(holders))} of 100 planted found; {len(others)} of {len(texts) - 100} "
+        f"others flagged ({len(others) / (len(texts) - 100):.3%}); "
+        f"index {built - begin:.2f} s, {size / spent / 1e6:.0f} MB/s"
+    )
     for i in sorted(others)[:20]:
         print(f"  also: {found[i][1]}")
 

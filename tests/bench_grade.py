@@ -1,9 +1,11 @@
-"""Gradings a second on one core, ours beside Math-Verify's, on the table of the tests (grades.jsonl), one case after the other.
+"""Gradings a second on one core, ours beside Math-Verify's, on the table of the tests (grades.jsonl).
 
-    python tests/bench_grade.py                    # Math-Verify where it is installed (pip install math-verify)
+    python tests/bench_grade.py                    # with Math-Verify where that is installed
     python tests/bench_grade.py --cases=my.jsonl   # lines of {"response", "gold", "right"}
 
-Nothing is kept from one case to the next: caches are emptied. Also printed: how many verdicts are right, and how many wrong answers pass.
+The cases are graded one after the other, and nothing is kept from one to the
+next: caches are emptied. Also printed: how many verdicts are right, and how
+many wrong answers pass.
 """
 
 import json
@@ -29,36 +31,57 @@ def math_verify():
         from math_verify import parse, verify
     except ImportError:
         return None
-    return lambda response, gold: bool(verify(parse(f"${gold}$", parsing_timeout=None), parse(response, parsing_timeout=None), timeout_seconds=None))
+
+    def theirs(response: str, gold: str) -> bool:
+        reference = parse(f"${gold}$", parsing_timeout=None)
+        answer = parse(response, parsing_timeout=None)
+        return bool(verify(reference, answer, timeout_seconds=None))
+
+    return theirs
 
 
 def measure(name: str, grader, cases: list[dict]) -> float:
-    seconds, right, passed, failed = [], 0, 0, 0
-    for c in cases:
+    """Grade all cases, print what came of it. Returns the median of the seconds a case."""
+    seconds = []
+    right = 0
+    passed = 0
+    failed = 0
+    for case in cases:
         begin = time.perf_counter()
         try:
-            verdict = grader(c["response"], c["gold"])
+            verdict = grader(case["response"], case["gold"])
         except Exception:  # the other library's: counted
-            verdict, failed = None, failed + 1
+            verdict = None
+            failed += 1
         seconds.append(time.perf_counter() - begin)
-        right += verdict == c["right"]
-        passed += bool(verdict) and not c["right"]
-    n_wrong, median = sum(not c["right"] for c in cases), statistics.median(seconds)
-    print(f"{name:<12} median {median * 1e3:.3f} ms ({1 / median:,.0f}/s), mean {statistics.mean(seconds) * 1e3:.3f} ms, longest {max(seconds) * 1e3:.0f} ms | "
-          f"right {right / len(cases):.2%}, wrong answers passed {passed / n_wrong:.2%}, exceptions {failed}", flush=True)  # fmt: skip
+        right += verdict == case["right"]
+        passed += bool(verdict) and not case["right"]
+    n_wrong = sum(not case["right"] for case in cases)
+    median = statistics.median(seconds)
+    mean = statistics.mean(seconds)
+    print(
+        f"{name:<12} median {median * 1e3:.3f} ms ({1 / median:,.0f}/s), mean {mean * 1e3:.3f} ms, "
+        f"longest {max(seconds) * 1e3:.0f} ms | right {right / len(cases):.2%}, "
+        f"wrong answers passed {passed / n_wrong:.2%}, exceptions {failed}",
+        flush=True,
+    )
     return median
 
 
 def main() -> None:
     named = [a.split("=", 1)[1] for a in sys.argv[1:] if a.startswith("--cases=")]
     paths = named[0].split(",") if named else [Path(__file__).with_name("grades.jsonl")]
-    cases = [json.loads(line) for path in paths for line in open(path, encoding="utf-8")]
+    cases = []
+    for path in paths:
+        with open(path, encoding="utf-8") as file:
+            cases += [json.loads(line) for line in file]
     print(f"{len(cases)} cases, {sum(c['right'] for c in cases)} of them right")
-    other, first = math_verify(), []
+    other = math_verify()
     for _ in range(2):  # alternating: the machine may be busy for a while
-        first.append(measure("ours", ours, cases))
+        ours_median = measure("ours", ours, cases)
         if other:
-            print(f"ratio of medians {measure('Math-Verify', other, cases) / first[-1]:.1f}")
+            theirs_median = measure("Math-Verify", other, cases)
+            print(f"ratio of medians {theirs_median / ours_median:.1f}")
     if not other:
         print("Math-Verify is not installed")
 

@@ -1,6 +1,8 @@
-"""The loss on 4 x 2048 tokens, 32,004 classes, width 2048, bf16: memory above inputs and gradients, time, and the difference from the plain loss.
+"""The loss on 4 x 2048 tokens, 32,004 classes, width 2048, bf16: memory above inputs and
+gradients, time, and the difference from the plain loss.
 
-Ours (kernels.HeadLoss), torch's own chunked one where it exists (2.13), and the plain loss, each in a process of its own.
+Ours (kernels.HeadLoss), torch's own chunked one where it exists (2.13), and the plain loss, each
+in a process of its own.
 
     python tests/bench_loss.py
     python tests/bench_loss.py --device=cuda
@@ -37,11 +39,14 @@ def plain(hidden, weight, targets):
 
 
 def torchs(hidden, weight, targets):
-    return F.linear_cross_entropy(hidden, weight, targets, reduction="sum", options=torch.nn.LinearCrossEntropyOptions())
+    return F.linear_cross_entropy(
+        hidden, weight, targets, reduction="sum", options=torch.nn.LinearCrossEntropyOptions()
+    )
 
 
 def peak(device: str, reset: bool = False) -> int:
-    """Bytes at the highest point since the last reset: of the device, or resident ones of this process (Linux)."""
+    """Bytes at the highest point since the last reset: of the device, or resident ones of this
+    process (Linux)."""
     if device == "cuda":
         value = torch.cuda.max_memory_allocated()
         if reset:
@@ -58,7 +63,9 @@ def measure(loss, s: Settings) -> dict:
     """Extra bytes, seconds of forward and backward, the loss and sums of the gradients' absolute values."""
     torch.manual_seed(0)
     hidden = torch.randn(s.rows * 2048, s.dim, device=s.device).bfloat16().requires_grad_()
-    weight = (torch.randn(s.classes, s.dim, device=s.device) * s.dim**-0.5).bfloat16().requires_grad_()
+    weight = (
+        (torch.randn(s.classes, s.dim, device=s.device) * s.dim**-0.5).bfloat16().requires_grad_()
+    )
     targets = torch.randint(0, s.classes, (s.rows * 2048,), device=s.device)
     loss(hidden[:64], weight[:128], targets[:64] % 128).backward()  # libraries are loaded
     hidden.grad = weight.grad = None
@@ -67,7 +74,12 @@ def measure(loss, s: Settings) -> dict:
     value.backward()
     seconds, value = time.perf_counter() - begin, value.item()
     extra = peak(s.device) - before - 2 * (hidden.numel() + weight.numel())
-    return {"extra_MB": extra / 1e6, "seconds": seconds, "loss": value, "grads": [float(p.grad.float().abs().sum()) for p in (hidden, weight)]}
+    return {
+        "extra_MB": extra / 1e6,
+        "seconds": seconds,
+        "loss": value,
+        "grads": [float(p.grad.float().abs().sum()) for p in (hidden, weight)],
+    }
 
 
 def main(s: Settings) -> None:
@@ -79,7 +91,9 @@ def main(s: Settings) -> None:
         if name == "torch" and not hasattr(F, "linear_cross_entropy"):
             continue
         flags = [f"--{k}={v}" for k, v in vars(s).items() if k != "which"]
-        done = subprocess.run([sys.executable, __file__, f"--which={name}", *flags], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, __file__, f"--which={name}", *flags], capture_output=True, text=True
+        )
         print(f"{name:6}", done.stdout.strip() or done.stderr.strip().splitlines()[-1])
 
 

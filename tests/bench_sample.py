@@ -1,13 +1,18 @@
-"""The E-step against transformers: same weights, prompts, K, longest thought and threads, in alternating runs.
+"""The E-step against transformers, in alternating runs.
 
     python tests/bench_sample.py --model=out/digits/seed0/M1 --corpus=out/digits/seed0/data/raw
-    python tests/bench_sample.py --model=SMOLLM2_TRAINED --corpus=GSM8K/raw --chunks=64 --max_new=128 --batches=16,64
-    python tests/bench_sample.py --model=TINYLLAMA_TRAINED --corpus=C --chunks=2048 --max_new=512 --dtype=bfloat16 --peer=false --hbm=3350    # on an H100
+    python tests/bench_sample.py --model=SMOLLM2_TRAINED --corpus=GSM8K/raw --chunks=64 --max_new=128 \\
+        --batches=16,64
+    python tests/bench_sample.py --model=TINYLLAMA_TRAINED --corpus=C --chunks=2048 --max_new=512 \\
+        --dtype=bfloat16 --peer=false --hbm=3350    # on an H100
 
-transformers gets every help: its prompts are sorted by length (left-padded inside a batch), K samples by num_return_sequences, its best batch size of
---batches, EOL as the end token; log q is not counted in its time, log p is: whole sequences, sorted, in batches. Ours is infer(): samples with log q, log p
-and log p(x | c). Tokens are counted alike: sampled tokens up to and including EOL. --processes=2 shares the chunks between two processes with half of
-the threads each. Printed at the end: how far the sampler is from reading its bytes and computing its FLOPs at the measured speed of this machine.
+Both have the same weights, prompts, K, longest thought and threads. transformers gets every help: its
+prompts are sorted by length and left-padded inside a batch, it takes K samples by num_return_sequences
+and its best batch size of --batches, and EOL is its end token. The time of its log q is not counted;
+that of log p is, for whole sequences, sorted, in batches. Ours is infer(): samples with log q, log p and
+log p(x | c). Tokens are counted alike: sampled tokens up to and including EOL. --processes=2 shares the
+chunks between two processes with half of the threads each. The last line says how far the sampler is
+from reading its bytes and computing its FLOPs at the measured speed of this machine.
 """
 
 import contextlib
@@ -24,8 +29,8 @@ import torch
 
 from data.lib.cli import opt, run
 from data.lib.corpus import POSTERIOR, PRIOR, open_corpus
-from data.lib.engine import Engine
-from infer_thoughts import Limits, context_of, infer, write_chunk
+from data.lib.engine import Engine, Sampling
+from infer_thoughts import EStep, Limits, context_of, infer, write_chunk
 from train import load_model
 
 
@@ -60,9 +65,19 @@ def prepare(s: Settings, share: int, shares: int) -> None:
     corpus = open_corpus(s.corpus, tok)
     numbers = np.flatnonzero(~corpus.questions)[: s.chunks][share::shares]
     limits = Limits(3, s.max_new, model.config.seq_len)
-    HELD.update(s=s, tok=tok, corpus=corpus, numbers=numbers, limits=limits, engine=Engine(model, s.rows), device=device)
+    HELD.update(
+        s=s,
+        tok=tok,
+        corpus=corpus,
+        numbers=numbers,
+        limits=limits,
+        engine=Engine(model, s.rows),
+        device=device,
+    )
     if s.peer:
-        HELD["peer"] = transformers.AutoModelForCausalLM.from_pretrained(s.model, dtype=getattr(torch, s.dtype)).to(device)
+        HELD["peer"] = transformers.AutoModelForCausalLM.from_pretrained(
+            s.model, dtype=getattr(torch, s.dtype)
+        ).to(device)
 
 
 def padded(rows, fill: int, left: bool):
@@ -76,26 +91,42 @@ def padded(rows, fill: int, left: bool):
 
 @torch.inference_mode()
 def theirs(batch: int) -> dict:
-    """tokens, seconds of sampling and of scoring, share of prompt padding, share of decoding steps on ended rows."""
+    """Tokens, seconds of sampling and in all, and two shares: of padding among prompt tokens, and of
+    decoding steps on ended rows."""
     s, tok, corpus, reference, limits = (HELD[k] for k in ("s", "tok", "corpus", "peer", "limits"))
-    tokens = steps = padding = cells = 0
+    tokens = steps = padding = n_ids = 0
     begin, drawn = time.time(), {}
     contexts = {i: context_of(corpus, i, limits) for i in HELD["numbers"]}
-    prompts = {i: write_chunk(tok, corpus, i, c, None, POSTERIOR)[0] for i, c in contexts.items()}
+    prompts = {i: write_chunk(corpus, i, c, None, POSTERIOR)[0] for i, c in contexts.items()}
     order = sorted(prompts, key=lambda i: len(prompts[i]))
     for k in range(0, len(order), batch):
         group = order[k : k + batch]
         ids, mask = padded([prompts[i] for i in group], tok.eos, left=True)
-        out = reference.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=s.samples,
-                                 max_new_tokens=s.max_new, eos_token_id=tok.eol, pad_token_id=tok.eos)[:, ids.shape[1]:].cpu()  # fmt: skip
+        out = reference.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            num_return_sequences=s.samples,
+            max_new_tokens=s.max_new,
+            eos_token_id=tok.eol,
+            pad_token_id=tok.eos,
+        )[:, ids.shape[1] :].cpu()
         ended = (out == tok.eol).int()
         lengths = torch.where(ended.any(1), ended.argmax(1) + 1, out.shape[1])
         tokens, steps = tokens + int(lengths.sum()), steps + out.numel()
-        padding, cells = padding + int((mask == 0).sum()), cells + mask.numel()
+        padding, n_ids = padding + int((mask == 0).sum()), n_ids + mask.numel()
         for j, i in enumerate(group):
-            drawn[i] = [z[: n - 1].numpy() for z, n in zip(out[j * s.samples : (j + 1) * s.samples], lengths[j * s.samples : (j + 1) * s.samples])]
+            drawn[i] = [
+                z[: n - 1].numpy()
+                for z, n in zip(
+                    out[j * s.samples : (j + 1) * s.samples], lengths[j * s.samples : (j + 1) * s.samples]
+                )
+            ]
     sampled = time.time()
-    written = [write_chunk(tok, corpus, i, contexts[i], z, PRIOR) for i in order for z in drawn[i]]
+    written = [write_chunk(corpus, i, contexts[i], z, PRIOR) for i in order for z in drawn[i]]
     written.sort(key=lambda pair: len(pair[0]))
     for k in range(0, len(written), batch):
         ids, mask = padded([w for w, _ in written[k : k + batch]], tok.eos, left=False)
@@ -103,59 +134,96 @@ def theirs(batch: int) -> dict:
         real = torch.zeros_like(ids[:, 1:], dtype=torch.bool)
         for row, (_, part) in enumerate(written[k : k + batch]):
             real[row, part.thought[0] - 1 : part.chunk[1] - 1] = True
-        for piece, target in zip(hidden[real].split(512), ids[:, 1:][real].split(512)):  # only what is scored, in pieces that fit the cache
+        for piece, target in zip(
+            hidden[real].split(512), ids[:, 1:][real].split(512)
+        ):  # only what is scored, in pieces that fit the cache
             torch.nn.functional.cross_entropy(reference.lm_head(piece).float(), target, reduction="none")
-    return {"tokens": tokens, "sampling": sampled - begin, "total": time.time() - begin, "padding": padding / cells, "ended": 1 - tokens / steps}
+    return {
+        "tokens": tokens,
+        "sampling": sampled - begin,
+        "total": time.time() - begin,
+        "padding": padding / n_ids,
+        "ended": 1 - tokens / steps,
+    }
 
 
 def ours(_=None) -> dict:
     """The same of infer(); its sampling is timed alone as well."""
-    s, tok, corpus, numbers, limits, engine = (HELD[k] for k in ("s", "tok", "corpus", "numbers", "limits", "engine"))
-    prompts = [write_chunk(tok, corpus, i, context_of(corpus, i, limits), None, POSTERIOR)[0] for i in numbers]
+    s, tok, corpus, numbers, limits, engine = (
+        HELD[k] for k in ("s", "tok", "corpus", "numbers", "limits", "engine")
+    )
+    prompts = [write_chunk(corpus, i, context_of(corpus, i, limits), None, POSTERIOR)[0] for i in numbers]
     begin = time.time()
-    engine.generate(prompts, numbers, s.samples, s.max_new, {tok.eol}, 0)
+    engine.generate(prompts, numbers, s.samples, Sampling(s.max_new, frozenset({tok.eol})))
     sampled = time.time()
-    got = infer(engine, tok, corpus, numbers, s.samples, limits, 0)
+    got = infer(engine, corpus, numbers, EStep(limits, s.samples))
     return {"tokens": int(got.length.sum()), "sampling": sampled - begin, "total": time.time() - sampled}
 
 
-def limit() -> str:
-    """Bytes and FLOPs of the sampled tokens against what this machine reads and multiplies a second."""
+def rate(work, amount: float, repeats: int = 20) -> float:
+    """The amount that `work` does, a second: the best of 5 rounds."""
+
+    def synchronize():
+        if HELD["device"] == "cuda":
+            torch.cuda.synchronize()
+
+    work()
+    times = []
+    for _ in range(5):
+        synchronize()
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            work()
+        synchronize()
+        times.append(time.perf_counter() - begin)
+    return amount * repeats / min(times)
+
+
+def recorded_steps() -> np.ndarray:
+    """Of each step of the sampler: lanes, prompt_len, own_len, prefilled tokens: float64 [4, n_steps]."""
     s, engine, tok, corpus = (HELD[k] for k in ("s", "engine", "tok", "corpus"))
-    c, cuda = engine.config, HELD["device"] == "cuda"
-    where, dtype = dict(device=HELD["device"]), getattr(torch, s.dtype)
+    prompts = [
+        write_chunk(corpus, i, context_of(corpus, i, HELD["limits"]), None, POSTERIOR)[0]
+        for i in HELD["numbers"]
+    ]
+    runner, steps = engine.runner, []
+    run = runner.run
 
-    def rate(work, amount, repeats=20):
-        work()
-        times = []
-        for _ in range(5):
-            torch.cuda.synchronize() if cuda else None
-            begin = time.perf_counter()
-            for _ in range(repeats):
-                work()
-            torch.cuda.synchronize() if cuda else None
-            times.append(time.perf_counter() - begin)
-        return amount * repeats / min(times)
+    def recording(step, sampling):
+        shape = step.shape
+        prefilled = step.prefill.ids.size if step.prefill else 0
+        for k in range(runner.steps_per_sync):
+            steps.append((shape.n_lanes, shape.prompt_len, shape.own_len + k, prefilled * (k == 0)))
+        return run(step, sampling)
 
+    runner.run = recording
+    engine.generate(prompts, HELD["numbers"], s.samples, Sampling(s.max_new, frozenset({tok.eol})))
+    runner.run = run
+    return np.array(steps, dtype=float).T
+
+
+def limit() -> tuple[str, float]:
+    """Bytes and FLOPs of the sampled tokens against what this machine reads and multiplies a second."""
+    s, engine = HELD["s"], HELD["engine"]
+    c, where, dtype = engine.config, {"device": HELD["device"]}, engine.runner.dtype
     big = torch.ones(64 << 20, **where)
     bandwidth = s.hbm * 1e9 or rate(lambda: big.sum(), big.nbytes, 2)
-    prompts = [write_chunk(tok, corpus, i, context_of(corpus, i, HELD["limits"]), None, POSTERIOR)[0] for i in HELD["numbers"]]
-    steps, step = [], engine.step
-    engine.step = lambda n, slots, P, S, *rest: (steps.append((n, P, S, rest[3].ids.numel() if len(rest) > 3 and rest[3] else 0)), step(n, slots, P, S, *rest))
-    graph, engine.advance = engine.advance, lambda n, slots, P, S, max_new, how, piece: engine.step(n, slots, P, S, engine.stop, max_new, how, piece)
-    engine.generate(prompts, HELD["numbers"], s.samples, s.max_new, {tok.eol}, 0)
-    engine.step, engine.advance = step, graph
+    n, P, S, prefilled = recorded_steps()
     matrices = sum(p.numel() for layer in engine.model.layers for p in layer.parameters() if p.ndim == 2)
     head, kv = c.n_vocab * c.n_embd, 2 * c.n_layer * c.n_kv_head * c.head_dim
-    size = engine.layers[0].qkv.itemsize
-    n, P, S, extra = (np.array(x, dtype=float) for x in zip(*steps))
-    read = (size * (matrices + head) + size * kv * (n / s.samples * P + n * S / 2)).sum()
-    flops = (2 * matrices * (n + extra) + 2 * head * n + 2 * c.n_layer * c.n_head * c.head_dim * 2 * n * (P + S / 2)).sum()
+    read = (dtype.itemsize * (matrices + head + kv * (n / s.samples * P + n * S / 2))).sum()
+    attention = 2 * c.n_layer * c.n_head * c.head_dim * 2 * n * (P + S / 2)
+    flops = (2 * matrices * (n + prefilled) + 2 * head * n + attention).sum()
     rows = int(np.percentile(n, 75))
-    x, w = torch.randn(rows, c.n_embd, dtype=dtype, **where), engine.layers[0].gate_up
-    speed = rate(lambda: torch.nn.functional.linear(x, w), 2 * x.shape[0] * w.numel(), 50)
-    return (f"{len(steps)} steps of {n.mean():.0f} rows on average: {read / 1e9:.2f} GB at {bandwidth / 1e9:.1f} GB/s = {read / bandwidth:.2f} s; "
-            f"{flops / 1e9:.0f} GFLOP at {speed / 1e9:.0f} GFLOP/s ({rows} rows) = {flops / speed:.2f} s"), max(read / bandwidth, flops / speed)  # fmt: skip
+    x = torch.randn(rows, c.n_embd, dtype=dtype, **where)
+    w = torch.randn(2 * c.n_hidden, c.n_embd, dtype=dtype, **where)  # as gate and up
+    speed = rate(lambda: torch.nn.functional.linear(x, w), 2 * rows * w.numel(), 50)
+    text = (
+        f"{len(n)} steps of {n.mean():.0f} rows on average: {read / 1e9:.2f} GB at "
+        f"{bandwidth / 1e9:.1f} GB/s = {read / bandwidth:.2f} s; {flops / 1e9:.0f} GFLOP at "
+        f"{speed / 1e9:.0f} GFLOP/s ({rows} rows) = {flops / speed:.2f} s"
+    )
+    return text, max(read / bandwidth, flops / speed)
 
 
 class Pool:
@@ -197,26 +265,48 @@ def main(s: Settings) -> None:
     for n in ways if s.peer else []:
         for batch in map(int, s.batches.split(",")):
             got = pools[n].ask(theirs, batch)
-            print(f"transformers, {n} x {s.threads // n} threads, {batch} prompts a batch: {got['tokens'] / got['sampling']:,.0f} tokens/s", flush=True)
+            print(
+                f"transformers, {n} x {s.threads // n} threads, {batch} prompts a batch: "
+                f"{got['tokens'] / got['sampling']:,.0f} tokens/s",
+                flush=True,
+            )
             best[n] = max(best.get(n, (0, 0)), (got["tokens"] / got["sampling"], batch))
     runs = {}
     for _ in range(s.repeats):
         for n in ways:
-            for who, work, args in (("ours", ours, ()), *([("transformers", theirs, (best[n][1],))] if s.peer else [])):
+            for who, work, args in (
+                ("ours", ours, ()),
+                *([("transformers", theirs, (best[n][1],))] if s.peer else []),
+            ):
                 got = pools[n].ask(work, *args)
                 rates = got["tokens"] / got["sampling"], got["tokens"] / got["total"]
                 runs.setdefault((who, n), []).append(rates)
-                more = f" ({got['padding']:.0%} of prompt cells padding, {got['ended']:.0%} of decoding steps on ended rows)" if "ended" in got else ""
-                print(f"{who}, {n} x {s.threads // n} threads: sampling {rates[0]:,.0f} tokens/s, whole E-step {got['total']:.1f} s: {rates[1]:,.0f} tokens/s{more}", flush=True)
+                more = (
+                    f" ({got['padding']:.0%} of prompt tokens are padding, "
+                    f"{got['ended']:.0%} of decoding steps on ended rows)"
+                    if "ended" in got
+                    else ""
+                )
+                print(
+                    f"{who}, {n} x {s.threads // n} threads: sampling {rates[0]:,.0f} tokens/s, "
+                    f"whole E-step {got['total']:.1f} s: {rates[1]:,.0f} tokens/s{more}",
+                    flush=True,
+                )
     for n in ways if s.peer else []:
         for m in ways:
             ratios = np.array(runs["ours", n]) / np.array(runs["transformers", m])
             low, mid, high = ratios.min(0), np.median(ratios, 0), ratios.max(0)
-            print(f"ours {n} x {s.threads // n} against transformers {m} x {s.threads // m}: sampling {mid[0]:.2f} ({low[0]:.2f} to {high[0]:.2f}), "
-                  f"whole E-step {mid[1]:.2f} ({low[1]:.2f} to {high[1]:.2f})")  # fmt: skip
+            print(
+                f"ours {n} x {s.threads // n} against transformers {m} x {s.threads // m}: "
+                f"sampling {mid[0]:.2f} ({low[0]:.2f} to {high[0]:.2f}), "
+                f"whole E-step {mid[1]:.2f} ({low[1]:.2f} to {high[1]:.2f})"
+            )
     text, least = pools[ways[0]].ask(limit)
     got = pools[ways[0]].ask(ours)
-    print(f"limit: {text}; sampling took {got['sampling']:.2f} s, {got['sampling'] / least:.1f} times the nearer one")
+    print(
+        f"limit: {text}; sampling took {got['sampling']:.2f} s, "
+        f"{got['sampling'] / least:.1f} times the nearer one"
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
-"""Speed of encode_array(), which corpora are written by, against plain tiktoken, with the same pattern and merges, in alternating runs of one process and one thread.
+"""Speed of encode_array(), by which corpora are written, against plain tiktoken.
 
     python tests/bench_tokenizer.py --tokenizers=../shared/data/llama2,/tmp/smollm2
 
-Texts are GSM8K's training problems, question and answer apart (chunks) or ten together (documents), and the calculus book by paragraph and by page.
-For a byte-level tokenizer the other side is tiktoken's encode_ordinary with the pattern of tokenizer.json itself; for one with byte fallback
-encode_ordinary on text that is already prepared, which leaves out all work on ids. Each byte-level tokenizer is also timed with the words of Llama 3
-and with those of Qwen after NFC. Printed: median ratio of the paired runs (above 1: faster than tiktoken), its spread, and tokens/s.
+Both have the same pattern and merges, and take turns in one process and one thread.
+Texts are GSM8K's training problems, question and answer apart (chunks) or ten together
+(documents), and the calculus book by paragraph and by page.
+
+For a byte-level tokenizer the other side is tiktoken's encode_ordinary with the pattern
+of tokenizer.json itself. For one with byte fallback it is encode_ordinary on text that
+is already prepared, which leaves out all work on ids. Each byte-level tokenizer is also
+timed with the words of Llama 3, and with those of Qwen after NFC. Printed are the median
+ratio of the paired runs (above 1: faster than tiktoken), its spread, and tokens/s.
 """
 
 import dataclasses
@@ -22,7 +27,13 @@ import tiktoken
 from data.lib.cli import opt, read_json, run
 from data.lib.tokenizer import Tokenizer, byte_level_steps, read_split
 
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+    r"|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -34,7 +45,10 @@ class Settings:
 
 def read_texts(data: Path) -> dict[str, list[str]]:
     problems = [json.loads(line) for line in open(data / "gsm8k/train.jsonl", encoding="utf-8")]
-    pages = [json.loads(line)["text"] for line in open(data / "calculus/calculus_made_easy.jsonl", encoding="utf-8")]
+    pages = [
+        json.loads(line)["text"]
+        for line in open(data / "calculus/calculus_made_easy.jsonl", encoding="utf-8")
+    ]
     whole = [p["question"] + "\n" + p["answer"] for p in problems]
     return {
         "gsm8k chunks": [text for p in problems[:3000] for text in (p["question"], p["answer"])],
@@ -54,10 +68,18 @@ def variants(folder: Path):
     for name, change in (
         ("", {}),
         (" with Llama 3's words", byte_level_steps(LLAMA3)),
-        (" with Qwen's words, NFC", byte_level_steps(LLAMA3.replace("{1,3}", "")) | {"normalizer": {"type": "NFC"}}),
+        (
+            " with Qwen's words, NFC",
+            byte_level_steps(LLAMA3.replace("{1,3}", "")) | {"normalizer": {"type": "NFC"}},
+        ),
     ):
         tok = Tokenizer(spec | change, config)
-        plain = tiktoken.Encoding("plain", pat_str=read_split(spec | change), mergeable_ranks=tok.encoding._mergeable_ranks, special_tokens={})
+        plain = tiktoken.Encoding(
+            "plain",
+            pat_str=read_split(spec | change),
+            mergeable_ranks=tok.encoding._mergeable_ranks,
+            special_tokens={},
+        )
         yield folder.name + name, tok, plain, str
 
 
@@ -72,14 +94,17 @@ def main(s: Settings) -> None:
     for folder in s.tokenizers.split(","):
         for name, tok, plain, prepare in variants(Path(folder)):
             for kind, texts in read_texts(Path(s.data)).items():
-                prepared, n_tokens = [prepare(text) for text in texts], sum(len(tok.encode(text)) for text in texts)
-                ratios, fastest = [], float("inf")
+                prepared = [prepare(text) for text in texts]
+                n_tokens = sum(len(tok.encode(text)) for text in texts)
+                theirs, ours = [], []
                 for _ in range(s.repeats):
-                    theirs, ours = seconds(plain.encode_ordinary, prepared), seconds(tok.encode_array, texts)
-                    ratios, fastest = ratios + [theirs / ours], min(fastest, ours)
+                    theirs.append(seconds(plain.encode_ordinary, prepared))
+                    ours.append(seconds(tok.encode_array, texts))
+                ratios = np.array(theirs) / np.array(ours)
                 low, median, high = np.quantile(ratios, [0.1, 0.5, 0.9])
                 spread = f"(10% to 90%: {low:.2f} to {high:.2f})"
-                print(f"{name:<34} {kind:<19} ratio {median:.2f} {spread} {n_tokens / fastest:>12,.0f} tokens/s", flush=True)
+                speed = f"{n_tokens / min(ours):>12,.0f} tokens/s"
+                print(f"{name:<34} {kind:<19} ratio {median:.2f} {spread} {speed}", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 import train
 from data.lib.cli import run
 from data.lib.corpus import Corpus
-from data.lib.stream import Stream
+from data.lib.stream import Rows, Stream
 
 # Two letters and six special tokens: every thought of a few tokens can be written down.
 TOY = SimpleNamespace(n_vocab=8, bos=2, eos=3, sol=4, eol=5, pri=6, pos=7)
@@ -57,7 +57,9 @@ def corpus_of(documents: list[list[list[int]]], questions=None) -> Corpus:
     offsets = np.cumsum([0] + [len(c) for c in chunks])
     docs = np.cumsum([0] + [len(d) for d in documents])
     asked = np.zeros(len(chunks), dtype=bool) if questions is None else np.array(questions)
-    return Corpus(Path("memory"), {}, np.array([t for c in chunks for t in c], dtype=np.int64), offsets, docs, asked)
+    corpus = Corpus(Path("memory"), {}, np.array([t for c in chunks for t in c], dtype=np.int64), offsets, docs, asked)
+    corpus.tokenizer = TOY
+    return corpus
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +76,7 @@ def toy_model() -> train.Llama:
     carried = SimpleNamespace(tokens=np.concatenate(thoughts), chunks=spans, span=lambda i: np.array(thoughts[i]))
     s = train.Settings(n_layer=2, n_embd=16, n_head=2, n_kv_head=1, max_steps=100, batch_size=32, optimizer="adamw", lr=5e-3, seed=1)
     model = train.start_model(s, train.make_config(s, TOY.n_vocab), None, None, "cpu")
-    data = Stream([corpus_of(documents)], [carried], TOY, 64, seed=0)
+    data = Stream([corpus_of(documents)], [carried], TOY, Rows(seq_len=64))
     optimizers = train.make_optimizers(model, s)
     for step in range(s.max_steps):
         first, n = step * s.batch_size, s.batch_size

@@ -1,10 +1,26 @@
-"""What data/lib/chunking.py does with many texts at once, one text at a time and with plain regular expressions: the reference for its tests."""
+"""The reference for data/lib/chunking.py: one text at a time, with plain regular expressions."""
 
 import re
 
-from data.lib.chunking import AFTER, ITEM, LONG, MATH, STOP_IN_MATH, borders_of, code_spans, cuts, is_stop, join_spans, masked, outside
+from data.lib.chunking import (
+    AFTER_MATH,
+    ITEM,
+    LONG,
+    MATH,
+    STOP,
+    STOP_IN_MATH,
+    WIDE_STOP,
+    borders_of,
+    code_spans,
+    cuts,
+    is_stop,
+    join_spans,
+    masked,
+    outside,
+)
 
-SIGN = re.compile(rf"(?<![.!?…])[.!?…]+{AFTER}|\n(?:(?:[ \t\r]*\n)+|(?={ITEM}))|[。！？][」』”’）]*")
+BLANK_LINES = r"\n(?:[ \t\r]*\n)+"
+SIGN = re.compile(rf"{STOP.pattern}|{BLANK_LINES}|\n(?={ITEM})|{WIDE_STOP.pattern}")
 
 
 def formulas(text: str) -> list[tuple[int, int]]:
@@ -13,16 +29,25 @@ def formulas(text: str) -> list[tuple[int, int]]:
 
 def candidates(text: str, math: list[tuple[int, int]]) -> list[int]:
     """Where sentences may end; none lies in a formula."""
-    ends = [m.end() for m in SIGN.finditer(text) if not m[1] or not m[1].islower() and (text[m.start()] != "." or is_stop(text, m.start(), m[1]))]
+    ends = []
+    for m in SIGN.finditer(text):
+        after = m[1]  # None for all but stops
+        if after and (after.islower() or text[m.start()] == "." and not is_stop(text, m.start(), after)):
+            continue
+        ends.append(m.end())
     for _, end in math:
-        stop, after = STOP_IN_MATH.search(text, max(end - 24, 0), end), re.compile(AFTER).match(text, end)
+        stop = STOP_IN_MATH.search(text, max(end - 24, 0), end)
+        after = AFTER_MATH.match(text, end)
         if stop and after and not after[1].islower():
             ends.append(after.end())
     return outside(sorted(ends), borders_of(math))
 
 
 def slow_sentence_ends(text: str) -> list[int]:
-    code, ends, before = code_spans(text), [], 0
+    """What sentence_ends([text])[0] has to be."""
+    code = code_spans(text)
+    ends = []
+    before = 0
     text = masked(text, code)
     math = formulas(text)
     whole = borders_of(join_spans(code + math))
@@ -34,8 +59,8 @@ def slow_sentence_ends(text: str) -> list[int]:
             elif end == len(text):
                 ends.append(end)
         elif sentence:
-            ends += [*(cuts(text, before, end, whole) if end - before > LONG else []), end]
+            if end - before > LONG:
+                ends += cuts(text, before, end, whole)
+            ends.append(end)
             before = end
     return ends
-
-

@@ -1,20 +1,40 @@
 """Tokenizers, folders on disk, sequences, and the two makers."""
 
+import importlib
 import json
 import shutil
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED, TOY, script
+from conftest import ROOT, SHARED, TOY, inside, script
 
+from data import digits as digits_maker
+from data import gsm8k
 from data.digits import Settings as DigitsSettings
 from data.digits import make_documents, pairs_of, solve, true_nats, write_thought
 from data.gsm8k import read_problem
 from data.lib.cli import UserError, read_json
-from data.lib.corpus import POSTERIOR, PRIOR, RAW, hash_uniform, layout, open_corpus, open_thoughts, write_corpus, write_thoughts
+from data.lib.corpus import (
+    POSTERIOR,
+    PRIOR,
+    RAW,
+    hash_uniform,
+    layout,
+    open_corpus,
+    open_thoughts,
+    write_corpus,
+    write_thoughts,
+)
 from data.lib.tokenizer import MARKERS, load_tokenizer, make_tokenizer
 
-TEXTS = ["Start at 3. Add 8.", "The café's naïve 数学 🎉 costs 1,234.50!", "a\n\n\tb  \r\n  c ", "<|END_OF_LATENT|> is text here", "", "x" * 300]
+TEXTS = [
+    "Start at 3. Add 8.",
+    "The café's naïve 数学 🎉 costs 1,234.50!",
+    "a\n\n\tb  \r\n  c ",
+    "<|END_OF_LATENT|> is text here",
+    "",
+    "x" * 300,
+]
 SCRAPS = "".join(TEXTS) + "éß\u0301\u200b\ud7ff\U0001f600"
 
 
@@ -32,7 +52,9 @@ def test_tokenizer_gives_text_back(n_vocab):
     for text in TEXTS + random_texts(300):
         ids = tok.encode(text)
         assert tok.decode(ids) == text and tok.n_bytes(ids) == len(text.encode())
-        assert not set(ids) & {tok.bos, tok.eos, tok.sol, tok.eol, tok.pri, tok.pos}, "text never turns into special tokens"
+        assert not set(ids) & {tok.bos, tok.eos, tok.sol, tok.eol, tok.pri, tok.pos}, (
+            "text never turns into special tokens"
+        )
 
 
 def test_plain_bytes():
@@ -55,20 +77,29 @@ def test_ids_equal_the_tokenizers_library(n_vocab, tmp_path):
 def test_reads_what_the_tokenizers_library_trains(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     theirs = tokenizers.ByteLevelBPETokenizer()
-    theirs.train_from_iterator([TEXTS * 5], vocab_size=320, min_frequency=2, special_tokens=["<|endoftext|>"], show_progress=False)
+    theirs.train_from_iterator(
+        [TEXTS * 5], vocab_size=320, min_frequency=2, special_tokens=["<|endoftext|>"], show_progress=False
+    )
     theirs.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
     ours = load_tokenizer(tmp_path)
     for text in TEXTS[:3] + random_texts(300):
         assert ours.encode(text) == theirs.encode(text).ids
-    assert len({ours.eos, ours.sol, ours.eol, ours.pri, ours.pos}) == 5 and ours.n_vocab == theirs.get_vocab_size() + 4
+    assert (
+        len({ours.eos, ours.sol, ours.eol, ours.pri, ours.pos}) == 5
+        and ours.n_vocab == theirs.get_vocab_size() + 4
+    )
 
 
 def test_save_and_load_is_the_same_tokenizer(tmp_path):
     tok = make_tokenizer(TEXTS, 300)
     tok.save(tmp_path)
     again = load_tokenizer(tmp_path)
-    assert again.sha256 == tok.sha256 and again.encode(TEXTS[1]) == tok.encode(TEXTS[1]) and again.n_vocab == tok.n_vocab
+    assert (
+        again.sha256 == tok.sha256
+        and again.encode(TEXTS[1]) == tok.encode(TEXTS[1])
+        and again.n_vocab == tok.n_vocab
+    )
 
 
 def test_tokenizers_that_cannot_be_represented_are_refused(tmp_path):
@@ -111,7 +142,11 @@ def test_hash_uniform_is_uniform_and_keyed():
     assert 0 <= u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 0.005 and abs(u.var() - 1 / 12) < 0.002
     assert (np.histogram(u, 20, (0, 1))[0] > 4700).all()
     assert abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 0.01
-    assert hash_uniform(1, 0, 5, 2)[0] == u[5] and hash_uniform(1, 0, 2, 5)[0] != u[5] and hash_uniform(2, 0, 5, 2)[0] != u[5]
+    assert (
+        hash_uniform(1, 0, 5, 2)[0] == u[5]
+        and hash_uniform(1, 0, 2, 5)[0] != u[5]
+        and hash_uniform(2, 0, 5, 2)[0] != u[5]
+    )
     assert hash_uniform(1, -1, 5)[0] != hash_uniform(1, 1, 5)[0]
 
 
@@ -133,7 +168,9 @@ def test_corpus_round_trip(folder):
     tok, thoughts = corpus.tokenizer, open_thoughts(folder / "thoughts", corpus)
     assert [tok.decode(corpus.chunk(i)) for i in range(3)] == ["What is it?", " A café.", "Plain 数学."]
     assert corpus.questions.tolist() == [True, False, False] and (corpus.n_docs, corpus.n_chunks) == (2, 3)
-    assert [list(corpus.before(i, 3)) for i in range(3)] == [[], [0], []] and corpus.doc_of(np.arange(3)).tolist() == [0, 0, 1]
+    assert [list(corpus.before(i, 3)) for i in range(3)] == [[], [0], []] and corpus.doc_of(
+        np.arange(3)
+    ).tolist() == [0, 0, 1]
     assert [tok.decode(thoughts.span(i)) for i in range(3)] == ["", "Think.", ""]
     assert not list(folder.glob("**/*.tmp")) and corpus.tokens.dtype == np.uint16
 
@@ -189,25 +226,38 @@ def test_no_held_out_digits_problem_is_trained_on():
     for seed in range(3):
         documents = make_documents(DigitsSettings(out_dir="", seed=seed))
         questions = {part: {q for d in docs for q, _, _ in d} for part, docs in documents.items()}
-        assert not questions["heldout"] & (questions["warm"] | questions["raw"]) and not questions["warm"] & questions["raw"]
+        assert (
+            not questions["heldout"] & (questions["warm"] | questions["raw"])
+            and not questions["warm"] & questions["raw"]
+        )
         assert [len(questions[p]) for p in ("warm", "raw", "heldout")] == [100, 600, 1000]
     assert documents != make_documents(DigitsSettings(out_dir="", seed=0))
 
 
 def test_digits_arithmetic():
     steps, result = solve((3, (("+", 8), ("*", 9))), 10)
-    assert steps == [(3, "+", 8, 1), (1, "*", 9, 9)] and result == 9 and write_thought(steps) == " 3 + 8 -> 1 * 9 -> 9"
+    assert (
+        steps == [(3, "+", 8, 1), (1, "*", 9, 9)]
+        and result == 9
+        and write_thought(steps) == " 3 + 8 -> 1 * 9 -> 9"
+    )
     steps, result = solve((2, (("-", 8), ("*", 12))), 13)
     assert result == 6 and write_thought(steps) == " 2 - 8 -> 7 * 12 -> 6"
-    s = DigitsSettings(out_dir="", warm=5, raw=5, heldout=5, problems=3, modulus=13, min_ops=1, max_ops=2, operations="-")
+    s = DigitsSettings(
+        out_dir="", warm=5, raw=5, heldout=5, problems=3, modulus=13, min_ops=1, max_ops=2, operations="-"
+    )
     for document in sum(make_documents(s).values(), []):
         assert len(document) == 3
         for question, thought, answer in document:
-            assert thought.split()[-1] == answer.split()[-1].rstrip(".") and question.count("Subtract") == thought.count(" - ") and "by 13" in answer
+            assert (
+                thought.split()[-1] == answer.split()[-1].rstrip(".")
+                and question.count("Subtract") == thought.count(" - ")
+                and "by 13" in answer
+            )
 
 
 def test_factors_keep_a_mistake_visible():
-    """No factor makes more than two numbers alike; so of two different values behind a step at most two become one by a product."""
+    """No factor makes more than two numbers alike: at most two values become one by a product."""
     for modulus, left_out in ((10, {0, 5}), (13, {0}), (12, {0, 3, 4, 6, 8, 9})):
         pairs = pairs_of(DigitsSettings(out_dir="", operations="+-*", modulus=modulus))
         assert {n for n in range(modulus)} - {n for op, n in pairs if op == "*"} == left_out
@@ -218,7 +268,7 @@ def test_factors_keep_a_mistake_visible():
 
 
 def test_true_nats_are_the_uncertainty_of_a_question_being_over(digits):
-    """With 1 to 3 operations: after one, one of three lengths ends here; after two, one of two; after three all do."""
+    """With 1 to 3 operations, after one of them one of three lengths ends; after two, one of two."""
     corpus = open_corpus(digits / "heldout")
     for document, nats in enumerate(true_nats(corpus)):
         question = corpus.tokenizer.decode(corpus.chunk(2 * document))
@@ -227,9 +277,19 @@ def test_true_nats_are_the_uncertainty_of_a_question_being_over(digits):
 
 
 def test_digits_folders(digits, tmp_path):
-    script("data/digits.py", f"--out_dir={tmp_path}", "--warm=40", "--raw=60", "--heldout=30", "--min_ops=1", "--max_ops=3")
+    inside(
+        digits_maker,
+        f"--out_dir={tmp_path}",
+        "--warm=40",
+        "--raw=60",
+        "--heldout=30",
+        "--min_ops=1",
+        "--max_ops=3",
+    )
     for path in digits.glob("*/*"):
-        assert path.read_bytes() == (tmp_path / path.relative_to(digits)).read_bytes(), "the same seed gives the same bytes"
+        assert path.read_bytes() == (tmp_path / path.relative_to(digits)).read_bytes(), (
+            "the same seed gives the same bytes"
+        )
     raw = open_corpus(digits / "raw")
     text = raw.tokenizer.decode(raw.tokens)
     assert "->" not in text and text.count("The last digit") == 60
@@ -239,48 +299,68 @@ def test_digits_folders(digits, tmp_path):
 
 
 def test_multi_chunk_documents(tmp_path):
-    script("data/digits.py", f"--out_dir={tmp_path}", "--warm=5", "--raw=5", "--heldout=5", "--problems=3")
+    inside(digits_maker, f"--out_dir={tmp_path}", "--warm=5", "--raw=5", "--heldout=5", "--problems=3")
     corpus = open_corpus(tmp_path / "raw")
     assert np.diff(corpus.docs).tolist() == [6] * 5 and list(corpus.before(5, 3)) == [2, 3, 4]
     assert corpus.tokenizer.decode(corpus.chunk(2)).startswith("\nStart at")
 
 
 def test_gsm8k_line():
-    line = json.dumps({"question": "How many?", "answer": "She has <<2+3=5>>5 eggs.\nShe sells <<5*1,000=5000>>5,000.\n#### 5,000"})
+    line = json.dumps(
+        {
+            "question": "How many?",
+            "answer": "She has <<2+3=5>>5 eggs.\nShe sells <<5*1,000=5000>>5,000.\n#### 5,000",
+        }
+    )
     assert read_problem(line) == ("How many?", "She has 5 eggs.\nShe sells 5,000.", "5,000")
-    for bad, reason in (("{", "Expecting"), ("[]", "object"), ('{"question": "a"}', '"answer"'), ('{"question": " ", "answer": "#### 1"}', '"question"'),
-                        ('{"question": "a", "answer": "no mark"}', "####")):  # fmt: skip
+    for bad, reason in (
+        ("{", "Expecting"),
+        ("[]", "object"),
+        ('{"question": "a"}', '"answer"'),
+        ('{"question": " ", "answer": "#### 1"}', '"question"'),
+        ('{"question": "a", "answer": "no mark"}', "####"),
+    ):
         with pytest.raises(ValueError, match=reason):
             read_problem(bad)
 
 
 def test_gsm8k_folders(tmp_path):
-    problems = [{"question": f"What is {i} + {i}?", "answer": f"It is <<{i}+{i}={2 * i}>>secret{i}.\n#### {2 * i}"} for i in range(30)]
+    problems = [
+        {"question": f"What is {i} + {i}?", "answer": f"It is <<{i}+{i}={2 * i}>>secret{i}.\n#### {2 * i}"}
+        for i in range(30)
+    ]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, problems)))
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, problems[25:])))
     flags = [f"--train={tmp_path}/train.jsonl", f"--test={tmp_path}/test.jsonl"]
-    out = script("data/gsm8k.py", *flags, f"--out_dir={tmp_path}/g", "--warm=10").stdout
+    out = inside(gsm8k, *flags, f"--out_dir={tmp_path}/g", "--warm=10").stdout
     assert "5 training problems are also test problems" in out
     warm, raw, held = (open_corpus(tmp_path / "g" / part) for part in ("warm", "raw", "heldout"))
     assert (warm.n_docs, raw.n_docs, held.n_docs) == (10, 15, 5)
     tok, thoughts = warm.tokenizer, open_thoughts(tmp_path / "g/warm_thoughts", warm)
     assert "secret" in tok.decode(thoughts.tokens) and "<<" not in tok.decode(thoughts.tokens)
-    assert "secret" not in tok.decode(raw.tokens) + tok.decode(warm.tokens) and "answer is" in tok.decode(raw.tokens)
+    assert "secret" not in tok.decode(raw.tokens) + tok.decode(warm.tokens) and "answer is" in tok.decode(
+        raw.tokens
+    )
     assert not (tmp_path / "g/raw_truth").exists()
-    few = script("data/gsm8k.py", *flags, f"--out_dir={tmp_path}/few", "--warm=27", code=1).stderr
+    few = inside(gsm8k, *flags, f"--out_dir={tmp_path}/few", "--warm=27", code=1).stderr
     assert "has 25 problems that are not tested; leave some" in few
-    script("data/gsm8k.py", *flags, f"--out_dir={tmp_path}/plain", "--questions_and_solutions")
+    inside(gsm8k, *flags, f"--out_dir={tmp_path}/plain", "--questions_and_solutions")
     plain = open_corpus(tmp_path / "plain/raw")
     assert plain.n_docs == 25 and plain.tokenizer.decode(plain.tokens).count("secret") == 25
-    (tmp_path / "train.jsonl").write_text('{"question": "a", "answer": "#### 1"}\nnonsense\n{"question": "b", "answer": "#### 1"}')
-    assert "train.jsonl:2: " in script("data/gsm8k.py", *flags, f"--out_dir={tmp_path}/bad", "--warm=1", code=1).stderr
-    assert "1 lines left out" in script("data/gsm8k.py", *flags, f"--out_dir={tmp_path}/bad", "--warm=1", "--skip_bad").stdout
+    (tmp_path / "train.jsonl").write_text(
+        '{"question": "a", "answer": "#### 1"}\nnonsense\n{"question": "b", "answer": "#### 1"}'
+    )
+    assert "train.jsonl:2: " in inside(gsm8k, *flags, f"--out_dir={tmp_path}/bad", "--warm=1", code=1).stderr
+    assert (
+        "1 lines left out"
+        in inside(gsm8k, *flags, f"--out_dir={tmp_path}/bad", "--warm=1", "--skip_bad").stdout
+    )
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared is absent: no real GSM8K to read")
 def test_real_gsm8k(tmp_path):
     files = [f"--{part}={SHARED}/data/gsm8k/{part}.jsonl" for part in ("train", "test")]
-    script("data/gsm8k.py", *files, f"--out_dir={tmp_path}", "--n_vocab=256")
+    inside(gsm8k, *files, f"--out_dir={tmp_path}", "--n_vocab=256")
     counts = [open_corpus(tmp_path / part).n_docs for part in ("warm", "raw", "heldout")]
     assert counts == [500, 6973, 1319]
 
@@ -300,8 +380,11 @@ WRONG = [
     (["train.py", "--preset=gpt5"], "toy, smollm2-135m"),
     (["train.py", "--init_from=no/where", "--max_steps=0", "--out_dir=x"], "no/where: no such model folder"),
     (["train.py", "--max_steps=0", "--out_dir=x"], "--corpus=... is required"),
-    (["train.py", "--plan"], "--n_vocab"),
-    (["infer_thoughts.py", "--corpus=c", "--model=no/model", "--out_dir=x"], "no/model: no such model folder"),
+    (["train.py", "--plan=here"], "--n_vocab"),
+    (
+        ["infer_thoughts.py", "--corpus=c", "--model=no/model", "--out_dir=x"],
+        "no/model: no such model folder",
+    ),
     (["eval_math.py", "--corpus=c", "--model=m", "--out_dir=x", "--mode=fast"], "latent, raw"),
     (["data/digits.py", "--out_dir=x", "--min_ops=1", "--max_ops=1"], "exist"),
     (["data/digits.py", "--out_dir=x", "--operations=/"], "--operations"),
@@ -311,16 +394,33 @@ WRONG = [
 ]
 
 
+# One command of each script runs as a user would start it, and the one that inside() has no presets for.
+FIRST = {command[0]: command for command, _ in reversed(WRONG)}
+OWN_PROCESS = [*FIRST.values(), ["train.py", "--preset=gpt5"]]
+
+
 @pytest.mark.parametrize("command,message", WRONG, ids=[" ".join(c) for c, _ in WRONG])
-def test_wrong_input_ends_in_one_line(command, message, tmp_path):
+def test_wrong_input_ends_in_one_line(command, message, tmp_path, monkeypatch):
     name, *flags = command
-    done = script(name, *(f.format(tmp=tmp_path) for f in flags), code=1)
-    assert message in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    flags = [flag.format(tmp=tmp_path) for flag in flags]
+    if command in OWN_PROCESS:
+        done = script(name, *flags, code=1)
+    else:
+        monkeypatch.chdir(tmp_path)
+        module = importlib.import_module(name.removesuffix(".py").replace("/", "."))
+        done = inside(module, *flags, code=1)
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["train.py", "infer_thoughts.py", "eval_math.py", "em.py", "data/digits.py", "data/gsm8k.py"])
+@pytest.mark.parametrize(
+    "name", ["train.py", "infer_thoughts.py", "eval_math.py", "em.py", "data/digits.py", "data/gsm8k.py"]
+)
 def test_help_names_every_setting(name):
     text = script(name, "--help").stdout
     source = (ROOT / name).read_text()
-    settings = [line.split(":")[0].strip() for line in source.splitlines() if ": " in line and "= opt(" in line]
+    settings = [
+        line.split(":")[0].strip() for line in source.splitlines() if ": " in line and "= opt(" in line
+    ]
     assert settings and all(f"--{s}=" in text for s in settings) and f"python {name}" in text

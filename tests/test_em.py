@@ -19,6 +19,7 @@ import em
 from data.lib import stages
 from data.lib.cli import UserError
 from data.lib.corpus import open_corpus, open_thoughts, write_corpus, write_thoughts
+from data.lib.results import comparisons, sign_flip, summarise
 
 SMALL = ["--max_new=24", "--train=--max_steps=40 --save_every=10", "--warm_train=--weight_decay=0.3", "--infer=--part_size=20"]
 TINY = ["--iterations=2", "--samples=2", *SMALL]
@@ -163,6 +164,7 @@ def killed_run(flags: list[str], waits: list[float]) -> int:
     return kills
 
 
+@pytest.mark.slow
 def test_killed_anywhere_it_ends_in_the_same_results(run, digits, tmp_path):
     """The same command goes on, and never two at once."""
     rng = random.Random(0)
@@ -170,7 +172,7 @@ def test_killed_anywhere_it_ends_in_the_same_results(run, digits, tmp_path):
     assert kills >= 3 and results(tmp_path / "run")["rows"] == results(run[0] / "run")["rows"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_default_run_killed_ten_times(tmp_path):
     """The default run, undisturbed and with ten kills at random moments: about 9 minutes on two cores."""
     begin = time.time()
@@ -199,7 +201,7 @@ def test_without_matplotlib_everything_else_runs(run, digits, tmp_path):
     assert "matplotlib is not installed" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared is absent: no real GSM8K to run on")
 def test_gsm8k_end_to_end(tmp_path):
     files = [f"--{part}={SHARED}/data/gsm8k/{part}.jsonl" for part in ("train", "test")]
@@ -209,6 +211,7 @@ def test_gsm8k_end_to_end(tmp_path):
     assert [r["name"] for r in results(tmp_path / "run")["rows"]] == ["raw_tokens", "raw_flops", "M0", "M1"]
 
 
+@pytest.mark.slow
 def test_controls_side_by_side(digits, tmp_path):
     """All controls of one round, two stages at a time, each into its log; the same numbers come out as one at a time."""
     flags = [f"--corpus={digits}", "--iterations=1", "--samples=2", "--controls", *SMALL, "--eval=--bound_docs=5 --limit=10"]
@@ -237,6 +240,7 @@ def test_controls_side_by_side(digits, tmp_path):
         assert row == without_times(rows[name]), name
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_ends_all(digits, tmp_path):
     flags = [f"--corpus={digits}", f"--out_dir={tmp_path}/run", "--jobs=2", *TINY, "--eval=--bound_docs=-1"]
     done = script("em.py", *flags, code=1)
@@ -273,27 +277,28 @@ def test_slots_let_the_first_in_order_in():
 
 
 def test_sign_flips_are_exact():
-    assert em.sign_flip([1.0] * 10) == 2 / 1024 and em.sign_flip([1.0]) == 1.0 and em.sign_flip([0.0, 0.0]) == 1.0
+    assert sign_flip([1.0] * 10) == 2 / 1024 and sign_flip([1.0]) == 1.0 and sign_flip([0.0, 0.0]) == 1.0
     d = [0.3, -0.1, 0.2, 0.4]
     sums = [abs(sum(s * x for s, x in zip(signs, d))) for signs in itertools.product((1, -1), repeat=4)]
-    assert em.sign_flip(d) == pytest.approx(np.mean([x >= sum(d) - 1e-9 for x in sums]))
+    assert sign_flip(d) == pytest.approx(np.mean([x >= sum(d) - 1e-9 for x in sums]))
     rng = np.random.default_rng(0)
-    assert np.mean([em.sign_flip(rng.normal(size=10)) < 0.05 for _ in range(400)]) == pytest.approx(0.05, abs=0.03)
-    assert 0 < em.sign_flip(rng.normal(size=40) + 2) < 0.001
+    assert np.mean([sign_flip(rng.normal(size=10)) < 0.05 for _ in range(400)]) == pytest.approx(0.05, abs=0.03)
+    assert 0 < sign_flip(rng.normal(size=40) + 2) < 0.001
 
 
 def test_comparisons_pair_the_seeds():
     rows = [{"name": name, "seed": seed, "accuracy": a, "accuracy_sampled": a / 2} for name, each in
             (("M0", (0.1, 0.5, 0.3)), ("M1", (0.2, 0.7, 0.6)), ("uniform/M1", (0.3, 0.6))) for seed, a in enumerate(each)]  # fmt: skip
-    tests = {(t["a"], t["b"], t["figure"]): t for t in em.comparisons(rows, "M1")}
+    tests = {(t["a"], t["b"], t["figure"]): t for t in comparisons(rows, "M1", em.ARMS)}
     first = tests["M1", "M0", "accuracy"]
     assert first["difference"] == pytest.approx(0.2) and first["se"] == pytest.approx(0.1 / 3**0.5) and (first["above"], first["n"]) == (3, 3)
     assert first["p"] == 0.25 and tests["M1", "uniform/M1", "accuracy"]["n"] == 2, "only seeds that both have"
     assert tests["M1", "M0", "accuracy_sampled"]["difference"] == pytest.approx(0.1)
-    summary = {r["name"]: r for r in em.summarise(rows)}
+    summary = {r["name"]: r for r in summarise(rows)}
     assert summary["M0"]["accuracy"] == (pytest.approx(0.3), pytest.approx(0.2))
 
 
+@pytest.mark.slow
 def test_plain_text_through_the_loop(digits, tmp_path):
     """The paper's own case: a corpus without questions. No accuracy; likelihood by iteration is the result."""
     tok = open_corpus(digits / "warm").tokenizer
@@ -312,6 +317,7 @@ def test_plain_text_through_the_loop(digits, tmp_path):
     assert "M1 IWAE-16 - raw_flops nll" in out and (tmp_path / "run/curves.png").exists()
 
 
+@pytest.mark.slow
 def test_a_benchmark_and_two_devices(digits, tmp_path):
     """Stages start by torchrun on two devices (here: gloo on a CPU), and each model answers a benchmark."""
     problem = {"question": "Start at 3. Add 4.", "answer": "#### 7"}

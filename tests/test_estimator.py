@@ -1,4 +1,6 @@
-"""The estimator is exact: with two letters and thoughts of a few tokens, every thought is enumerated and the numbers are known."""
+"""The estimator is exact: with two letters and thoughts of a few tokens, every thought is
+enumerated and the numbers are known.
+"""
 
 import itertools
 from types import SimpleNamespace
@@ -10,8 +12,20 @@ from conftest import TOY, corpus_of
 
 import infer_thoughts
 from data.lib.corpus import POSTERIOR, PRIOR, hash_uniform
-from data.lib.engine import Engine
-from infer_thoughts import NO_THOUGHT, Limits, bound, choose, infer, normalise, pick, score_slowly, thoughtless, write_chunk
+from data.lib.engine import Engine, Sampling
+from infer_thoughts import (
+    NO_THOUGHT,
+    EStep,
+    Limits,
+    bound,
+    choose,
+    infer,
+    normalise,
+    pick,
+    score_slowly,
+    thoughtless,
+    write_chunk,
+)
 
 MAX_NEW = 4  # thoughts of up to three tokens and EOL
 CORPUS = corpus_of([[[0, 1], [1, 0, 1]]])
@@ -21,7 +35,9 @@ LIMITS = Limits(before=3, max_new=MAX_NEW, seq_len=64)
 
 @torch.inference_mode()
 def slow_log_prob(model, ids, start: int, end: int) -> float:
-    """Sum of log p(ids[t] | ids[:t]), one forward pass a token: no batching, no span arithmetic, nothing shared with the code under test."""
+    """Sum of log p(ids[t] | ids[:t]), one forward pass a token: no batching, no span
+    arithmetic, nothing shared with the code under test.
+    """
     total = 0.0
     for t in range(start, end):
         logits = model.logits(model(torch.tensor([ids[:t]])))[0, -1].double()
@@ -31,7 +47,9 @@ def slow_log_prob(model, ids, start: int, end: int) -> float:
 
 @pytest.fixture(scope="module")
 def exact(toy_model):
-    """All thoughts that end within MAX_NEW tokens: (thoughts, log q, log p(z, x | c)), by the slow reference."""
+    """All thoughts that end within MAX_NEW tokens: (thoughts, log q, log p(z, x | c)), by the
+    slow reference.
+    """
     letters = [t for t in range(TOY.n_vocab) if t != TOY.eol]
     thoughts = [list(z) for n in range(MAX_NEW) for z in itertools.product(letters, repeat=n)]
     c, x, t = [0, 1], [1, 0, 1], TOY
@@ -49,13 +67,15 @@ def exact(toy_model):
 @pytest.fixture(scope="module")
 def sampled(toy_model):
     """100,000 thoughts of the chunk, sampled and weighed by the code under test."""
-    return infer(Engine(toy_model), TOY, CORPUS, np.array([CHUNK]), 100000, LIMITS, seed=0)
+    return infer(Engine(toy_model), CORPUS, np.array([CHUNK]), EStep(LIMITS, 100000))
 
 
 def index_of(samples, thoughts) -> np.ndarray:
     """Number of each finished sample in the enumeration; -1 for one that was cut off."""
     number = {tuple(z): i for i, z in enumerate(thoughts)}
-    return np.array([number[tuple(z)] if ok else -1 for z, ok in zip(samples.thoughts[0], samples.finished[0])])
+    return np.array(
+        [number[tuple(z)] if ok else -1 for z, ok in zip(samples.thoughts[0], samples.finished[0])]
+    )
 
 
 def test_the_enumeration_is_worth_something(exact):
@@ -89,7 +109,8 @@ def test_weights_equal_the_slow_reference(exact, sampled):
 def test_mean_weight_is_the_likelihood(exact, sampled):
     thoughts, log_q, log_p = exact
     p_x = np.exp(log_p).sum()
-    # exact expectation of w under q, with the weights of the code under test: every thought that was ever sampled, the rest by reference
+    # exact expectation of w under q, with the weights of the code under test: every thought
+    # that was ever sampled, the rest by reference
     index, done = index_of(sampled, thoughts), sampled.finished[0]
     log_w = log_p - log_q
     log_w[index[done]] = sampled.log_w[0][done]
@@ -99,10 +120,12 @@ def test_mean_weight_is_the_likelihood(exact, sampled):
 
 
 def test_thoughts_from_the_prior_are_weighed_right(toy_model, exact):
-    """--proposal=prior: log q is the prior's, which has not read x; the mean weight is the same likelihood, and the check holds."""
+    """--proposal=prior: log q is the prior's, which has not read x; the mean weight is the
+    same likelihood, and the check holds.
+    """
     thoughts, _, log_p = exact
     numbers = np.array([CHUNK])
-    got = infer(Engine(toy_model), TOY, CORPUS, numbers, 20000, LIMITS, seed=0, proposal=PRIOR)
+    got = infer(Engine(toy_model), CORPUS, numbers, EStep(LIMITS, 20000, proposal=PRIOR))
     index, done = index_of(got, thoughts), got.finished[0]
     head = [TOY.bos, 0, 1, TOY.sol, TOY.pri]
     for k in np.flatnonzero(done)[:40]:
@@ -112,16 +135,24 @@ def test_thoughts_from_the_prior_are_weighed_right(toy_model, exact):
         assert got.log_w[0, k] == pytest.approx(got.log_x[0, k], abs=1e-4), "the prior cancels"
     w = np.exp(got.log_w[0])
     assert abs(w.mean() - np.exp(log_p).sum()) < 4 * w.std() / np.sqrt(len(w))
-    few = infer(Engine(toy_model), TOY, CORPUS, numbers, 50, LIMITS, seed=0, proposal=PRIOR)
-    assert (infer_thoughts.check(toy_model, TOY, CORPUS, numbers, few, LIMITS, {}, PRIOR) < 1e-4).all()
-    assert infer_thoughts.check(toy_model, TOY, CORPUS, numbers, few, LIMITS, {}).max() > 1e-2, "not the posterior's"
+    e_step = EStep(LIMITS, 50, proposal=PRIOR)
+    few = infer(Engine(toy_model), CORPUS, numbers, e_step)
+    assert (infer_thoughts.check(toy_model, CORPUS, numbers, few, e_step, {}) < 1e-4).all()
+    assert infer_thoughts.check(toy_model, CORPUS, numbers, few, EStep(LIMITS), {}).max() > 1e-2, (
+        "not the posterior's"
+    )
 
 
 def test_computed_tokens_are_all_that_the_model_reads(toy_model):
     corpus = corpus_of([[[0, 1], [1, 0, 1]]])
-    got = infer(Engine(toy_model), TOY, corpus, np.array([1]), 3, Limits(3, 6, 64), seed=1)
+    got = infer(Engine(toy_model), corpus, np.array([1]), EStep(Limits(3, 6, 64), 3, seed=1))
     prompt = 1 + 2 + 2 + 3 + 2  # BOS c SOL EOL x SOL POS
-    scored = (1 + 2) + 3 + (2 + 3) + sum(2 + len(z) + 1 + 3 for z, ok in zip(got.thoughts[0], got.finished[0]) if ok)
+    scored = (
+        (1 + 2)
+        + 3
+        + (2 + 3)
+        + sum(2 + len(z) + 1 + 3 for z, ok in zip(got.thoughts[0], got.finished[0]) if ok)
+    )
     assert got.computed.tolist() == [prompt + got.length.sum() + scored]
 
 
@@ -134,7 +165,9 @@ def test_resampling_approaches_the_posterior(exact, sampled):
         rows = rng.integers(0, len(index), (40000, k))
         picks = pick(sampled.log_w[0][rows], rng.random(40000))
         chosen = index[rows[np.arange(40000), picks]][picks >= 0]
-        distance[k] = np.abs(np.bincount(chosen, minlength=len(posterior)) / len(chosen) - posterior).sum() / 2
+        distance[k] = (
+            np.abs(np.bincount(chosen, minlength=len(posterior)) / len(chosen) - posterior).sum() / 2
+        )
     assert distance[1] > distance[4] > distance[16] > distance[64], distance
     assert distance[64] < 0.03 < 0.1 < distance[1], distance
 
@@ -194,7 +227,7 @@ def test_the_bound_holds_whatever_is_cut_off(toy_model, exact, without):
     log_p_text = np.log(p_text(without, np.exp(log_p).sum()))
     K, shares, before = 2**14, [], {}
     for max_new in range(1, MAX_NEW + 1):
-        got = infer(Engine(toy_model), TOY, CORPUS, np.array([CHUNK]), K, Limits(3, max_new, 64), seed=0)
+        got = infer(Engine(toy_model), CORPUS, np.array([CHUNK]), EStep(Limits(3, max_new, 64), K))
         ends = sizes < max_new
         shares.append(1 - np.exp(log_q[ends]).sum())
         values = {k: bound(got, k)[0] for k in (1, 8, 64, 512, K)}
@@ -226,7 +259,8 @@ def test_cutting_off_never_improves_the_bound():
 
 
 def test_cut_off_thoughts_weigh_nothing(toy_model):
-    got = infer(Engine(toy_model), TOY, CORPUS, np.array([CHUNK]), 200, Limits(3, 2, 64), seed=0)  # one letter and EOL, or nothing
+    e_step = EStep(Limits(3, 2, 64), 200)  # one letter and EOL, or nothing
+    got = infer(Engine(toy_model), CORPUS, np.array([CHUNK]), e_step)
     assert 0 < got.finished.sum() < 200
     weights = normalise(got.log_w)
     assert (weights[~got.finished] == 0).all() and weights.sum() == pytest.approx(1)
@@ -243,9 +277,12 @@ def test_pick_follows_the_weights():
 
 @pytest.fixture(scope="module")
 def two_chunks(toy_model):
-    """Exact log p of the second chunk given each thought of the first, and of the document: [[0, 1], [1, 0]], thoughts of up to two tokens.
+    """Exact log p of the second chunk given each thought of the first, and of the document:
+    [[0, 1], [1, 0]], thoughts of up to two tokens.
 
-    (thoughts, log p(z1, x1), p(x2 | x1 bare), p(x1, x2) with the first thought in the second's context, its form a fair coin)"""
+    (thoughts, log p(z1, x1), p(x2 | x1 bare), p(x1, x2) with the first thought in the
+    second's context, its form a fair coin)
+    """
     t, x1, x2 = TOY, [0, 1], [1, 0]
     letters = [i for i in range(t.n_vocab) if i != t.eol]
     thoughts = [list(z) for n in range(3) for z in itertools.product(letters, repeat=n)]
@@ -261,35 +298,52 @@ def two_chunks(toy_model):
         if not z:  # an empty thought is written as none
             total += np.exp(log_p) * bare
             continue
-        prior, posterior = [t.bos, t.sol, t.pri, *z, t.eol, *x1], [t.bos, t.sol, t.eol, *x1, t.sol, t.pos, *z, t.eol]
+        prior, posterior = (
+            [t.bos, t.sol, t.pri, *z, t.eol, *x1],
+            [t.bos, t.sol, t.eol, *x1, t.sol, t.pos, *z, t.eol],
+        )
         total += np.exp(log_p) * (np.exp(p_chunk(prior, x2)).sum() + np.exp(p_chunk(posterior, x2)).sum()) / 2
     return thoughts, first, bare, total
 
 
-@pytest.mark.parametrize("K", [1, 4, 16])
+@pytest.mark.parametrize("K", [pytest.param(1, marks=pytest.mark.slow), 4, 16])
 @pytest.mark.parametrize("context", ["bare", "thoughts"])
 def test_document_estimates_are_unbiased(toy_model, two_chunks, context, K):
-    """The mean over many documents of the product of their chunks' mean weights is p(x1, x2), with the context that is asked for."""
+    """The mean over many documents of the product of their chunks' mean weights is p(x1, x2),
+    with the context that is asked for.
+    """
     thoughts, first, bare, with_thoughts = two_chunks
     n = 24000 // K
     corpus = corpus_of([[[0, 1], [1, 0]]] * n)
     picked = {}
-    got = infer(Engine(toy_model), TOY, corpus, np.arange(2 * n), K, Limits(3, 3, 64), seed=K, context=context, picked=picked)
+    e_step = EStep(Limits(3, 3, 64), K, context, seed=K)
+    got = infer(Engine(toy_model), corpus, np.arange(2 * n), e_step, picked)
     w = np.exp(got.log_w).mean(axis=1).reshape(n, 2)
     exact = np.exp(first).sum() * bare if context == "bare" else with_thoughts
     assert abs(w[:, 0].mean() - np.exp(first).sum()) < 4 * w[:, 0].std() / np.sqrt(n)
     estimate = w.prod(axis=1)
     assert abs(estimate.mean() - exact) < 4 * estimate.std() / np.sqrt(n)
     assert bool(picked) == (context == "thoughts")
-    if context == "thoughts":  # picks stand in the contexts, in both forms; and log_w is that of the written-out sequence
+    if (
+        context == "thoughts"
+    ):  # picks stand in the contexts, in both forms; and log_w is that of the written-out sequence
         forms = [form for i, (_, form) in picked.items() if i % 2 == 0]
         assert 0.4 < np.mean(np.array(forms) == PRIOR) < 0.6
-        assert (infer_thoughts.check(toy_model, TOY, corpus, np.arange(20), take(got, range(20)), Limits(3, 3, 64), picked) < 1e-4).all()
+        assert (
+            infer_thoughts.check(toy_model, corpus, np.arange(20), take(got, range(20)), e_step, picked)
+            < 1e-4
+        ).all()
     if K > 1:  # the first chunk's picks are closer to its posterior than single samples are
         index, posterior = {tuple(z): i for i, z in enumerate(thoughts)}, np.exp(first) / np.exp(first).sum()
 
         def distance(chosen):
-            return np.abs(np.bincount([index[tuple(z)] for z in chosen], minlength=len(posterior)) / len(chosen) - posterior).sum() / 2
+            return (
+                np.abs(
+                    np.bincount([index[tuple(z)] for z in chosen], minlength=len(posterior)) / len(chosen)
+                    - posterior
+                ).sum()
+                / 2
+            )
 
         rows = [row for row in range(0, 2 * n, 2) if got.pick[row] >= 0]
         single = distance([got.thoughts[row][got.finished[row].argmax()].tolist() for row in rows])
@@ -297,7 +351,9 @@ def test_document_estimates_are_unbiased(toy_model, two_chunks, context, K):
 
 
 def take(got, rows):
-    return infer_thoughts.Samples(**{k: [v[r] for r in rows] if isinstance(v, list) else v[list(rows)] for k, v in vars(got).items()})
+    return infer_thoughts.Samples(
+        **{k: [v[r] for r in rows] if isinstance(v, list) else v[list(rows)] for k, v in vars(got).items()}
+    )
 
 
 def test_raw_and_conditional_likelihoods(toy_model, sampled):
@@ -310,7 +366,9 @@ def test_raw_and_conditional_likelihoods(toy_model, sampled):
     np.testing.assert_array_equal(sampled.gain, sampled.log_x - sampled.log_none[0])
     for k in np.flatnonzero(sampled.finished[0])[:50]:
         ids = [*head, t.sol, t.pri, *sampled.thoughts[0][k], t.eol, *x]
-        assert sampled.log_x[0, k] == pytest.approx(score_slowly(toy_model, ids, len(ids) - 3, len(ids)), abs=1e-4)
+        assert sampled.log_x[0, k] == pytest.approx(
+            score_slowly(toy_model, ids, len(ids) - 3, len(ids)), abs=1e-4
+        )
 
 
 def test_selection_rules():
@@ -343,8 +401,8 @@ def test_picks_that_gain_too_little_are_dropped(toy_model):
     without, picked = {}, {}
 
     def picks(min_gain, picked):
-        rules = dict(context="thoughts", min_gain=min_gain, picked=picked)
-        return infer(Engine(toy_model), TOY, corpus, np.arange(400), 2, limits, 0, **rules)
+        e_step = EStep(limits, 2, "thoughts", min_gain=min_gain)
+        return infer(Engine(toy_model), corpus, np.arange(400), e_step, picked)
 
     every, some = picks(-np.inf, without), picks(0.0, picked)
     first = np.arange(0, 400, 2)  # their contexts are alike in both
@@ -356,7 +414,7 @@ def test_picks_that_gain_too_little_are_dropped(toy_model):
     gone = [row for row in first[dropped] if len(every.chosen(row))]
     assert gone and all(some.chosen(row) is None and row in without and row not in picked for row in gone)
     subset = np.concatenate((first[dropped][:10], first[dropped][:10] + 1, first[~dropped][:10] + 1))
-    checked = infer_thoughts.check(toy_model, TOY, corpus, subset, take(some, subset), limits, picked)
+    checked = infer_thoughts.check(toy_model, corpus, subset, take(some, subset), EStep(limits), picked)
     assert (checked < 1e-4).all(), "the numbers are those of contexts without the dropped thoughts"
     plain = score_slowly(toy_model, [TOY.bos, 0, 1, TOY.sol, TOY.eol, 1, 0], 5, 7)
     assert some.log_none[first[dropped] + 1] == pytest.approx(plain, abs=1e-4)
@@ -364,36 +422,44 @@ def test_picks_that_gain_too_little_are_dropped(toy_model):
 
 @pytest.mark.parametrize("samples,n_rows", [(1, 4), (3, 2), (4, 7), (16, 512)])
 def test_cached_decoding_equals_teacher_forcing(toy_model, samples, n_rows):
-    """Whatever the number of rows, refills and prompts of different lengths: the sampler's own log_q is the teacher-forced one."""
+    """Whatever the number of rows, refills and prompts of different lengths: the sampler's own
+    log_q is the teacher-forced one.
+    """
     rng = np.random.default_rng(1)
-    corpus = corpus_of([[rng.integers(0, 2, rng.integers(1, 9)).tolist() for _ in range(3)] for _ in range(9)])
+    corpus = corpus_of(
+        [[rng.integers(0, 2, rng.integers(1, 9)).tolist() for _ in range(3)] for _ in range(9)]
+    )
     numbers = np.arange(corpus.n_chunks)
-    prompts = [write_chunk(TOY, corpus, i, list(corpus.before(i, 3)), None, POSTERIOR)[0] for i in numbers]
+    prompts = [write_chunk(corpus, i, list(corpus.before(i, 3)), None, POSTERIOR)[0] for i in numbers]
     engine = Engine(toy_model, n_rows)
-    drawn = engine.generate(prompts, numbers, samples, 6, {TOY.eol}, 0)
-    got = infer(engine, TOY, corpus, numbers, samples, Limits(3, 6, 64), 0)
+    drawn = engine.generate(prompts, numbers, samples, Sampling(6, frozenset({TOY.eol})))
+    got = infer(engine, corpus, numbers, EStep(Limits(3, 6, 64), samples))
     for i in numbers:
         for k, (ids, finished, log_q) in enumerate(drawn[i]):
             assert len(ids) <= 6 and finished == (ids[-1] == TOY.eol) == got.finished[i, k]
             assert TOY.eol not in ids[:-1]
             full = [*prompts[i], *ids]
-            assert slow_log_prob(toy_model, full, len(prompts[i]), len(full)) == pytest.approx(log_q, abs=1e-4)
+            assert slow_log_prob(toy_model, full, len(prompts[i]), len(full)) == pytest.approx(
+                log_q, abs=1e-4
+            )
             if finished:
                 assert got.log_q[i, k] == pytest.approx(log_q, abs=1e-4)
 
 
 def test_samples_do_not_depend_on_the_batch(toy_model):
     corpus = corpus_of([[[i % 2, 1, i // 2 % 2]] for i in range(40)])
-    every = infer(Engine(toy_model), TOY, corpus, np.arange(40), 4, Limits(3, 6, 64), seed=7)
-    few = infer(Engine(toy_model, 4), TOY, corpus, np.arange(13, 20), 4, Limits(3, 6, 64), seed=7)
+    every = infer(Engine(toy_model), corpus, np.arange(40), EStep(Limits(3, 6, 64), seed=7))
+    few = infer(Engine(toy_model, 4), corpus, np.arange(13, 20), EStep(Limits(3, 6, 64), seed=7))
     for row, i in enumerate(range(13, 20)):
         assert [z.tolist() for z in few.thoughts[row]] == [z.tolist() for z in every.thoughts[i]]
-    other = infer(Engine(toy_model), TOY, corpus, np.arange(40), 4, Limits(3, 6, 64), seed=8)
+    other = infer(Engine(toy_model), corpus, np.arange(40), EStep(Limits(3, 6, 64), seed=8))
     assert any(a.tolist() != b.tolist() for x, y in zip(every.thoughts, other.thoughts) for a, b in zip(x, y))
 
 
 def test_prior_is_scored_with_its_text_and_posterior_without(toy_model):
     for form, expected in ((PRIOR, ([4, 6], (5, 7), (7, 10))), (POSTERIOR, ([4, 5], (10, 12), (5, 8)))):
-        ids, part = write_chunk(TOY, CORPUS, CHUNK, CONTEXT, [1], form)
+        ids, part = write_chunk(CORPUS, CHUNK, CONTEXT, [1], form)
         assert ids[3:5].tolist() == expected[0] and part.thought == expected[1] and part.chunk == expected[2]
-        assert ids[part.chunk[0] : part.chunk[1]].tolist() == [1, 0, 1] and ids[part.thought[1] - 1] == TOY.eol
+        assert (
+            ids[part.chunk[0] : part.chunk[1]].tolist() == [1, 0, 1] and ids[part.thought[1] - 1] == TOY.eol
+        )

@@ -14,55 +14,68 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED, TOY, corpus_of, script
+from conftest import ROOT, SHARED, TOY, corpus_of, inside, script
 
 import eval_math
+import train
 from data import digits as digits_maker
 from data.lib import grader, problems
 from data.lib.cli import UserError
-from data.lib.corpus import PRIOR, RAW, chunks_of, layout, open_corpus, write_corpus
+from data.lib.corpus import PRIOR, RAW, chunks_of, layout, open_corpus, open_thoughts, write_corpus
 from data.lib.engine import Engine
+from data.lib.finetune import training_flags, training_problems
 from data.lib.problems import Item, choose_shots, read_item, read_items
+from data.lib.responses import answers_end_with_line, first_line
+from data.lib.scores import paired, paired_difference, pass_at, scores, sign_test
 from data.lib.tokenizer import load_tokenizer, make_tokenizer
 from eval_math import (
+    GREEDY,
     Problem,
+    Responder,
     Settings,
     answer_block,
-    answers_end_with_line,
     benchmark_problems,
     choose_scored,
     corpus_problems,
     few_shot_prompt,
-    first_line,
     likelihood,
-    paired,
-    paired_difference,
-    pass_at,
-    respond,
-    scores,
-    sign_test,
     text_nll,
 )
-from infer_thoughts import NO_THOUGHT, can_think
+from infer_thoughts import NO_THOUGHT, Limits, can_think
 
 
 def settings(**values) -> Settings:
     return Settings(out_dir="", **{"max_new": 40} | values)
 
 
-# -------------------------------------------------------------------------------------------------------- reading problems
+def respond(engine, tok, problems, s, one_line=False):
+    """The greedy responses of a scripted engine."""
+    return Responder(engine, tok, s, None, one_line).respond(problems, GREEDY)
+
+
+# ------------------------------------------------------------------- reading problems
 
 
 def test_rows_of_all_benchmarks_are_read():
     gsm = read_item({"question": " How many? ", "answer": "2 + 3 = <<2+3=5>>5\nSo 5.\n#### 5"}, "f:1")
     assert gsm == Item("How many?", "2 + 3 = 5\nSo 5.", "5", {})
     solution = "We get $\\boxed{\\frac{1}{2}}$."
-    math_row = read_item({"problem": "Find $x$.", "solution": solution, "level": "Level 3", "type": "Algebra"}, "f:1")
+    math_row = read_item(
+        {"problem": "Find $x$.", "solution": solution, "level": "Level 3", "type": "Algebra"}, "f:1"
+    )
     assert math_row == Item("Find $x$.", solution, "\\frac{1}{2}", {"level": "3", "subject": "Algebra"})
-    mmlu = read_item({"question": "Which?", "choices": ["a", "b", "c"], "answer": 2, "type": "physics"}, "f:1")
+    mmlu = read_item(
+        {"question": "Which?", "choices": ["a", "b", "c"], "answer": 2, "type": "physics"}, "f:1"
+    )
     assert mmlu == Item("Which?\n(A) a\n(B) b\n(C) c", "", "C", {"subject": "physics"})
     assert read_item({"question": "How?", "answer": 7}, "f:1").answer == "7"
-    for bad in ({"question": "q"}, {"answer": "5"}, {"question": "", "answer": "5"}, {"question": "q", "choices": ["a"], "answer": 3}, {"question": 3, "answer": "5"}):
+    for bad in (
+        {"question": "q"},
+        {"answer": "5"},
+        {"question": "", "answer": "5"},
+        {"question": "q", "choices": ["a"], "answer": 3},
+        {"question": 3, "answer": "5"},
+    ):
         with pytest.raises(UserError, match="f:1: field"):
             read_item(bad, "f:1")
 
@@ -87,7 +100,10 @@ def test_parquet_is_read_like_jsonl(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
-    rows = [{"question": "Which?", "choices": ["a", "b"], "answer": 1}, {"question": "And?", "choices": ["c", "d"], "answer": 0}]
+    rows = [
+        {"question": "Which?", "choices": ["a", "b"], "answer": 1},
+        {"question": "And?", "choices": ["c", "d"], "answer": 0},
+    ]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert read_items(tmp_path / "t.parquet") == read_items(tmp_path / "t.jsonl")
@@ -97,7 +113,9 @@ def test_parquet_is_read_like_jsonl(tmp_path):
 
 
 def test_shots_by_seed_and_never_a_tested_problem(tmp_path):
-    rows = [{"question": f"q{i}", "solution": f"s{i}", "answer": str(i)} for i in range(20)] + [{"question": "unsolved", "answer": "1"}]
+    rows = [{"question": f"q{i}", "solution": f"s{i}", "answer": str(i)} for i in range(20)] + [
+        {"question": "unsolved", "answer": "1"}
+    ]
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     tested = [Item("q3", "", "3", {})]
@@ -107,7 +125,9 @@ def test_shots_by_seed_and_never_a_tested_problem(tmp_path):
     assert sorted(x.question for x in chosen[0]) == sorted(f"q{i}" for i in range(20) if i != 3)
     with pytest.raises(UserError, match="19 examples"):
         choose_shots(replace(s, n_shots=20), tested)
-    assert [x.question for x in choose_shots(settings(benchmark="gsm8k", shots=str(path), n_shots=2), [])] == ["q0", "q1"]
+    assert [
+        x.question for x in choose_shots(settings(benchmark="gsm8k", shots=str(path), n_shots=2), [])
+    ] == ["q0", "q1"]
     assert choose_shots(settings(benchmark="mine.jsonl"), []) == []
     with pytest.raises(UserError, match="no examples of ours"):
         choose_shots(settings(benchmark="mine.jsonl", n_shots=2), [])
@@ -119,23 +139,37 @@ def test_our_own_examples_grade_true_against_their_answers(name, n):
     assert len(shots) == n
     for x in shots:
         written = x.solution + x.answer_text
-        assert grader.judge(written, x.answer) == {"extracted": grader.extract_answer(written), "correct": True, "strict": True, "graded": True}
+        assert grader.judge(written, x.answer) == {
+            "extracted": grader.extract_answer(written),
+            "correct": True,
+            "strict": True,
+            "graded": True,
+        }
 
 
-@pytest.mark.parametrize("name,file", [("gsm8k", "gsm8k/test.jsonl"), ("math", "math/sample50.jsonl"), ("mmlu_stem", "mmlu_stem/sample300.jsonl")])
+@pytest.mark.parametrize(
+    "name,file",
+    [
+        ("gsm8k", "gsm8k/test.jsonl"),
+        ("math", "math/sample50.jsonl"),
+        ("mmlu_stem", "mmlu_stem/sample300.jsonl"),
+    ],
+)
 def test_prompts_leave_room_in_2048_tokens(name, file):
-    """All examples and the longest question of the real benchmarks, in Llama 2's tokens, with 512 new ones and an answer."""
+    """All examples, the longest question, 512 new tokens and an answer, in Llama 2's tokens."""
     if not SHARED.exists():
         pytest.skip("needs ../shared/data")
     tok = load_tokenizer(SHARED / "data/llama2/tokenizer.json")
     for mode in ("raw", "latent"):
         s = settings(benchmark=name, file=str(SHARED / "data" / file), mode=mode, max_new=512)
         problems, counts = benchmark_problems(s, tok, 2048)
-        assert counts["dropped_shots"] == counts["too_long"] == 0 and counts["n_shots"] == {"gsm8k": 8}.get(name, 4)
+        assert counts["dropped_shots"] == counts["too_long"] == 0 and counts["n_shots"] == {"gsm8k": 8}.get(
+            name, 4
+        )
         assert max(len(p.prompt) for p in problems) <= 2048 - 512 - 32
 
 
-# ------------------------------------------------------------------------------------------------------------ prompts
+# ------------------------------------------------------------------- prompts
 
 SHOTS = [Item("What is 2 + 3?", "2 + 3 = 5.", "5", {}), Item("What is $4 + 4$?", "It is $8$.", "8", {})]
 ASKED = Item("What is 1 + 1?", "", "2", {})
@@ -156,7 +190,7 @@ def test_raw_prompt_is_one_string(tok):
 
 
 def test_latent_prompt_has_the_markers_of_training(tok):
-    """Token by token what data.lib.corpus.layout writes for such a document in training, up to the thought that is asked for."""
+    """Token by token what layout() writes for such a document in training, up to the thought."""
     chunks, thoughts = [], []
     for x in [*SHOTS, ASKED]:
         chunks += [tok.encode(x.question_text), tok.encode(x.answer_text + "\n\n")]
@@ -164,14 +198,29 @@ def test_latent_prompt_has_the_markers_of_training(tok):
     whole, parts = layout(tok, chunks, thoughts, [RAW, PRIOR] * 3)
     prompt = few_shot_prompt(tok, SHOTS, ASKED, "latent").tolist()
     assert prompt == whole[: parts[-1].thought[0]].tolist()
-    assert [t for t in prompt if t in (tok.bos, tok.eos, tok.sol, tok.eol, tok.pri, tok.pos)] == [tok.bos, *[tok.sol, tok.pri, tok.eol] * 2, tok.sol, tok.pri]
+    assert [t for t in prompt if t in (tok.bos, tok.eos, tok.sol, tok.eol, tok.pri, tok.pos)] == [
+        tok.bos,
+        *[tok.sol, tok.pri, tok.eol] * 2,
+        tok.sol,
+        tok.pri,
+    ]
     assert prompt[-2:] == [tok.sol, tok.pri]
 
 
 def test_prompts_that_do_not_fit_are_refused_or_lose_examples(tok, tmp_path):
     path, shots = tmp_path / "test.jsonl", tmp_path / "shots.jsonl"
-    path.write_text(json.dumps({"question": ASKED.question, "answer": "2"}) + "\n" + json.dumps({"question": "very long " * 60, "answer": "2"}) + "\n")
-    shots.write_text("".join(json.dumps({"question": x.question, "solution": x.solution, "answer": x.answer}) + "\n" for x in SHOTS))
+    path.write_text(
+        json.dumps({"question": ASKED.question, "answer": "2"})
+        + "\n"
+        + json.dumps({"question": "very long " * 60, "answer": "2"})
+        + "\n"
+    )
+    shots.write_text(
+        "".join(
+            json.dumps({"question": x.question, "solution": x.solution, "answer": x.answer}) + "\n"
+            for x in SHOTS
+        )
+    )
     s = settings(benchmark=str(path), shots=str(shots), n_shots=2, mode="raw", max_new=8)
     both, one, none = (len(few_shot_prompt(tok, SHOTS[n:], ASKED, "raw")) for n in range(3))
     long = len(few_shot_prompt(tok, [], read_items(path)[1], "raw"))
@@ -185,16 +234,22 @@ def test_prompts_that_do_not_fit_are_refused_or_lose_examples(tok, tmp_path):
 
 
 def test_problems_of_a_corpus_follow_their_question(tok):
-    corpus = corpus_of([[[0], [1], [0], [1]], [[0]], [[1], [1]]], questions=[True, False, True, False, True, False, False])
-    problems, _ = corpus_problems(settings(corpus="c"), tok, corpus, 128)
+    corpus = corpus_of(
+        [[[0], [1], [0], [1]], [[0]], [[1], [1]]], questions=[True, False, True, False, True, False, False]
+    )
+    corpus.tokenizer = tok
+    problems, _ = corpus_problems(settings(corpus="c"), corpus, 128)
     assert [p.key for p in problems] == [1, 3]  # a question that ends its document is followed by nothing
     assert problems[1].prompt.tolist() == [tok.bos, 0, 1, 0, tok.sol, tok.pri]
-    assert corpus_problems(settings(corpus="c", mode="raw", before=1), tok, corpus, 128)[0][1].prompt.tolist() == [tok.bos, 0]
+    assert corpus_problems(settings(corpus="c", mode="raw", before=1), corpus, 128)[0][1].prompt.tolist() == [
+        tok.bos,
+        0,
+    ]
     without = corpus_of([[[0], [1]]])
-    assert corpus_problems(settings(corpus="c"), tok, without, 128) == ([], {"answers_too_long": 0})
+    assert corpus_problems(settings(corpus="c"), without, 128) == ([], {"answers_too_long": 0})
 
 
-# ---------------------------------------------------------------------------------------------------------- responses
+# ------------------------------------------------------------------- responses
 
 
 class Scripted:
@@ -203,46 +258,77 @@ class Scripted:
     def __init__(self, said: dict):
         self.said, self.calls = said, []
 
-    def generate(self, prompts, keys, samples, max_new, stop, seed, **how):
-        self.calls.append((prompts, list(keys), max_new, how))
+    def generate(self, prompts, keys, samples, sampling, on_tokens=None, ends=None):
+        self.calls.append((prompts, list(keys), sampling, {"ends": ends}))
+        max_new, stop = sampling.max_new, sampling.stop
         out = []
         for p in prompts:
             ids = self.said[tuple(int(t) for t in p)]
             end = next((i + 1 for i, t in enumerate(ids) if t in stop), None)
-            out.append([(np.array(ids[: end or max_new][:max_new]), end is not None and end <= max_new, 0.0)] * samples)
+            out.append(
+                [(np.array(ids[: end or max_new][:max_new]), end is not None and end <= max_new, 0.0)]
+                * samples
+            )
         return out
 
 
 def test_latent_responses_and_budget_forcing(tok):
-    """A thought that ends; one that does not, cut off or closed at the budget; a problem that did not fit the model."""
+    """A thought that ends; one that is cut off or closed at the budget; a problem that did not fit."""
     thought, answer = tok.encode("2 + 3 = 5."), tok.encode("The final answer is 5.")
     good, endless, n = [tok.bos, 1], [tok.bos, 2], len(tok.encode("2 + 3 = 5."))
     said = {tuple(good): [*thought, tok.eol, *answer, tok.eos], tuple(endless): thought * 50}
     for budget in (n + 1, n - 1):
-        said |= {(*p, *ids[:budget], tok.eol): [*answer, tok.eos] for p, ids in ((good, thought), (endless, thought * 50))}
-    problems = [Problem(0, np.array(good), "5"), Problem(1, np.array(endless), "5"), Problem(2, np.array([], int), "5")]
+        said |= {
+            (*p, *ids[:budget], tok.eol): [*answer, tok.eos]
+            for p, ids in ((good, thought), (endless, thought * 50))
+        }
+    problems = [
+        Problem(0, np.array(good), "5"),
+        Problem(1, np.array(endless), "5"),
+        Problem(2, np.array([], int), "5"),
+    ]
     s = settings(benchmark="x", max_new=n + 1)
-    [a], [b], [c] = respond(Scripted(said), tok, problems, s, 1, 0.0, 1.0)
-    assert (a["thought"], a["response"], a["cut_off"], a["tokens"]) == (tok.decode(thought), tok.decode(answer), False, n + 1 + len(answer))
+    [a], [b], [c] = respond(Scripted(said), tok, problems, s)
+    assert (a["thought"], a["response"], a["cut_off"], a["tokens"]) == (
+        tok.decode(thought),
+        tok.decode(answer),
+        False,
+        n + 1 + len(answer),
+    )
     assert b["cut_off"] and b["response"] == "" and not b["forced"]
     assert c == {"response": "", "tokens": 0, "cut_off": True, "forced": False}
-    [a], [b], _ = respond(Scripted(said), tok, problems, replace(s, max_thought=n + 1), 1, 0.0, 1.0)
+    [a], [b], _ = respond(Scripted(said), tok, problems, replace(s, max_thought=n + 1))
     assert not a["forced"] and b["forced"] and not b["cut_off"]
-    assert (b["thought"], b["response"], b["tokens"]) == (tok.decode((thought * 50)[: n + 1]), tok.decode(answer), n + 2 + len(answer))
-    [a], [b], _ = respond(Scripted(said), tok, problems, replace(s, max_thought=n - 1), 1, 0.0, 1.0)
-    assert a["forced"] and b["forced"] and a["thought"] == tok.decode(thought[: n - 1])  # one that would have ended later is closed, too
+    assert (b["thought"], b["response"], b["tokens"]) == (
+        tok.decode((thought * 50)[: n + 1]),
+        tok.decode(answer),
+        n + 2 + len(answer),
+    )
+    [a], [b], _ = respond(Scripted(said), tok, problems, replace(s, max_thought=n - 1))
+    assert (
+        a["forced"] and b["forced"] and a["thought"] == tok.decode(thought[: n - 1])
+    )  # one that would have ended later is closed, too
 
 
 def test_raw_responses_stop_where_told(tok):
     text = tok.encode("It is 5.\nThe final answer is 5.\n")
     engine = Scripted({(tok.bos, 1): [*text, tok.eos]})
-    [[r]] = respond(engine, tok, [Problem(0, np.array([tok.bos, 1]), "5")], settings(benchmark="x", mode="raw", max_new=99), 1, 0.0, 1.0)
+    [[r]] = respond(
+        engine,
+        tok,
+        [Problem(0, np.array([tok.bos, 1]), "5")],
+        settings(benchmark="x", mode="raw", max_new=99),
+    )
     assert r == {"response": tok.decode(text), "tokens": len(text), "cut_off": False, "forced": False}
     ends = engine.calls[0][3]["ends"]
-    assert ends(np.array(text)) and ends(np.array(tok.encode("so.\n\nProblem: next"))) and not ends(np.array(tok.encode("The final answer is 5")))
+    assert (
+        ends(np.array(text))
+        and ends(np.array(tok.encode("so.\n\nProblem: next")))
+        and not ends(np.array(tok.encode("The final answer is 5")))
+    )
 
 
-# ---------------------------------------------------------------------------- where a corpus's answers end
+# ------------------------------------------------------------------- where a corpus's answers end
 
 
 def written_corpus(folder, documents, texts):
@@ -252,10 +338,17 @@ def written_corpus(folder, documents, texts):
     return open_corpus(folder), tok
 
 
-@pytest.mark.parametrize("text,kept", [
-    (" is 9.\nStart at", " is 9."), ("\nIt is 9.\nTom has", "\nIt is 9."), (" is 9.", " is 9."),
-    ("\n \n", "\n \n"), ("", ""), ("9\n", "9"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text,kept",
+    [
+        (" is 9.\nStart at", " is 9."),
+        ("\nIt is 9.\nTom has", "\nIt is 9."),
+        (" is 9.", " is 9."),
+        ("\n \n", "\n \n"),
+        ("", ""),
+        ("9\n", "9"),
+    ],
+)
 def test_the_first_line_that_says_something(text, kept):
     assert first_line(text) == kept
 
@@ -268,7 +361,7 @@ def test_where_the_answers_of_a_corpus_end(tmp_path):
     found = {}
     for name, documents in corpora.items():
         corpus, tok = written_corpus(tmp_path / name, documents, ["Add 3.\n It is 9."])
-        found[name] = answers_end_with_line(tok, corpus)
+        found[name] = answers_end_with_line(corpus)
     assert found == {"several": True, "alone": False, "long": False}
     write_corpus(
         tmp_path / "same",
@@ -276,7 +369,7 @@ def test_where_the_answers_of_a_corpus_end(tmp_path):
         tok,
         {},
     )
-    assert not answers_end_with_line(tok, open_corpus(tmp_path / "same"))
+    assert not answers_end_with_line(open_corpus(tmp_path / "same"))
 
 
 @pytest.mark.parametrize("mode", ["raw", "latent"])
@@ -288,12 +381,13 @@ def test_a_response_that_runs_on_is_cut_where_its_answer_ends(mode, tmp_path):
         tmp_path / "c", documents["heldout"], [t for d in documents["warm"] for x in d for t in x]
     )
     s = settings(corpus="c", mode=mode, max_answer=40, context="bare", max_thought=0)
-    problems, _ = corpus_problems(s, tok, corpus, 512)
-    assert answers_end_with_line(tok, corpus) and len(problems) == 12
+    problems, _ = corpus_problems(s, corpus, 512)
+    assert answers_end_with_line(corpus) and len(problems) == 12
     thought = [*tok.encode(" 3 + 4 = 7."), tok.eol] if mode == "latent" else []
     said = {tuple(p.prompt): [*thought, *tok.encode(p.gold + "\nStart at 4. Add 5.")] for p in problems}
-    engine, grader = Scripted(said), SimpleNamespace(ask=lambda name, *args: getattr(eval_math, name)(*args))
-    records = answer_block(engine, tok, problems, s, grader, None, True)
+    engine = Scripted(said)
+    judge = SimpleNamespace(ask=lambda name, *args: getattr(grader, name)(*args))
+    records = answer_block(Responder(engine, tok, s, judge, one_line=True), problems)
     got = [r["responses"][0] for r in records]
     assert [x["response"] for x in got] == [p.gold for p in problems] and all(x["correct"] for x in got)
     assert not any(x["cut_off"] for x in got)
@@ -304,7 +398,7 @@ def test_a_response_that_runs_on_is_cut_where_its_answer_ends(mode, tmp_path):
     assert mode == "raw" or not ends(
         np.array(tok.encode(" 3 + 4 = 7.\n 7"))
     )  # a line end in a thought ends nothing
-    without = answer_block(engine, tok, problems, s, grader)
+    without = answer_block(Responder(engine, tok, s, judge), problems)
     assert engine.calls[-1][3]["ends"] is None and not any(
         r["responses"][0]["correct"] for r in without if r["gold"][-2] != "5"
     )
@@ -312,32 +406,57 @@ def test_a_response_that_runs_on_is_cut_where_its_answer_ends(mode, tmp_path):
 
 def test_a_closed_thought_is_answered_in_one_line(tok):
     """--max_thought on a corpus: a forced answer ends where others do, in generation and in grading."""
-    thought, s = tok.encode("2 + 3 = 5."), settings(corpus="c", max_new=8, max_thought=4, max_answer=40)
+    thought, s = (tok.encode("2 + 3 = 5."), settings(corpus="c", max_new=8, max_thought=4, max_answer=40))
     answer = tok.encode(" It is 5.\nWhat is 4 + 4?")
     engine = Scripted({(tok.bos, 1): thought * 50, (tok.bos, 1, *thought[:4], tok.eol): answer})
-    [[r]] = respond(engine, tok, [Problem(0, np.array([tok.bos, 1]), "5")], s, 1, 0.0, 1.0, None, True)
+    [[r]] = respond(engine, tok, [Problem(0, np.array([tok.bos, 1]), "5")], s, one_line=True)
     assert (r["response"], r["forced"], r["cut_off"]) == (" It is 5.", True, False)
     assert engine.calls[1][3]["ends"](np.array(answer))
 
 
-# -------------------------------------------------------------------------------------------------------------- scores
+# ------------------------------------------------------------------- scores
 
 
 def response(right, extracted="1", **more):
-    return {"correct": right, "strict": right, "extracted": extracted, "cut_off": False, "forced": False, "graded": True} | more
+    return {
+        "correct": right,
+        "strict": right,
+        "extracted": extracted,
+        "cut_off": False,
+        "forced": False,
+        "graded": True,
+    } | more
 
 
 def test_scores_of_a_known_table():
     records = [
-        {"level": "1", "responses": [response(True), response(True, "5"), response(False, "6"), response(False, "6"), response(True, "5")], "alike": [0, 1, 1, 0]},
-        {"level": "2", "responses": [response(False, None, cut_off=True), *[response(False, x) for x in "7788"]], "alike": [0, 0, 2, 2]},
+        {
+            "level": "1",
+            "responses": [
+                response(True),
+                response(True, "5"),
+                response(False, "6"),
+                response(False, "6"),
+                response(True, "5"),
+            ],
+            "alike": [0, 1, 1, 0],
+        },
+        {
+            "level": "2",
+            "responses": [response(False, None, cut_off=True), *[response(False, x) for x in "7788"]],
+            "alike": [0, 0, 2, 2],
+        },
     ]
     got = scores(records, 4)
-    assert got["accuracy"] == got["exact_match,flexible-extract"] == 0.5 and got["accuracy_se"] == pytest.approx(0.5)  # sd .707 / sqrt 2
+    assert got["accuracy"] == got["exact_match,flexible-extract"] == 0.5 and got[
+        "accuracy_se"
+    ] == pytest.approx(0.5)  # sd .707 / sqrt 2
     assert (got["n"], got["cut_off"], got["no_answer"], got["not_graded"]) == (2, 1, 1, 0)
     sampled = got["sampled"]
     assert sampled["accuracy"] == 0.25 and sampled["pass@1"] == 0.25 and sampled["pass@4"] == 0.5
-    assert sampled["pass@2"] == pytest.approx((1 - 1 / 6) / 2)  # two wrong of two wrong ones among four: 1 of 6 pairs
+    assert sampled["pass@2"] == pytest.approx(
+        (1 - 1 / 6) / 2
+    )  # two wrong of two wrong ones among four: 1 of 6 pairs
     assert sampled["maj@4"] == 0.5 and sampled["maj@2"] == 0.5  # 5, 6, 6, 5: the one that came first
     assert got["by_level"] == {"1": {"n": 1, "accuracy": 1.0}, "2": {"n": 1, "accuracy": 0.0}}
 
@@ -351,26 +470,39 @@ def test_pass_at_is_unbiased():
 
 
 def test_significance():
-    assert sign_test(0, 0) == 1.0 and sign_test(5, 5) == 1.0 and sign_test(0, 6) == pytest.approx(2 / 64) and sign_test(6, 0) == sign_test(0, 6)
+    assert (
+        sign_test(0, 0) == 1.0
+        and sign_test(5, 5) == 1.0
+        and sign_test(0, 6) == pytest.approx(2 / 64)
+        and sign_test(6, 0) == sign_test(0, 6)
+    )
     a, b = {str(i): i < 5 for i in range(10)}, {str(i): i < 8 for i in range(10)}
     got = paired(a, b)
-    assert got["difference"] == pytest.approx(0.3) and (got["only_first"], got["only_second"]) == (0, 3) and got["p"] == 0.25
+    assert (
+        got["difference"] == pytest.approx(0.3)
+        and (got["only_first"], got["only_second"]) == (0, 3)
+        and got["p"] == 0.25
+    )
     assert got["difference_se"] == pytest.approx(np.std([0] * 7 + [1] * 3, ddof=1) / math.sqrt(10))
 
 
-# ---------------------------------------------------------------------------------------------------------- likelihood
+# ------------------------------------------------------------------- likelihood
 
 
 def test_text_nll_equals_the_whole_document(toy_model):
     """By the chain rule, the chunks' conditional NLLs add up to that of the document."""
     corpus = corpus_of([[[0, 1], [1], [0, 0, 1]]])
-    got = text_nll(Engine(toy_model), TOY, corpus, np.arange(3), settings(corpus="c"))
+    got = text_nll(Engine(toy_model), corpus, np.arange(3), Limits(3, 40, 128))
     ids = torch.tensor([[TOY.bos, 0, 1, 1, 0, 0, 1]])
     log_p = torch.log_softmax(toy_model.logits(toy_model(ids))[0], -1)
     assert got.sum() == pytest.approx(-log_p[range(6), ids[0, 1:]].sum().item(), abs=1e-4)
 
 
-LETTERS = SimpleNamespace(**vars(TOY), n_bytes=len)  # a byte a letter
+def decode_letters(ids) -> str:
+    return "".join("ab"[i] for i in ids)
+
+
+LETTERS = SimpleNamespace(**vars(TOY), n_bytes=len, decode=decode_letters)  # a byte a letter
 
 
 def toy_corpus(long: int = 0):
@@ -381,14 +513,16 @@ def toy_corpus(long: int = 0):
         a, b, c = rng.integers(0, 2, 3).tolist()
         documents.append([[a, b], [b, a, c]] * n)
     documents += [[[0, 1], [1] * long]] if long else []
-    return corpus_of(documents, [True, False] * sum(len(d) // 2 for d in documents))
+    corpus = corpus_of(documents, [True, False] * sum(len(d) // 2 for d in documents))
+    corpus.tokenizer = LETTERS
+    return corpus
 
 
 def measure(model, corpus, **values):
     s = settings(
         **{"corpus": "c", "max_new": 4, "bound_docs": 0, "min_gain": 0.0, "context": "bare"} | values
     )
-    return likelihood(Engine(model), LETTERS, corpus, s, None, None)
+    return likelihood(Engine(model), corpus, s)
 
 
 def test_raw_and_latent_models_are_scored_alike(toy_model):
@@ -403,7 +537,7 @@ def test_raw_and_latent_models_are_scored_alike(toy_model):
     assert raw["nll_questions"] == pytest.approx(latent["nll_questions"], abs=1e-6)
     numbers = np.flatnonzero(~corpus.questions)
     assert raw["nll"] * 27 == pytest.approx(
-        text_nll(Engine(toy_model), LETTERS, corpus, numbers, settings(max_new=4)).sum()
+        text_nll(Engine(toy_model), corpus, numbers, Limits(3, 4, toy_model.config.seq_len)).sum()
     )
     for arrays in (of_raw, of_latent):
         assert (
@@ -481,9 +615,7 @@ def test_chunks_that_the_e_step_refuses_are_left_out_and_counted(toy_model):
     assert can_think(corpus, 4, 80).sum() == 10 and can_think(corpus, 5, 80).sum() == 9
     max_new = seq_len - 6 - 69  # one token too many for the long answer
     for mode in ("raw", "latent"):
-        problems, counts = corpus_problems(
-            settings(corpus="c", mode=mode, max_new=max_new), LETTERS_DECODED, corpus, seq_len
-        )
+        problems, counts = corpus_problems(settings(corpus="c", mode=mode, max_new=max_new), corpus, seq_len)
         assert len(problems) == 9 and counts == {"answers_too_long": 1}
         figures, arrays = measure(toy_model, corpus, mode=mode, context="thoughts", max_new=max_new)
         assert (
@@ -494,8 +626,12 @@ def test_chunks_that_the_e_step_refuses_are_left_out_and_counted(toy_model):
         figures, arrays = measure(toy_model, corpus, mode=mode, context="thoughts", max_new=max_new - 1)
         assert figures["bound_chunks"] == 10 and (figures["too_long"], figures["docs_left_out"]) == (0, 0)
     asked = corpus_of([[[0] * 40, [1]]], questions=[True, False])
-    for seq, n in ((96, 1), (95, 0)):  # a question that has no room beside its response is not left out of its prompt
-        problems, counts = corpus_problems(settings(corpus="c", max_new=17, max_answer=32), LETTERS_DECODED, asked, seq)
+    asked.tokenizer = LETTERS
+    for seq, n in (
+        (96, 1),
+        (95, 0),
+    ):  # a question that has no room beside its response is not left out of its prompt
+        problems, counts = corpus_problems(settings(corpus="c", max_new=17, max_answer=32), asked, seq)
         assert len(problems) == n and counts == {"answers_too_long": 1 - n}
         assert all(p.prompt.tolist().count(0) == 40 for p in problems)
     beyond = toy_corpus(long=seq_len + 5)
@@ -503,9 +639,6 @@ def test_chunks_that_the_e_step_refuses_are_left_out_and_counted(toy_model):
         assert measure(toy_model, beyond, mode=mode, context="thoughts")[0]["too_long"] == 1
     with pytest.raises(UserError, match="no chunk of the first 7 documents can be scored"):
         choose_scored(settings(corpus="c", max_new=200, bound_docs=0), beyond, 64)
-
-
-LETTERS_DECODED = SimpleNamespace(**vars(LETTERS), decode=lambda ids: "".join("ab"[i] for i in ids))
 
 
 def test_one_run_gives_all_bounds_under_the_same_contexts(toy_model, monkeypatch):
@@ -526,10 +659,9 @@ def test_one_run_gives_all_bounds_under_the_same_contexts(toy_model, monkeypatch
         calls.clear()
         figures, _ = measure(toy_model, corpus, context="thoughts", samples=samples, min_gain=-0.5)
         assert [name for name, _, _ in calls] == ["infer", "text_nll"]
-        assert (
-            calls[0][1][4] == K and calls[0][2]["min_gain"] == -0.5 and calls[0][2]["context"] == "thoughts"
-        )
-        assert calls[1][1][5] is calls[0][2]["picked"] and len(calls[0][2]["picked"]) > 0
+        e_step, picked = calls[0][1][3:5]
+        assert e_step.samples == K and e_step.min_gain == -0.5 and e_step.context == "thoughts"
+        assert calls[1][1][4] is picked and len(picked) > 0
         assert 1 <= figures["ess"] <= samples
         bounds = [figures["nll_bound"][k] for k in ("1", "4", "16")]
         assert bounds[0] > bounds[1] > bounds[2]
@@ -550,7 +682,7 @@ def test_paired_difference():
     assert paired_difference(b, a)[0] == pytest.approx(-1.0) and paired_difference(a[:1], b[:1]) == (1.0, 0.0)
 
 
-# ---------------------------------------------------------------------------------------------------------- end to end
+# ------------------------------------------------------------------- end to end
 
 
 @pytest.fixture(scope="module")
@@ -558,8 +690,9 @@ def models(digits, tmp_path_factory):
     """A latent and a raw model that know the 40 warm documents by heart."""
     out = tmp_path_factory.mktemp("models")
     quick = ["--max_steps=250", "--batch_size=16"]
-    script("train.py", f"--corpus={digits}/warm", f"--thoughts={digits}/warm_thoughts", f"--out_dir={out}/latent", *quick)
-    script("train.py", f"--corpus={digits}/warm", f"--out_dir={out}/raw", *quick)
+    thoughts = f"--thoughts={digits}/warm_thoughts"
+    inside(train, f"--corpus={digits}/warm", thoughts, f"--out_dir={out}/latent", *quick)
+    inside(train, f"--corpus={digits}/warm", f"--out_dir={out}/raw", *quick)
     return out
 
 
@@ -568,14 +701,19 @@ def sums(digits, tmp_path_factory):
     """A benchmark in the words of the digits corpus: (test file, file of worked examples)."""
     folder = tmp_path_factory.mktemp("bench")
     corpus = open_corpus(digits / "warm")
-    from data.lib.corpus import open_thoughts
-
     thoughts, tok = open_thoughts(digits / "warm_thoughts", corpus), corpus.tokenizer
     rows = []
     for d in range(corpus.n_docs):
         first = int(corpus.docs[d])
-        question, solution = tok.decode(corpus.chunk(first)), tok.decode(thoughts.span(first + 1))
-        rows.append({"question": question, "solution": solution, "answer": tok.decode(corpus.chunk(first + 1)).strip(" .").split()[-1], "level": str(d % 2)})
+        question, solution = (tok.decode(corpus.chunk(first)), tok.decode(thoughts.span(first + 1)))
+        rows.append(
+            {
+                "question": question,
+                "solution": solution,
+                "answer": tok.decode(corpus.chunk(first + 1)).strip(" .").split()[-1],
+                "level": str(d % 2),
+            }
+        )
     (folder / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:12]))
     (folder / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[12:]))
     return folder
@@ -586,8 +724,8 @@ def test_learned_documents_are_answered(digits, models, tmp_path):
     flags = [f"--corpus={digits}/warm", "--max_new=40", "--k=2", "--temperature=1", "--top_p=1"]
     # A text known by heart needs no thought: the rule of the gain would drop right picks that no longer help.
     every_pick = [f"--thoughts={digits}/warm_thoughts", "--min_gain=-inf"]
-    script("eval_math.py", *flags, f"--model={models}/latent", f"--out_dir={tmp_path}/l", *every_pick)
-    script("eval_math.py", *flags, f"--model={models}/raw", f"--out_dir={tmp_path}/r", "--mode=raw")
+    inside(eval_math, *flags, f"--model={models}/latent", f"--out_dir={tmp_path}/l", *every_pick)
+    inside(eval_math, *flags, f"--model={models}/raw", f"--out_dir={tmp_path}/r", "--mode=raw")
     latent, raw = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("l", "r"))
     assert latent["accuracy"] > 0.9 and raw["accuracy"] > 0.9 and latent["n"] == raw["n"] == 40
     assert latent["sampled"]["accuracy"] > 0.5 and latent["sampled"]["pass@2"] >= latent["sampled"]["pass@1"]
@@ -598,14 +736,27 @@ def test_learned_documents_are_answered(digits, models, tmp_path):
     counts = ("bound_docs", "bound_chunks", "bytes", "tokens", "question_bytes", "too_long", "until")
     assert {k: raw[k] for k in counts} == {k: latent[k] for k in counts}
     assert raw["bound_docs"] == raw["bound_chunks"] == 40
-    for a_byte, a_token, a_document in ((latent["nll_bound"]["4"], latent["nll_bound_token"]["4"], latent["nll_bound_document"]["4"]),
-                                        (raw["nll"], raw["nll_token"], raw["nll_document"])):  # fmt: skip
-        assert a_byte * raw["bytes"] == pytest.approx(a_token * raw["tokens"]) == pytest.approx(a_document * raw["bound_docs"])
+    for a_byte, a_token, a_document in (
+        (latent["nll_bound"]["4"], latent["nll_bound_token"]["4"], latent["nll_bound_document"]["4"]),
+        (raw["nll"], raw["nll_token"], raw["nll_document"]),
+    ):
+        assert (
+            a_byte * raw["bytes"]
+            == pytest.approx(a_token * raw["tokens"])
+            == pytest.approx(a_document * raw["bound_docs"])
+        )
     lines = [json.loads(line) for line in (tmp_path / "l/responses.jsonl").read_text().splitlines()]
     assert len(lines) == 40 and sum(r["responses"][0]["correct"] for r in lines) == latent["accuracy"] * 40
-    assert all("->" in r["responses"][0]["thought"] and "digit" in r["responses"][0]["response"] for r in lines if r["responses"][0]["correct"])
-    assert "complete" in script("eval_math.py", *flags, f"--model={models}/raw", f"--out_dir={tmp_path}/r", "--mode=raw").stdout
-    done = script("eval_math.py", f"--compare={tmp_path}/r,{tmp_path}/l", f"--out_dir={tmp_path}/c")
+    assert all(
+        "->" in r["responses"][0]["thought"] and "digit" in r["responses"][0]["response"]
+        for r in lines
+        if r["responses"][0]["correct"]
+    )
+    assert (
+        "complete"
+        in inside(eval_math, *flags, f"--model={models}/raw", f"--out_dir={tmp_path}/r", "--mode=raw").stdout
+    )
+    done = inside(eval_math, f"--compare={tmp_path}/r,{tmp_path}/l", f"--out_dir={tmp_path}/c")
     nats = json.loads((tmp_path / "c/compare.json").read_text())["likelihood"]
     assert nats["documents"] == 40
     assert [r["name"] for r in nats["rows"]] == ["r NLL", "l thoughtless NLL", "l IWAE-16"]
@@ -620,88 +771,212 @@ def test_learned_documents_are_answered(digits, models, tmp_path):
 
 
 def test_a_benchmark_in_both_modes_and_their_comparison(sums, models, tmp_path):
-    """--benchmark=FILE with --shots, show, several models, then --compare over modes: the same code path as the corpora above."""
-    flags = [f"--benchmark={sums}/test.jsonl", f"--shots={sums}/train.jsonl", "--n_shots=2", "--max_new=48", "--k=3"]
-    done = script("eval_math.py", *flags, f"--model={models}/latent", f"--out_dir={tmp_path}/l", "--show=1", "--max_thought=40")
-    assert "12 problems, 2 examples, prompts of" in done.stdout and "tokens, 2 examples; gold:" in done.stdout and done.stdout.count("<|PRIOR_PREFIX|>") == 3
-    script("eval_math.py", *flags, f"--model={models}/raw,{models}/latent", "--mode=raw", f"--out_dir={tmp_path}/r")
+    """--benchmark=FILE with --shots, --show and several models, then --compare over modes."""
+    flags = [
+        f"--benchmark={sums}/test.jsonl",
+        f"--shots={sums}/train.jsonl",
+        "--n_shots=2",
+        "--max_new=48",
+        "--k=3",
+    ]
+    done = inside(
+        eval_math,
+        *flags,
+        f"--model={models}/latent",
+        f"--out_dir={tmp_path}/l",
+        "--show=1",
+        "--max_thought=40",
+    )
+    assert (
+        "12 problems, 2 examples, prompts of" in done.stdout
+        and "tokens, 2 examples; gold:" in done.stdout
+        and done.stdout.count("<|PRIOR_PREFIX|>") == 3
+    )
+    inside(
+        eval_math, *flags, f"--model={models}/raw,{models}/latent", "--mode=raw", f"--out_dir={tmp_path}/r"
+    )
     results = json.loads((tmp_path / "l/results.json").read_text())
-    assert results["n"] == 12 and results["n_shots"] == 2 and set(results["by_level"]) == {"0", "1"} and results["until"] and len(results["prompt_hash"]) == 16
-    assert {"exact_match,flexible-extract", "exact_match_stderr,flexible-extract", "exact_match,strict-match", "exact_match_stderr,strict-match"} <= set(results)
+    assert (
+        results["n"] == 12
+        and results["n_shots"] == 2
+        and set(results["by_level"]) == {"0", "1"}
+        and results["until"]
+        and len(results["prompt_hash"]) == 16
+    )
+    assert {
+        "exact_match,flexible-extract",
+        "exact_match_stderr,flexible-extract",
+        "exact_match,strict-match",
+        "exact_match_stderr,strict-match",
+    } <= set(results)
     assert (tmp_path / "r/compare.json").exists() and (tmp_path / "r/raw/results.json").exists()
-    done = script("eval_math.py", f"--compare={tmp_path}/l,{tmp_path}/r/raw", f"--out_dir={tmp_path}/c")
+    done = inside(eval_math, f"--compare={tmp_path}/l,{tmp_path}/r/raw", f"--out_dir={tmp_path}/c")
     compared = json.loads((tmp_path / "c/compare.json").read_text())
-    assert len(compared["runs"]) == 2 and 0 < compared["pairs"][0]["p"] <= 1 and "| latent | 12 | 2 |" in done.stdout and "p = " in done.stdout
-    script("eval_math.py", *flags, "--limit=5", f"--model={models}/raw", "--mode=raw", f"--out_dir={tmp_path}/few")
-    assert "asked other problems" in script("eval_math.py", f"--compare={tmp_path}/l,{tmp_path}/few", f"--out_dir={tmp_path}/c2", code=1).stderr
+    assert (
+        len(compared["runs"]) == 2
+        and 0 < compared["pairs"][0]["p"] <= 1
+        and "| latent | 12 | 2 |" in done.stdout
+        and "p = " in done.stdout
+    )
+    inside(eval_math, *flags, "--limit=5", f"--model={models}/raw", "--mode=raw", f"--out_dir={tmp_path}/few")
+    assert (
+        "asked other problems"
+        in inside(
+            eval_math, f"--compare={tmp_path}/l,{tmp_path}/few", f"--out_dir={tmp_path}/c2", code=1
+        ).stderr
+    )
 
 
-def run_killed(flags: list[str], seconds: float) -> bool:
-    """Start eval_math.py, kill it after so many seconds; whether it had ended before."""
-    child = subprocess.Popen([sys.executable, str(ROOT / "eval_math.py"), *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        return child.wait(seconds) == 0
-    except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-        return False
+def run_killed(flags: list[str], over) -> bool:
+    """Start eval_math.py and kill it when over() says so; False if it ended before."""
+    command = [sys.executable, str(ROOT / "eval_math.py"), *flags]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    child = subprocess.Popen(command, **quiet, start_new_session=True)
+    while child.poll() is None:
+        if over():
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            return True
+        time.sleep(0.005)
+    return False
 
 
-def kill_and_resume(sums, models, tmp_path, n_kills: int) -> None:
-    flags = [f"--benchmark={sums}/test.jsonl", f"--shots={sums}/train.jsonl", "--n_shots=2", "--max_new=48", "--k=2", "--block=1", f"--model={models}/latent"]
-    begin = time.time()
-    script("eval_math.py", *flags, f"--out_dir={tmp_path}/whole")
-    whole, kills = time.time() - begin, 0
-    rng = np.random.default_rng(0)
-    while kills < n_kills:
-        if run_killed([*flags, f"--out_dir={tmp_path}/cut"], float(rng.uniform(0.5, 1.0)) * whole):
-            shutil.rmtree(tmp_path / "cut")  # it was done: begin anew
-            continue
-        kills += 1
-        partial = tmp_path / "cut/responses.partial.jsonl"
-        if kills % 3 == 0 and partial.exists():  # as if the kill had come in the middle of a line
-            partial.write_bytes(partial.read_bytes()[:-7])
-    script("eval_math.py", *flags, f"--out_dir={tmp_path}/cut")
+def resumable_flags(sums, models) -> list[str]:
+    flags = [f"--benchmark={sums}/test.jsonl", f"--shots={sums}/train.jsonl", "--n_shots=2"]
+    return [*flags, "--max_new=48", "--k=2", "--block=1", f"--model={models}/latent"]
+
+
+def assert_same_results(a, b) -> None:
     for name in ("results.json", "responses.jsonl"):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    assert not list((tmp_path / "cut").glob("*partial*")) and not list((tmp_path / "cut").glob("*.tmp"))
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    assert not list(a.glob("*partial*")) and not list(a.glob("*.tmp"))
+
+
+def cut_last_line(path) -> None:
+    """As if the kill had come in the middle of a line."""
+    if path.exists():
+        path.write_bytes(path.read_bytes()[:-7])
 
 
 def test_killed_and_resumed_gives_the_same_files(sums, models, tmp_path):
-    kill_and_resume(sums, models, tmp_path, 2)
+    """Killed behind the third problem, with half a fourth line; then by hand behind the last one."""
+    flags = resumable_flags(sums, models)
+    cut, partial = tmp_path / "cut", tmp_path / "cut/responses.partial.jsonl"
+
+    def three_lines():
+        return partial.exists() and partial.read_bytes().count(b"\n") >= 3
+
+    inside(eval_math, *flags, f"--out_dir={tmp_path}/whole")
+    assert run_killed([*flags, f"--out_dir={cut}"], three_lines)
+    cut_last_line(partial)
+    inside(eval_math, *flags, f"--out_dir={cut}")
+    assert_same_results(cut, tmp_path / "whole")
+    (cut / "results.json").unlink()
+    (cut / "responses.jsonl").rename(partial)
+    inside(eval_math, *flags, f"--out_dir={cut}")
+    assert_same_results(cut, tmp_path / "whole")
 
 
 @pytest.mark.slow
 def test_killed_ten_times_gives_the_same_files(sums, models, tmp_path):
-    kill_and_resume(sums, models, tmp_path, 10)
+    """At random moments, while it imports, loads, samples and writes."""
+    flags = resumable_flags(sums, models)
+    begin = time.time()
+    script("eval_math.py", *flags, f"--out_dir={tmp_path}/whole")
+    whole = time.time() - begin
+    rng = np.random.default_rng(0)
+    kills = 0
+    while kills < 10:
+        end = time.time() + float(rng.uniform(0.5, 1.0)) * whole
+        if not run_killed([*flags, f"--out_dir={tmp_path}/cut"], lambda end=end: time.time() > end):
+            shutil.rmtree(tmp_path / "cut")  # it was done: begin anew
+            continue
+        kills += 1
+        if kills % 3 == 0:
+            cut_last_line(tmp_path / "cut/responses.partial.jsonl")
+    script("eval_math.py", *flags, f"--out_dir={tmp_path}/cut")
+    assert_same_results(tmp_path / "cut", tmp_path / "whole")
 
 
-def test_fine_tuning_learns_the_completion_and_is_evaluated(sums, models, tmp_path):
-    """train.py on the training problems in both formats: figures of each seed, their mean and spread; the same command is complete."""
-    for mode, n_seeds in (("raw", 1), ("latent", 2)):
-        flags = [f"--benchmark={sums}/test.jsonl", f"--train_file={sums}/train.jsonl", "--finetune", f"--seeds={n_seeds}", "--epochs=2", "--k=2", "--max_new=40",
-                 f"--mode={mode}", f"--model={models}/{mode}", "--train=--lr=1e-3 --batch_size=8", f"--out_dir={tmp_path}/{mode}"]  # fmt: skip
-        script("eval_math.py", *flags)
-        results = json.loads((tmp_path / mode / "results.json").read_text())
-        assert len(results["mean of k samples"]["seeds"]) == n_seeds and (results["greedy"]["sd"] is None) == (n_seeds == 1) and results["n"] == 12
-        training = json.loads((tmp_path / mode / "seed0/model/settings.json").read_text())
-        assert training["loss"] == "completion" and training["seed"] == 0 and training["lr"] == 1e-3
-        corpus = open_corpus(tmp_path / mode / "data/corpus")
-        assert corpus.n_docs == 28 and corpus.questions.tolist() == [True, False] * 28
-        assert ("->" in corpus.tokenizer.decode(corpus.chunk(1))) == (mode == "raw")  # where the solution stands
+def tuning_flags(sums, models, mode: str, n_seeds: int) -> list[str]:
+    flags = [f"--benchmark={sums}/test.jsonl", f"--train_file={sums}/train.jsonl", "--finetune"]
+    flags += [f"--mode={mode}", f"--model={models}/{mode}", f"--seeds={n_seeds}", "--epochs=2"]
+    return [*flags, "--k=2", "--max_new=40", "--train=--lr=1e-3 --batch_size=8"]
+
+
+@pytest.mark.parametrize("mode", ["raw", "latent"])
+def test_training_problems_as_a_corpus(sums, models, mode, tmp_path):
+    """What --finetune trains on: the solution is the answer's thought, or in raw mode its beginning."""
+    values = {"benchmark": f"{sums}/test.jsonl", "train_file": f"{sums}/train.jsonl"}
+    s = settings(**values, mode=mode, model=f"{models}/{mode}", epochs=2)
+    items = training_problems(s)
+    flags = training_flags(s, items, tmp_path)
+    corpus = open_corpus(tmp_path / "corpus")
+    thoughts = open_thoughts(tmp_path / "thoughts", corpus)
+    assert len(items) == corpus.n_docs == 28
+    assert corpus.questions.tolist() == [True, False] * 28
+    answer = corpus.tokenizer.decode(corpus.chunk(1))
+    thought = corpus.tokenizer.decode(thoughts.span(1))
+    assert items[0].solution in (answer if mode == "raw" else thought)
+    assert len(thoughts.span(1)) == 0 or mode == "latent"
+    sizes = np.diff(corpus.chunks[corpus.docs]) + np.diff(thoughts.chunks[corpus.docs])
+    assert (flags["batch_size"], flags["max_steps"], flags["seq_len"]) == (28, 2, sizes.max() + 8)
+    assert training_flags(s, items, tmp_path) == flags
+
+
+def assert_tuned(folder, mode: str, n_seeds: int) -> None:
+    results = json.loads((folder / "results.json").read_text())
+    assert len(results["mean of k samples"]["seeds"]) == n_seeds and results["n"] == 12
+    assert (results["greedy"]["sd"] is None) == (n_seeds == 1)
+    training = json.loads((folder / "seed0/model/settings.json").read_text())
+    assert training["loss"] == "completion" and training["seed"] == 0 and training["lr"] == 1e-3
+    corpus = open_corpus(folder / "data/corpus")
+    assert corpus.n_docs == 28 and corpus.questions.tolist() == [True, False] * 28
+    solution_in_text = "->" in corpus.tokenizer.decode(corpus.chunk(1))
+    assert solution_in_text == (mode == "raw")
+
+
+def test_fine_tuning_learns_the_completion_and_is_evaluated(sums, models, tmp_path, capfd):
+    """Figures of each seed, mean and spread; the same command again is complete."""
+    flags = [*tuning_flags(sums, models, "latent", 2), f"--out_dir={tmp_path}/latent"]
+    inside(eval_math, *flags)
+    assert_tuned(tmp_path / "latent", "latent", 2)
     evaluated = json.loads((tmp_path / "latent/seed1/eval/results.json").read_text())
     assert evaluated["n_shots"] == 0 and evaluated["sampled"]["k"] == 2
-    assert script("eval_math.py", *flags).stdout.count("complete") == 4
+    capfd.readouterr()
+    evaluated = inside(eval_math, *flags).stdout
+    trained = capfd.readouterr().out  # of train.py, two processes of their own
+    assert evaluated.count("complete") == trained.count("complete") == 2
 
 
-@pytest.mark.parametrize("flags,said", [
-    ([], "give one of --benchmark"), (["--benchmark=gsm8k", "--corpus=c"], "give one of"), (["--benchmark=gsm8k"], "--model=... is required"),
-    (["--benchmark=gsm8k", "--model=m", "--mode=raw", "--max_thought=5"], "--max_thought=5"), (["--corpus=c", "--model=m", "--finetune"], "--finetune: needs --benchmark"),
-    (["--benchmark=gsm8k", "--model=m", "--shotz=3"], "--shots"), (["--compare=/nowhere"], "/nowhere"), (["--benchmark=gsm8k", f"--file={ROOT}/data/shots/gsm8k.jsonl", "--model=/nowhere"], "/nowhere"),
-])  # fmt: skip
+@pytest.mark.slow
+def test_fine_tuning_of_a_raw_model(sums, models, tmp_path):
+    inside(eval_math, *tuning_flags(sums, models, "raw", 1), f"--out_dir={tmp_path}/raw")
+    assert_tuned(tmp_path / "raw", "raw", 1)
+
+
+@pytest.mark.parametrize(
+    "flags,said",
+    [
+        ([], "give one of --benchmark"),
+        (["--benchmark=gsm8k", "--corpus=c"], "give one of"),
+        (["--benchmark=gsm8k"], "--model=... is required"),
+        (["--benchmark=gsm8k", "--model=m", "--mode=raw", "--max_thought=5"], "--max_thought=5"),
+        (["--corpus=c", "--model=m", "--finetune"], "--finetune: needs --benchmark"),
+        (["--benchmark=gsm8k", "--model=m", "--shotz=3"], "--shots"),
+        (["--compare=/nowhere"], "/nowhere"),
+        (["--benchmark=gsm8k", f"--file={ROOT}/data/shots/gsm8k.jsonl", "--model=/nowhere"], "/nowhere"),
+    ],
+)
 def test_wrong_flags_end_in_one_line(flags, said, tmp_path):
-    stderr = script("eval_math.py", *flags, f"--out_dir={tmp_path}/e", code=1).stderr
+    stderr = inside(eval_math, *flags, f"--out_dir={tmp_path}/e", code=1).stderr
     assert said in stderr and len(stderr.strip().splitlines()) == 1 and "Traceback" not in stderr
+
+
+def test_a_wrong_flag_at_the_command_line(tmp_path):
+    done = script("eval_math.py", "--benchmark=gsm8k", f"--out_dir={tmp_path}/e", code=1)
+    [line] = done.stderr.strip().splitlines()
+    assert "--model=... is required" in line
 
 
 def test_a_corpus_without_questions_has_a_likelihood_only(models, tmp_path):
@@ -712,9 +987,9 @@ def test_a_corpus_without_questions_has_a_likelihood_only(models, tmp_path):
     ]
     write_corpus(tmp_path / "plain", documents, tok, {})
     flags = [f"--corpus={tmp_path}/plain", "--max_new=12", "--k=1"]
-    done = script("eval_math.py", *flags, f"--model={models}/raw", "--mode=raw", f"--out_dir={tmp_path}/r")
+    done = inside(eval_math, *flags, f"--model={models}/raw", "--mode=raw", f"--out_dir={tmp_path}/r")
     assert "no question with an answer" in done.stdout
-    script("eval_math.py", *flags, f"--model={models}/latent", f"--out_dir={tmp_path}/l", "--samples=2")
+    inside(eval_math, *flags, f"--model={models}/latent", f"--out_dir={tmp_path}/l", "--samples=2")
     latent, raw = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("l", "r"))
     assert (
         not {"accuracy", "n", "sampled"} & (latent.keys() | raw.keys())
@@ -725,31 +1000,41 @@ def test_a_corpus_without_questions_has_a_likelihood_only(models, tmp_path):
         and raw["nll_questions"] is latent["nll_questions"] is None
     )
     assert raw["nll"] > 0 and latent["nll_bound"].keys() == {"1", "4", "16"} and latent["nll_thoughtless"] > 0
-    done = script("eval_math.py", f"--compare={tmp_path}/r,{tmp_path}/l", f"--out_dir={tmp_path}/c")
+    done = inside(eval_math, f"--compare={tmp_path}/r,{tmp_path}/l", f"--out_dir={tmp_path}/c")
     assert "| r NLL |" in done.stdout and "l IWAE-16 - r NLL: " in done.stdout
     write_corpus(tmp_path / "other", documents[:4], tok, {})
-    script(
-        "eval_math.py",
+    inside(
+        eval_math,
         f"--corpus={tmp_path}/other",
         *flags[1:],
         f"--model={models}/raw",
         "--mode=raw",
         f"--out_dir={tmp_path}/o",
     )
-    done = script("eval_math.py", f"--compare={tmp_path}/r,{tmp_path}/o", f"--out_dir={tmp_path}/c2", code=1)
+    done = inside(eval_math, f"--compare={tmp_path}/r,{tmp_path}/o", f"--out_dir={tmp_path}/c2", code=1)
     assert "measured on another corpus" in done.stderr
     (tmp_path / "o/likelihood.npz").write_bytes((tmp_path / "r/likelihood.npz").read_bytes()[:300])
-    done = script("eval_math.py", f"--compare={tmp_path}/r,{tmp_path}/o", f"--out_dir={tmp_path}/c2", code=1)
+    done = inside(eval_math, f"--compare={tmp_path}/r,{tmp_path}/o", f"--out_dir={tmp_path}/c2", code=1)
     assert "o/likelihood.npz: damaged" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_smollm2_answers_gsm8k_as_transformers_does():
     """tests/bench_eval.py with 12 problems: token-identical greedy responses, the same score."""
     if not SHARED.exists():
         pytest.skip("needs ../shared/data/gsm8k and ../shared/tools")
     model = os.environ.get("SMOLLM2_MARKED", "/tmp/smolmark")
     if not os.path.exists(model):
-        pytest.skip(f"{model}: make it by ../shared/tools/smollm2_hf.py and train.py --init_from=... --max_steps=0 --out_dir={model}")
-    done = script("tests/bench_eval.py", f"--model={model}", f"--file={SHARED}/data/gsm8k/test.jsonl", "--problems=12", "--max_new=64", timeout=1800)
+        pytest.skip(
+            f"{model}: make it by ../shared/tools/smollm2_hf.py and "
+            f"train.py --init_from=... --max_steps=0 --out_dir={model}"
+        )
+    done = script(
+        "tests/bench_eval.py",
+        f"--model={model}",
+        f"--file={SHARED}/data/gsm8k/test.jsonl",
+        "--problems=12",
+        "--max_new=64",
+        timeout=1800,
+    )
     assert "token-identical: 12 of 12" in done.stdout

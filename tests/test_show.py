@@ -24,7 +24,9 @@ def whole(tmp_path_factory) -> Path:
     documents = [[(f"Question {d}", True), (f"\nAnswer {d} with \033[31mcodes.", False)] for d in range(30)]
     write_corpus(tmp_path / "C", documents, tok, {"maker": "a test"})
     corpus = open_corpus(tmp_path / "C")
-    write_thoughts(tmp_path / "T", corpus, (tok.encode(f"because {i}") if i % 4 == 1 else [] for i in range(60)), {})
+    write_thoughts(
+        tmp_path / "T", corpus, (tok.encode(f"because {i}") if i % 4 == 1 else [] for i in range(60)), {}
+    )
     return tmp_path
 
 
@@ -43,7 +45,10 @@ def show(made, *more, code=0):
 def test_what_it_prints(made):
     out = show(made, "--n=30").stdout
     assert "30 documents, 60 chunks (30 of them questions)" in out and "15 thoughts, 147 tokens" in out
-    assert "=== document 29 ===\n--- chunk 58 (question), 11 tokens\nQuestion 29\n--- chunk 59, 27 tokens\nAnswer 29 with \ufffd[31mcodes." in out
+    assert (
+        "=== document 29 ===\n--- chunk 58 (question), 11 tokens\nQuestion 29\n"
+        "--- chunk 59, 27 tokens\nAnswer 29 with \ufffd[31mcodes." in out
+    )
     assert "--- chunk 57, 27 tokens\n[thought, 10 tokens: because 57]\nAnswer 28" in out and "\033" not in out
     few = [show(made, f"--seed={seed}").stdout for seed in (0, 0, 1)]
     assert few[0].count("=== document") == 3 and few[0] == few[1] != few[2]
@@ -53,15 +58,25 @@ def test_what_it_prints(made):
 
 def test_which_folders(made, tmp_path):
     fails = lambda *folders: show(folders, code=1).stderr  # noqa: E731
-    assert "FOLDER ... is required: a corpus folder" in fails() and "did you mean --check" in fails(made[0], "--chek")
-    assert f"name the corpus they belong to first: CORPUS {made[1]}" in fails(made[1]) and "one folder too many" in fails(*made, made[1])
-    assert f"no corpus itself; name one of {made[0]}, {made[1]}" in fails(tmp_path) and "no such corpus folder" in fails(tmp_path / "no")
+    assert "FOLDER ... is required: a corpus folder" in fails() and "did you mean --check" in fails(
+        made[0], "--chek"
+    )
+    assert f"name the corpus they belong to first: CORPUS {made[1]}" in fails(
+        made[1]
+    ) and "one folder too many" in fails(*made, made[1])
+    assert f"no corpus itself; name one of {made[0]}, {made[1]}" in fails(
+        tmp_path
+    ) and "no such corpus folder" in fails(tmp_path / "no")
     assert "not the meta.json of a thoughts folder" in fails(made[0], made[0])
 
 
 def test_histogram():
     text = histogram("a chunk", np.array([0, 1, 4, 5, 7, 8, 2000]))
-    assert len(text.splitlines()) == 1 + 12 and "4 to 7          3 " + "#" * 50 in text and "1,024 to 2,047          1 " in text
+    assert (
+        len(text.splitlines()) == 1 + 12
+        and "4 to 7          3 " + "#" * 50 in text
+        and "1,024 to 2,047          1 " in text
+    )
     assert "longest 2,000" in text and histogram("a thought", np.array([])) == "a thought: none"
 
 
@@ -100,7 +115,11 @@ def put(values: np.ndarray, i: int, value) -> np.ndarray:
 
 
 DAMAGE = {
-    "an id out of range": ("C/tokens.bin", lambda b: b[:40] + b"\x10\x27" + b[42:], "token 20 is 10000, not below 262"),
+    "an id out of range": (
+        "C/tokens.bin",
+        lambda b: b[:40] + b"\x10\x27" + b[42:],
+        "token 20 is 10000, not below 262",
+    ),
     "a marker": ("C/tokens.bin", lambda b: b[:40] + b"\x02\x01" + b[42:], "token 20 is 258, a special token"),
     "a changed byte": ("C/tokens.bin", lambda b: b[:40] + b"x" + b[41:], "meta.json's hash"),
     "a moved border": ("C/chunks.npy", lambda v: put(v, 3, v[3] + 1), "meta.json's hash"),
@@ -111,7 +130,11 @@ DAMAGE = {
     "a count": ("C/meta.json", lambda m: m | {"n_docs": 31}, "n_docs 31, but the files hold 30"),
     "another tokenizer": ("C/meta.json", lambda m: m | {"tokenizer": "0"}, "tokenizer.json"),
     "no number": ("C/meta.json", lambda m: m | {"n_vocab": "262"}, "not the meta.json of a corpus folder"),
-    "forgotten questions": ("C/meta.json", lambda m: m | {"questions": False}, "questions False, but the file says otherwise"),
+    "forgotten questions": (
+        "C/meta.json",
+        lambda m: m | {"questions": False},
+        "questions False, but the file says otherwise",
+    ),
     "questions": ("C/questions.npy", lambda v: v[:-1], "questions.npy"),
     "a thought's byte": ("T/tokens.bin", lambda b: b"x" + b[1:], "meta.json's hash"),
     "a thought's id": ("T/tokens.bin", lambda b: b"\xff\xff" + b[2:], "token 0 is 65535"),
@@ -130,7 +153,9 @@ def test_check_finds_damage(made, name):
 
 def test_check_finds_a_thought_of_a_question(made):
     corpus = open_corpus(made[0])
-    write_thoughts(made[1], corpus, (corpus.tokenizer.encode("because") if i == 4 else [] for i in range(60)), {})
+    write_thoughts(
+        made[1], corpus, (corpus.tokenizer.encode("because") if i == 4 else [] for i in range(60)), {}
+    )
     assert "chunk 4 is a question and has a thought" in show(made, "--check", code=1).stderr
 
 

@@ -1,4 +1,4 @@
-"""From raw text to corpora: sentences, chunks, files of every kind, splits, counts, decontamination, kills."""
+"""From raw text to corpora: sentences, chunks, files, splits, counts, decontamination, kills."""
 
 import contextlib
 import dataclasses
@@ -49,17 +49,18 @@ def sentences(text: str) -> list[str]:
     return [text[a:b] for a, b in zip([0, *ends], ends)]
 
 
-# ------------------------------------------------------------------------------------------------------ sentences
+# ----------------------------------------------------------------------- sentences
 
 # ¦ marks where sentences end.
 CASES = [
-    "It rains. ¦She stays.¦ He goes!¦ Why?¦ \"Because.\"¦ So it is.",
+    'It rains. ¦She stays.¦ He goes!¦ Why?¦ "Because."¦ So it is.',
     "One.\n\n¦Two\n\n¦Three.  \n \n¦Four",
     "See e.g. Fig. 3 and Eq. (4), i.e. what Dr. A. B. Smith et al. found.¦ Then go on.",
     "It costs 3.14 or 1,234.50 euros, v. 2.0.1, at 5 p.m. Next day.¦ See No. 5 on p. 7.¦ No.¦ Yes.",
     "I saw https://example.org/a.b?c=d. ¦Then me@example.org wrote.¦ See www.x.org. ¦Good!",
     "Let $y = 3. Then x$ be it.¦ Let $$a. B\n\nc. D$$ be.¦ Now \\(u. V\\) and \\[p. Q\n\nr! S\\] end.",
-    "We have \\begin{align*} a &= 1. \\\\\n\n B &= 2. \\end{align*}¦ Thus $z = 4.$¦ And so on.¦ \\\\[2pt] No. ¦More\\]",
+    "We have \\begin{align*} a &= 1. \\\\\n\n B &= 2. \\end{align*}¦ Thus $z = 4.$¦ And so on.¦"
+    " \\\\[2pt] No. ¦More\\]",
     "She paid $5. ¦He bought 3 for $10 each.¦ It was $2.50 off, or $3 and $4, $5-$6. ¦And $7. ¦Done.",
     "Then \\$5. ¦And $x$. ¦Or $x_1, \\ldots.$ and so on.",
     "1. Wash it.\n¦2. Dry it.\n¦  a. Fold it.\n¦- Put it away.\n¦* Done.\n¦# Title\nText. ¦IV. is a number.",
@@ -68,7 +69,7 @@ CASES = [
     "Table:\n\n¦| a. B | c |\n|---|---|\n| d! E | f. G |\n\n¦After. ¦That.",
     "a. B | c\n--- | ---\nd. E | f! G\n\n¦After.",
     "Use `a. B` here.¦ `c. D` is code, `e`.¦ Then.¦ See <pre>a. B\n\nC.</pre> there.¦ The end.",
-    "Wait... what?¦ He said: \"Go. ¦Now.\"¦ (Yes.)¦ [No!]¦ It is.",
+    'Wait... what?¦ He said: "Go. ¦Now."¦ (Yes.)¦ [No!]¦ It is.',
     "今天下雨。¦我在家。¦「真的？」¦是。",
     "Who is J. K. Rowling?¦ Me and I.¦ Then x. ¦Was it plan B. Then?",
     "U.S. troops and Ph.D. students, cf. Sec. 2, vol. 3, approx. Five, at 3. 5 and so on.",
@@ -89,43 +90,90 @@ def test_white_space_goes_to_the_front_and_blank_lines_to_the_back():
 
 
 def test_long_texts_without_a_stop_are_cut_at_white_space_outside_of_formulas():
-    text = "word " * 300 + "$" + "x + y " * 100 + "$ " + "12 345 678 " * 200 + "http://example.org/" + "a" * 900 + " " + "more words " * 200
+    text = (
+        "word " * 300
+        + "$"
+        + "x + y " * 100
+        + "$ "
+        + "12 345 678 " * 200
+        + "http://example.org/"
+        + "a" * 900
+        + " "
+        + "more words " * 200
+    )
     pieces = sentences(text)
     assert "".join(pieces) == text and max(map(len, pieces)) <= LIMIT
     assert not any(torn(text, ends_of(text)).values())
     assert all(len(p) <= LONG for p in sentences("word " * 5000))
-    for endless in ("x" * 50_000, "$" + "x " * 20_000 + "$", "7" * 9000, "\\begin{a}" + "b\n\n" * 9000, "```\n" + "c " * 9000, "a,1234," * 3000):
+    for endless in (
+        "x" * 50_000,
+        "$" + "x " * 20_000 + "$",
+        "7" * 9000,
+        "\\begin{a}" + "b\n\n" * 9000,
+        "```\n" + "c " * 9000,
+        "a,1234," * 3000,
+    ):
         pieces = sentences(endless)
         assert "".join(pieces) == endless and max(map(len, pieces)) <= LIMIT
-    assert not any(a[-1].isdigit() and b[0].isdigit() for a, b in zip(sentences("a,1234," * 3000), sentences("a,1234," * 3000)[1:]))
+    assert not any(
+        a[-1].isdigit() and b[0].isdigit()
+        for a, b in zip(sentences("a,1234," * 3000), sentences("a,1234," * 3000)[1:])
+    )
 
 
-SCRAPS = ["$", "$$", "\\[", "\\]", "\\(", "\\)", "\\begin{a}", "\\end{a}", "```", "`", "\n", "\n\n", "\r\n\r\n", "    ", "\t", "| ", "|---|", ". ", "! ", "? ",
-          "1. ", "- ", "* ", "# ", "(a) ", "e.g. ", "Dr. ", "3.14", "9.", "A.", "?!", "…", ".) ", "}$ ", ":", "\xa0", "\u3000", "\r", " " * 20, "http://a.b", "Ab", "cd ", "é", "数。", "🎉", "\u2028", "\x00", "\u0301", "\ufeff", "<pre>", "</pre>", "\\", "$5 and a "]  # fmt: skip
+# fmt: off
+SCRAPS = [
+    "$", "$$", "\\[", "\\]", "\\(", "\\)", "\\begin{a}", "\\end{a}", "```", "`", "\n", "\n\n",
+    "\r\n\r\n", "    ", "\t", "| ", "|---|", ". ", "! ", "? ", "1. ", "- ", "* ", "# ", "(a) ",
+    "e.g. ", "Dr. ", "3.14", "9.", "A.", "?!", "…", ".) ", "}$ ", ":", "\xa0", "\u3000", "\r",
+    " " * 20, "http://a.b", "Ab", "cd ", "é", "数。", "🎉", "\u2028", "\x00", "\u0301", "\ufeff",
+    "<pre>", "</pre>", "\\", "$5 and a ",
+]
+# fmt: on
 
 
 def random_text(rng: random.Random) -> str:
     n = rng.choice((1, 3, 10, 40, 150))
     if rng.random() < 0.5:
         return "".join(rng.choice(SCRAPS) for _ in range(n))
-    return "".join(chr(rng.choice((rng.randrange(0xD800), rng.randrange(0xE000, 0x110000), rng.randrange(128)))) for _ in range(n))
+    return "".join(
+        chr(rng.choice((rng.randrange(0xD800), rng.randrange(0xE000, 0x110000), rng.randrange(128))))
+        for _ in range(n)
+    )
 
 
 def test_ten_thousand_random_documents_come_back():
     rng, tok = random.Random(0), make_tokenizer()
     for _ in range(100):
         texts = [random_text(rng) for _ in range(100)]
-        all_ends, all_pieces = sentence_ends(texts), chunk(texts, [text_digest(text.encode(), 0) for text in texts])
+        all_ends, all_pieces = (
+            sentence_ends(texts),
+            chunk(texts, [text_digest(text.encode(), 0) for text in texts]),
+        )
         for text, ends, pieces in zip(texts, all_ends, all_pieces, strict=True):
             assert "".join(pieces) == text and all(pieces)
             assert ends == sorted(set(ends)) and ends[-1] == len(text)
             assert ends == slow_sentence_ends(text), text
         ids, lengths = tok.encode_pieces(all_pieces[0])
-        assert b"".join(tok.decode_bytes(span) for span in np.split(ids, np.cumsum(lengths)[:-1])) == texts[0].encode()
+        assert (
+            b"".join(tok.decode_bytes(span) for span in np.split(ids, np.cumsum(lengths)[:-1]))
+            == texts[0].encode()
+        )
 
 
 def test_texts_beside_each_other_change_nothing():
-    texts = [case.replace("¦", "") for case in CASES] + ["", "\n\n", ".", "A.", ". B", "$", "- a", "\n", "c. ", ""]
+    texts = [case.replace("¦", "") for case in CASES] + [
+        "",
+        "\n\n",
+        ".",
+        "A.",
+        ". B",
+        "$",
+        "- a",
+        "\n",
+        "c. ",
+        "",
+    ]
     rng = random.Random(2)
     for _ in range(50):
         rng.shuffle(texts)
@@ -134,9 +182,14 @@ def test_texts_beside_each_other_change_nothing():
 
 
 def test_fast_and_slow_find_the_same_sentences_in_code_and_prose():
-    texts = [path.read_text(encoding="utf-8") for path in [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("data/*.py")), ROOT / "README.md"]]
+    texts = [
+        path.read_text(encoding="utf-8")
+        for path in [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("data/*.py")), ROOT / "README.md"]
+    ]
     if SHARED.exists():
-        texts += read(SHARED / "data/calculus/calculus_made_easy.jsonl", "text") + read(SHARED / "data/gsm8k/test.jsonl", "question", "answer")
+        texts += read(SHARED / "data/calculus/calculus_made_easy.jsonl", "text") + read(
+            SHARED / "data/gsm8k/test.jsonl", "question", "answer"
+        )
         texts += [path.read_text(encoding="utf-8") for path in sorted(SHARED.glob("*.md"))]
     for text, ends in zip(texts, sentence_ends(texts), strict=True):
         slow = slow_sentence_ends(text)
@@ -154,16 +207,23 @@ def test_nothing_takes_quadratic_time():
 def test_many_cuts_in_a_long_text_are_quick():
     begin = time.perf_counter()
     many = ("word " * 700 + "`c. D` $x$. Then ") * 500  # 1.8 MB, each sentence of which has to be cut
-    assert len(ends_of(many)) > 500 and time.perf_counter() - begin < 8, "code and formulas are found once, not for each cut"
+    assert len(ends_of(many)) > 500 and time.perf_counter() - begin < 8, (
+        "code and formulas are found once, not for each cut"
+    )
 
 
 @needs_shared
 def test_real_text_comes_back():
     for path in sorted((SHARED / "data").glob("*/*.json*")):
-        for line in open(path, encoding="utf-8") if path.suffix == ".jsonl" else [path.read_text(encoding="utf-8")]:
-            record = json.loads(line)
-            for text in [line, *(v for v in record.values() if isinstance(v, str))]:
-                pieces = chunks_of(text, 1)
+        with open(path, encoding="utf-8") as f:
+            records = list(f) if path.suffix == ".jsonl" else [f.read()]
+        texts = []
+        for line in records:
+            texts += [line, *(v for v in json.loads(line).values() if isinstance(v, str))]
+        for i in range(0, len(texts), 1000):
+            some = texts[i : i + 1000]
+            chunks = chunk(some, [text_digest(text.encode(), 1) for text in some])
+            for text, pieces in zip(some, chunks, strict=True):
                 assert "".join(pieces) == text and (pieces or not text)
 
 
@@ -173,7 +233,9 @@ def test_nothing_is_torn_in_the_calculus_book():
     ends = sentence_ends(pages)
     assert all(not any(torn(page, e).values()) for page, e in zip(pages, ends)) and sum(map(len, ends)) > 2500
     pytest.importorskip("nltk")
-    assert sum(torn(page, punkt_ends(page))["formulas"] for page in pages) > 100, "the measure finds what is torn"
+    assert sum(torn(page, punkt_ends(page))["formulas"] for page in pages) > 100, (
+        "the measure finds what is torn"
+    )
 
 
 def test_chunk_lengths():
@@ -192,13 +254,21 @@ def test_chunks_hang_on_text_and_seed_alone():
     assert chunks_of(text, 3) != chunks_of(text, 4)
 
 
-# ---------------------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------- folders
 
-DOCUMENTS = [f"Document {i} has a number. It says: {i * 7919 % 1000}. " + "And so it goes on. " * (i % 30) + ("Ünïcode 数学。" if i % 5 == 0 else "") for i in range(300)]
+DOCUMENTS = [
+    f"Document {i} has a number. It says: {i * 7919 % 1000}. "
+    + "And so it goes on. " * (i % 30)
+    + ("Ünïcode 数学。" if i % 5 == 0 else "")
+    for i in range(300)
+]
 
 
 def write_jsonl(path: Path, texts, field: str = "text") -> Path:
-    path.write_text("".join(json.dumps({"id": i, field: t}, ensure_ascii=i % 2 == 0) + "\n" for i, t in enumerate(texts)), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"id": i, field: t}, ensure_ascii=i % 2 == 0) + "\n" for i, t in enumerate(texts)),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -211,27 +281,44 @@ def tok(tmp_path_factory) -> Path:
 
 def build(tok: Path, out: Path, *files, **flags) -> dict:
     """Run text.py in this process; meta.json."""
-    text_module.main(Settings(files=[str(f) for f in files], tokenizer=str(tok), out_dir=str(out), **{"workers": 1} | flags))
+    text_module.main(
+        Settings(
+            files=[str(f) for f in files], tokenizer=str(tok), out_dir=str(out), **{"workers": 1} | flags
+        )
+    )
     return json.loads((out / "meta.json").read_text())
 
 
 def texts_of(folder: Path) -> list[str]:
     corpus = open_corpus(folder)
-    decode = lambda d: "".join(corpus.tokenizer.decode(corpus.chunk(i)) for i in range(*corpus.docs[d : d + 2]))  # noqa: E731
+
+    def decode(d: int) -> str:
+        spans = [corpus.chunk(i) for i in range(*corpus.docs[d : d + 2])]
+        return "".join(corpus.tokenizer.decode(span) for span in spans)
+
     return [decode(d) for d in range(corpus.n_docs)]
 
 
 def content(folder: Path, *but: str) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in but}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name not in but
+    }
 
 
 def test_documents_come_back_and_are_shuffled(tok, tmp_path):
     meta = build(tok, tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", DOCUMENTS))
     found = texts_of(tmp_path / "out/train")
     assert sorted(found) == sorted(DOCUMENTS) and found != DOCUMENTS
-    assert meta["counts"]["documents_in"] == meta["counts"]["documents_out"] == 300 and not (tmp_path / "out/work").exists()
+    assert (
+        meta["counts"]["documents_in"] == meta["counts"]["documents_out"] == 300
+        and not (tmp_path / "out/work").exists()
+    )
     other = build(tok, tmp_path / "other", tmp_path / "a.jsonl", seed=1)
-    assert texts_of(tmp_path / "other/train") != found and other["splits"]["train"]["n_bytes"] == sum(len(d.encode()) for d in DOCUMENTS)
+    assert texts_of(tmp_path / "other/train") != found and other["splits"]["train"]["n_bytes"] == sum(
+        len(d.encode()) for d in DOCUMENTS
+    )
     corpus = open_corpus(tmp_path / "out/train")
     expected = [chunks_of(t) for t in found]
     assert [corpus.tokenizer.decode(corpus.chunk(i)) for i in range(corpus.n_chunks)] == sum(expected, [])
@@ -250,7 +337,10 @@ def test_makers_of_other_corpora_write_the_same_folder(tok, tmp_path):
 
 
 def test_the_same_bytes_for_any_order_size_of_parts_and_number_of_workers(tok, tmp_path, monkeypatch):
-    first, second = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:170]), write_jsonl(tmp_path / "b.jsonl", DOCUMENTS[170:] + DOCUMENTS[:5])
+    first, second = (
+        write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:170]),
+        write_jsonl(tmp_path / "b.jsonl", DOCUMENTS[170:] + DOCUMENTS[:5]),
+    )
     flags = {"splits": "train=0.9,heldout=0.1", "dedup": True}
     build(tok, tmp_path / "one", first, second, **flags)
     monkeypatch.setattr(text_module, "PART", 5000)
@@ -263,13 +353,17 @@ def test_the_same_bytes_for_any_order_size_of_parts_and_number_of_workers(tok, t
     meta = build(tok, tmp_path / "three", tmp_path / "all.jsonl.gz", **flags)
     assert meta["counts"]["dropped"]["copies"] == 5
     for split in ("train", "heldout"):
-        assert content(tmp_path / "one" / split, "meta.json") == content(tmp_path / "three" / split, "meta.json")
+        assert content(tmp_path / "one" / split, "meta.json") == content(
+            tmp_path / "three" / split, "meta.json"
+        )
 
 
 def test_every_kind_of_file_gives_the_same(tok, tmp_path):
     plain = write_jsonl(tmp_path / "plain.jsonl", DOCUMENTS)
     build(tok, tmp_path / "plain", plain)
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()[:9000]) + gzip.compress(plain.read_bytes()[9000:]))  # two members
+    (tmp_path / "a.jsonl.gz").write_bytes(
+        gzip.compress(plain.read_bytes()[:9000]) + gzip.compress(plain.read_bytes()[9000:])
+    )  # two members
     (tmp_path / "lines.txt").write_text("\n\n".join(DOCUMENTS), encoding="utf-8")
     (tmp_path / "many").mkdir()
     for i, document in enumerate(DOCUMENTS):
@@ -277,16 +371,22 @@ def test_every_kind_of_file_gives_the_same(tok, tmp_path):
     kinds = {"gz": ("a.jsonl.gz", {}), "lines": ("lines.txt", {"txt": "line"}), "many": ("many/*.txt", {})}
     if zstd := pytest.importorskip("zstandard", reason="optional"):
         packer = zstd.ZstdCompressor()
-        (tmp_path / "a.jsonl.zst").write_bytes(packer.compress(plain.read_bytes()[:9000]) + packer.compress(plain.read_bytes()[9000:]))
+        (tmp_path / "a.jsonl.zst").write_bytes(
+            packer.compress(plain.read_bytes()[:9000]) + packer.compress(plain.read_bytes()[9000:])
+        )
         kinds["zst"] = ("a.jsonl.zst", {})
     if pa := pytest.importorskip("pyarrow", reason="optional"):
         import pyarrow.parquet as pq
 
-        pq.write_table(pa.table({"n": list(range(300)), "body": DOCUMENTS}), tmp_path / "a.parquet", row_group_size=70)
+        pq.write_table(
+            pa.table({"n": list(range(300)), "body": DOCUMENTS}), tmp_path / "a.parquet", row_group_size=70
+        )
         kinds["parquet"] = ("a.parquet", {"text_field": "body"})
     for name, (files, flags) in kinds.items():
         build(tok, tmp_path / name, tmp_path / files, **flags)
-        assert content(tmp_path / name / "train", "meta.json") == content(tmp_path / "plain/train", "meta.json"), name
+        assert content(tmp_path / name / "train", "meta.json") == content(
+            tmp_path / "plain/train", "meta.json"
+        ), name
 
 
 def test_stdin(tok, tmp_path):
@@ -294,7 +394,13 @@ def test_stdin(tok, tmp_path):
     build(tok, tmp_path / "plain", plain)
 
     def piped(raw: bytes):
-        command = [sys.executable, str(ROOT / "data/text.py"), "-", f"--tokenizer={tok}", f"--out_dir={tmp_path / 'piped'}"]
+        command = [
+            sys.executable,
+            str(ROOT / "data/text.py"),
+            "-",
+            f"--tokenizer={tok}",
+            f"--out_dir={tmp_path / 'piped'}",
+        ]
         return subprocess.run(command, input=raw, capture_output=True)
 
     done = piped(plain.read_bytes()[:-30])  # its last line is cut off
@@ -306,8 +412,20 @@ def test_stdin(tok, tmp_path):
 def test_what_is_dropped_is_counted_and_listed(tok, tmp_path):
     a, b, c = tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz", tmp_path / "c.txt"
     with open(a, "wb") as f:
-        for line in (b'{"text": "Good one."}', b"", b'{"text": "  "}', b'{"text": "caf\xe9"}', b'{"text": "half \\ud83d"}', b'{"text": "' + b"x" * 500 + b'"}', b"{oops",
-                     b'{"other": 1}', b'{"text": null}', b"[]", b'{"text": "Good one."}', b"\xef\xbb\xbf" + b'{"text": "Good two."}\r'):  # fmt: skip
+        for line in (
+            b'{"text": "Good one."}',
+            b"",
+            b'{"text": "  "}',
+            b'{"text": "caf\xe9"}',
+            b'{"text": "half \\ud83d"}',
+            b'{"text": "' + b"x" * 500 + b'"}',
+            b"{oops",
+            b'{"other": 1}',
+            b'{"text": null}',
+            b"[]",
+            b'{"text": "Good one."}',
+            b"\xef\xbb\xbf" + b'{"text": "Good two."}\r',
+        ):
             f.write(line + b"\n")
     packed = gzip.compress(b'{"text": "Good three."}\n' * 3 + os.urandom(5000).hex().encode())
     b.write_bytes(packed[: len(packed) // 2])
@@ -318,12 +436,23 @@ def test_what_is_dropped_is_counted_and_listed(tok, tmp_path):
         build(tok, tmp_path / "out", b, c, max_bytes=400)
     meta = build(tok, tmp_path / "out", a, b, c, max_bytes=400, skip_bad=True, dedup=True)
     counts = meta["counts"]
-    assert counts["dropped"] == {"empty": 1, "not UTF-8": 2, "over-long": 1, "damaged": 4, "contaminated": 0, "copies": 3} and counts["damaged_files"] == 1
+    assert (
+        counts["dropped"]
+        == {"empty": 1, "not UTF-8": 2, "over-long": 1, "damaged": 4, "contaminated": 0, "copies": 3}
+        and counts["damaged_files"] == 1
+    )
     assert counts["documents_in"] == 15 == counts["documents_out"] + sum(counts["dropped"].values())
     assert sorted(texts_of(tmp_path / "out/train")) == ["Good four.", "Good one.", "Good three.", "Good two."]
     listed = [json.loads(line) for line in open(tmp_path / "out/dropped.jsonl", encoding="utf-8")]
     assert [(d["line"], d["reason"]) for d in listed if d["file"] == str(a)] == [
-        (4, "not UTF-8"), (5, "not UTF-8"), (6, "over-long"), (7, "damaged"), (8, "damaged"), (9, "damaged"), (10, "damaged")]  # fmt: skip
+        (4, "not UTF-8"),
+        (5, "not UTF-8"),
+        (6, "over-long"),
+        (7, "damaged"),
+        (8, "damaged"),
+        (9, "damaged"),
+        (10, "damaged"),
+    ]
     assert any(d["reason"] == "damaged file" for d in listed)
 
 
@@ -407,13 +536,15 @@ def test_flags_can_be_mended_when_nothing_was_made(tok, tmp_path):
     build(tok, tmp_path / "out", path, text_field="content")
 
 
-# ----------------------------------------------------------------------------------------------------------- splits
+# -------------------------------------------------------------------------- splits
 
 
 def test_paper_splits():
     of = split_of(np.arange(100_000), 100_000, None)
     train = [i for i in range(100_000) if i % 1000]  # the paper's train file, by line
-    expected = {i: 0 for i in range(0, 100_000, 1000)} | {i: 1 if j % 20 == 0 else 2 if j % 20 in (13, 14, 15, 16) else 3 for j, i in enumerate(train)}
+    expected = {i: 0 for i in range(0, 100_000, 1000)} | {
+        i: 1 if j % 20 == 0 else 2 if j % 20 in (13, 14, 15, 16) else 3 for j, i in enumerate(train)
+    }
     assert of.tolist() == [expected[i] for i in range(100_000)]
 
 
@@ -422,27 +553,57 @@ def test_splits_in_folders(tok, tmp_path):
     build(tok, tmp_path / "all", path)
     order = texts_of(tmp_path / "all/train")
     meta = build(tok, tmp_path / "paper", path, splits="paper")
-    assert {name: c["n_docs"] for name, c in meta["splits"].items()} == {"validation": 1, "warm": 15, "bootstrap": 60, "rest": 224}
-    assert texts_of(tmp_path / "paper/warm") == order[1::20] and texts_of(tmp_path / "paper/validation") == order[:1]
+    assert {name: c["n_docs"] for name, c in meta["splits"].items()} == {
+        "validation": 1,
+        "warm": 15,
+        "bootstrap": 60,
+        "rest": 224,
+    }
+    assert (
+        texts_of(tmp_path / "paper/warm") == order[1::20]
+        and texts_of(tmp_path / "paper/validation") == order[:1]
+    )
     meta = build(tok, tmp_path / "share", path, splits="a=0.5,b=0.3,c=0.2")
-    assert [c["n_docs"] for c in meta["splits"].values()] == [150, 90, 60] and texts_of(tmp_path / "share/b") == order[150:240]
+    assert [c["n_docs"] for c in meta["splits"].values()] == [150, 90, 60] and texts_of(
+        tmp_path / "share/b"
+    ) == order[150:240]
     with pytest.raises(UserError, match="300 documents leave none for c"):
         build(tok, tmp_path / "none", path, splits="a=0.5,b=0.499,c=0.001")
 
 
-# ------------------------------------------------------------------------------------------------- decontamination
+# ----------------------------------------------------------------- decontamination
 
-QUESTIONS = ["Janet has 16 eggs per day and eats three for breakfast every morning; how many are left for the café at 2 per egg?",
-             "What is the sum of the first five odd primes?", "Compute 2 + 2.", "Find x.", "A a b c d e f g h i j k l m n o p?"]  # fmt: skip
+QUESTIONS = [
+    "Janet has 16 eggs per day and eats three for breakfast every morning; "
+    "how many are left for the café at 2 per egg?",
+    "What is the sum of the first five odd primes?",
+    "Compute 2 + 2.",
+    "Find x.",
+    "A a b c d e f g h i j k l m n o p?",
+]
 
 
 def test_decontamination():
     finder = Finder(QUESTIONS)
-    hits = ["JANET HAS 16 EGGS\nper day   and eats three, for breakfast; every morning! More text.", "x " * 50 + QUESTIONS[0].replace("é", "e\u0301").upper(),
-            "so what IS the sum-of the first: five odd primes", "compute\n(2+2)", " Find X ", "a A b,c d e f g h i j k l m n o p"]  # fmt: skip
-    misses = ["has 16 eggs per day and eats three for breakfast every", "Janet has 116 eggs per day and eats three for breakfast, every", "", "\0",
-              "Janet has 16 eggs per day and eats two for breakfast every morning; how many are left", "what is the sum of the first five odd primers",
-              "somewhat is the sum of the first five odd primes", "Compute 2 + 2 and more", "Find x. Then y."]  # fmt: skip
+    hits = [
+        "JANET HAS 16 EGGS\nper day   and eats three, for breakfast; every morning! More text.",
+        "x " * 50 + QUESTIONS[0].replace("é", "e\u0301").upper(),
+        "so what IS the sum-of the first: five odd primes",
+        "compute\n(2+2)",
+        " Find X ",
+        "a A b,c d e f g h i j k l m n o p",
+    ]
+    misses = [
+        "has 16 eggs per day and eats three for breakfast every",
+        "Janet has 116 eggs per day and eats three for breakfast, every",
+        "",
+        "\0",
+        "Janet has 16 eggs per day and eats two for breakfast every morning; how many are left",
+        "what is the sum of the first five odd primers",
+        "somewhat is the sum of the first five odd primes",
+        "Compute 2 + 2 and more",
+        "Find x. Then y.",
+    ]
     texts = hits + misses
     random.Random(0).shuffle(texts)
     assert {texts[i] for i in finder.find(texts)} == set(hits)
@@ -457,20 +618,36 @@ def test_letters():
 def test_planted_questions_are_found_and_nothing_else(tok, tmp_path):
     """A tenth of the figure in the README: 2,000 documents; against a slow search that shares no code."""
     rng, data = random.Random(1), SHARED / "data/gsm8k"
-    questions, documents = read(data / "test.jsonl", "question"), read(data / "train.jsonl", "question", "answer")[:2000]
+    questions, documents = (
+        read(data / "test.jsonl", "question"),
+        read(data / "train.jsonl", "question", "answer")[:2000],
+    )
     holders = rng.sample(range(2000), 50)
     for i, question in zip(holders, rng.sample(questions, 50)):
         documents[i] += "\n" + planted(question, rng)
     words = lambda text: re.findall(r"[a-z0-9]+", text.lower())  # noqa: E731
     grams = {tuple(w[i : i + 13]) for w in map(words, questions) for i in range(len(w) - 12)}
-    slow = {d for d in documents if any(tuple(w[i : i + 13]) in grams for w in [words(d)] for i in range(len(w) - 12))}
-    meta = build(tok, tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", documents), decontaminate=f"{data}/test.jsonl")
+    slow = {
+        d
+        for d in documents
+        if any(tuple(w[i : i + 13]) in grams for w in [words(d)] for i in range(len(w) - 12))
+    }
+    meta = build(
+        tok,
+        tmp_path / "out",
+        write_jsonl(tmp_path / "a.jsonl", documents),
+        decontaminate=f"{data}/test.jsonl",
+    )
     kept = set(texts_of(tmp_path / "out/train"))
-    assert not kept & {documents[i] for i in holders} and meta["counts"]["dropped"]["contaminated"] == len(documents) - len(kept)
+    assert not kept & {documents[i] for i in holders} and meta["counts"]["dropped"]["contaminated"] == len(
+        documents
+    ) - len(kept)
     dropped = set(documents) - kept
     assert slow <= dropped and dropped <= slow | {documents[i] for i in holders} and len(dropped) < 55
     listed = [json.loads(line) for line in open(tmp_path / "out/dropped.jsonl")]
-    assert {d["line"] - 1 for d in listed} >= set(holders) and all(len(d["note"].split()) >= 8 for d in listed)
+    assert {d["line"] - 1 for d in listed} >= set(holders) and all(
+        len(d["note"].split()) >= 8 for d in listed
+    )
 
 
 def test_the_same_as_a_slow_search_on_random_words():
@@ -478,7 +655,14 @@ def test_the_same_as_a_slow_search_on_random_words():
     vocabulary = [f"w{i:02d}" for i in range(12)]
     for _ in range(30):
         questions = [" ".join(rng.choices(vocabulary, k=rng.randint(11, 18))) for _ in range(5)]
-        texts = [" ".join(rng.choices(vocabulary, k=20) + rng.choice(questions).split()[rng.randint(0, 3) :] + rng.choices(vocabulary, k=5)) for _ in range(40)]
+        texts = [
+            " ".join(
+                rng.choices(vocabulary, k=20)
+                + rng.choice(questions).split()[rng.randint(0, 3) :]
+                + rng.choices(vocabulary, k=5)
+            )
+            for _ in range(40)
+        ]
 
         def holds(text: str) -> bool:
             joined = f" {text} "
@@ -488,9 +672,16 @@ def test_the_same_as_a_slow_search_on_random_words():
         assert set(Finder(questions).find(texts)) == {i for i, text in enumerate(texts) if holds(text)}
 
 
-# ------------------------------------------------------------------------------------------------------------- kills
+# --------------------------------------------------------------------------- kills
 
-SMALL = "import sys, data.text as t; t.PART, t.RANGE_LOW, t.RANGES, t.BATCH = {part}, {part}, 1000, 3000; t.run(t.main, t.Settings)"
+SMALL = """
+import data.text as t
+
+t.PART = t.RANGE_LOW = {part}
+t.RANGES = 1000
+t.BATCH = 3000
+t.run(t.main, t.Settings)
+"""
 
 
 def kill_and_go_on(tok: Path, tmp_path: Path, kills: int, copies: int) -> None:
@@ -498,8 +689,17 @@ def kill_and_go_on(tok: Path, tmp_path: Path, kills: int, copies: int) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [perturbed(d, rng) for d in DOCUMENTS * copies])
     with gzip.open(tmp_path / "b.jsonl.gz", "wb") as f:
         f.write(write_jsonl(tmp_path / "b.txt", [perturbed(d, rng) for d in DOCUMENTS * copies]).read_bytes())
-    command = [sys.executable, "-c", SMALL.format(part=20_000), str(path), str(tmp_path / "b.jsonl.gz"), f"--tokenizer={tok}", "--workers=2", "--dedup",
-               "--splits=paper"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-c",
+        SMALL.format(part=20_000),
+        str(path),
+        str(tmp_path / "b.jsonl.gz"),
+        f"--tokenizer={tok}",
+        "--workers=2",
+        "--dedup",
+        "--splits=paper",
+    ]
     begin, whole, out = time.time(), tmp_path / "whole", tmp_path / "killed"
     subprocess.run([*command, f"--out_dir={whole}"], cwd=ROOT, check=True, capture_output=True)
     spent, hit = time.time() - begin, 0
@@ -528,8 +728,18 @@ def test_killed_twenty_times(tok, tmp_path):
 
 def test_interrupt_ends_in_one_line_and_no_worker_stays(tok, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS * 200)
-    command = [sys.executable, "-c", SMALL.format(part=100_000), str(path), f"--tokenizer={tok}", "--workers=2", f"--out_dir={tmp_path / 'out'}"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command = [
+        sys.executable,
+        "-c",
+        SMALL.format(part=100_000),
+        str(path),
+        f"--tokenizer={tok}",
+        "--workers=2",
+        f"--out_dir={tmp_path / 'out'}",
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     for _ in range(200):
         if list((tmp_path / "out").glob("work/tokens-*.npz")):
             break
@@ -542,16 +752,17 @@ def test_interrupt_ends_in_one_line_and_no_worker_stays(tok, tmp_path):
         os.killpg(process.pid, 0)
 
 
-def test_a_worker_that_is_killed_is_reported(tok, tmp_path, monkeypatch):
-    def dies(number):
-        os.kill(os.getpid(), signal.SIGKILL)
-        yield number
+def dies(number):
+    os.kill(os.getpid(), signal.SIGKILL)
+    yield number
 
+
+def test_a_worker_that_is_killed_is_reported(tok, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="a worker was ended from outside"):
         list(text_module.spread(dies, [(0,), (1,)], 2))
 
 
-# ------------------------------------------------------------------------------------------------------ command line
+# -------------------------------------------------------------------- command line
 
 
 def test_settings_with_words():
@@ -566,7 +777,11 @@ def test_settings_with_words():
         read_settings(Both, ["--n=2"])
     with pytest.raises(UserError, match="--files: no such setting"):
         read_settings(Both, ["--files=a"])
-    assert "  FILE ... " in help_text(Both, "doc") and "--n=int" in help_text(Both, "doc") and "--files" not in help_text(Both, "doc")
+    assert (
+        "  FILE ... " in help_text(Both, "doc")
+        and "--n=int" in help_text(Both, "doc")
+        and "--files" not in help_text(Both, "doc")
+    )
 
     @dataclasses.dataclass(kw_only=True)
     class Flags:
@@ -602,26 +817,40 @@ def test_wrong_input_ends_in_one_line(flags, message, tok, tmp_path, monkeypatch
 
 def test_help():
     text = script("data/text.py", "--help").stdout
-    assert "python data/text.py FILE" in text and all(f"--{f.name}=" in text for f in dataclasses.fields(Settings) if f.name != "files")
+    assert "python data/text.py FILE" in text and all(
+        f"--{f.name}=" in text for f in dataclasses.fields(Settings) if f.name != "files"
+    )
 
 
 def test_empty_input_is_refused(tok, tmp_path):
-    for content, why in (("\n\n", "of 0 documents"), ('{"text": " "}\n{"text": ""}', "of 2 documents .2 empty")):
+    for content, why in (
+        ("\n\n", "of 0 documents"),
+        ('{"text": " "}\n{"text": ""}', "of 2 documents .2 empty"),
+    ):
         (tmp_path / "a.jsonl").write_text(content)
         with pytest.raises(UserError, match=f"no document is left {why}"):
             build(tok, tmp_path / "out", tmp_path / "a.jsonl")
         assert not (tmp_path / "out").exists()
 
 
-# ---------------------------------------------------------------------------------------------------- hostile input
+# ------------------------------------------------------------------- hostile input
 
 
 def test_an_empty_file_is_no_trouble(tok, tmp_path):
-    for name, said in (("a.jsonl", "of 0 documents"), ("a.txt", "of 1 documents .1 empty"), ("a.jsonl.gz", "of 0 documents")):
+    for name, said in (
+        ("a.jsonl", "of 0 documents"),
+        ("a.txt", "of 1 documents .1 empty"),
+        ("a.jsonl.gz", "of 0 documents"),
+    ):
         (tmp_path / name).touch()
         with pytest.raises(UserError, match=said):
             build(tok, tmp_path / "out", tmp_path / name)
-    assert build(tok, tmp_path / "out", tmp_path / "a.jsonl", write_jsonl(tmp_path / "b.jsonl", DOCUMENTS[:3]))["counts"]["documents_in"] == 3
+    assert (
+        build(tok, tmp_path / "out", tmp_path / "a.jsonl", write_jsonl(tmp_path / "b.jsonl", DOCUMENTS[:3]))[
+            "counts"
+        ]["documents_in"]
+        == 3
+    )
 
 
 def test_half_surrogates_in_fields_and_file_names_can_be_listed(tok, tmp_path):
@@ -642,7 +871,9 @@ def test_nothing_of_the_users_is_removed(tok, tmp_path, name):
     mine.write_text("x")
     for text in ('{"text": "Good."}\n', "{"):
         (tmp_path / "a.jsonl").write_text(text)
-        with pytest.raises(UserError, match=f"out/{name}: is there already; remove it or give another --out_dir"):
+        with pytest.raises(
+            UserError, match=f"out/{name}: is there already; remove it or give another --out_dir"
+        ):
             build(tok, tmp_path / "out", tmp_path / "a.jsonl")
         assert mine.exists() and not (tmp_path / "out/settings.json").exists()
 
@@ -679,18 +910,31 @@ def test_txt_files_are_read_once_when_cut_off(tok, tmp_path, monkeypatch, packed
 
 def test_many_splits(tok, tmp_path):
     names = [f"s{i}" for i in range(300)]
-    meta = build(tok, tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", DOCUMENTS), splits=",".join(f"{n}={1 / 300}" for n in names))
-    assert sorted(sum((texts_of(tmp_path / "out" / n) for n in names), [])) == sorted(DOCUMENTS) and len(meta["splits"]) == 300
+    meta = build(
+        tok,
+        tmp_path / "out",
+        write_jsonl(tmp_path / "a.jsonl", DOCUMENTS),
+        splits=",".join(f"{n}={1 / 300}" for n in names),
+    )
+    assert (
+        sorted(sum((texts_of(tmp_path / "out" / n) for n in names), [])) == sorted(DOCUMENTS)
+        and len(meta["splits"]) == 300
+    )
 
 
 def test_the_papers_splits_need_fifteen_documents(tok, tmp_path):
-    assert {c["n_docs"] for c in build(tok, tmp_path / "a", write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:15]), splits="paper")["splits"].values()} == {1, 12}
+    assert {
+        c["n_docs"]
+        for c in build(
+            tok, tmp_path / "a", write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:15]), splits="paper"
+        )["splits"].values()
+    } == {1, 12}
     with pytest.raises(UserError, match="14 documents leave none for bootstrap"):
         build(tok, tmp_path / "b", write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:14]), splits="paper")
 
 
 def test_parts_are_small_however_short_the_documents(tok, tmp_path, monkeypatch):
-    """A document takes memory beside its text, and so does a dropped one: parts and ranges are bounded by both."""
+    """A document takes memory beside its text, and so does a dropped one: both bound parts and ranges."""
     (tmp_path / "a.txt").write_text("".join(f"{i}\n" for i in range(5000)))
     (tmp_path / "a.jsonl").write_text('{"text": "Good."}\n' + "{\n" * 5000)
     monkeypatch.setattr(text_module, "PART", 300_000)
@@ -699,14 +943,34 @@ def test_parts_are_small_however_short_the_documents(tok, tmp_path, monkeypatch)
     build(tok, tmp_path / "one", tmp_path / "a.txt", txt="line")
     build(tok, tmp_path / "two", tmp_path / "a.jsonl", skip_bad=True)
     for name in ("one", "two"):
-        assert max(read_json(part)["kept"] + len(read_json(part)["dropped"]) for part in (tmp_path / name / "work").glob("scan-*.json")) <= 1000
+        assert (
+            max(
+                read_json(part)["kept"] + len(read_json(part)["dropped"])
+                for part in (tmp_path / name / "work").glob("scan-*.json")
+            )
+            <= 1000
+        )
     assert max(len(np.load(part)["bytes"]) for part in (tmp_path / "one/work").glob("tokens-*.npz")) < 1500
 
 
 def value_and_peak(expression: str) -> list[int]:
     """What it gives in a process of its own, and the megabytes that process held at most."""
-    code = f"import re; from data.lib.sources import *; print({expression}, int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) // 1024)"
-    return list(map(int, subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()))
+    code = f"""
+import re
+from data.lib.sources import *
+
+value = {expression}
+status = open("/proc/self/status").read()
+print(value, int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) // 1024)
+"""
+    return list(
+        map(
+            int,
+            subprocess.run(
+                [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout.split(),
+        )
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -717,10 +981,21 @@ def test_parquet_in_little_memory_and_by_row(tok, tmp_path):
     with pytest.raises(UserError, match="a.parquet:4: field 'text' is null"):
         build(tok, tmp_path / "out", tmp_path / "a.parquet")
     dropped = build(tok, tmp_path / "out", tmp_path / "a.parquet", skip_bad=True)["counts"]["dropped"]
-    assert dropped["not UTF-8"] == 1 and dropped["damaged"] == 1 and texts_of(tmp_path / "out/train") in (["Good one.", "Good two."], ["Good two.", "Good one."])
+    assert (
+        dropped["not UTF-8"] == 1
+        and dropped["damaged"] == 1
+        and texts_of(tmp_path / "out/train") in (["Good one.", "Good two."], ["Good two.", "Good one."])
+    )
     line = "".join(random.Random(0).choices("abcdefghijkl ", k=2000))
-    pq.write_table(pa.table({"text": [f"{i} {line}" for i in range(50_000)]}), tmp_path / "b.parquet", row_group_size=10**9, use_dictionary=False, compression="none")
-    code = f"sum(1 for _ in texts({str(tmp_path / 'b.parquet')!r}, Format('parquet', '', 'text', False, 10**6), 0, 1 << 62))"
+    pq.write_table(
+        pa.table({"text": [f"{i} {line}" for i in range(50_000)]}),
+        tmp_path / "b.parquet",
+        row_group_size=10**9,
+        use_dictionary=False,
+        compression="none",
+    )
+    form = "Format('parquet', '', 'text', False, 10**6)"
+    code = f"sum(1 for _ in texts({str(tmp_path / 'b.parquet')!r}, {form}, 0, 1 << 62))"
     n, megabytes = value_and_peak(code)
     assert n == 50_000 and megabytes < 130, "the row group has 100 MB"
 
@@ -729,9 +1004,14 @@ def test_parquet_in_little_memory_and_by_row(tok, tmp_path):
 @pytest.mark.parametrize("codec", [".gz", ".zst"])
 def test_what_unpacks_to_a_thousandfold_takes_little_memory(tmp_path, codec):
     raw = b"{" + b" " * (1 << 27) + b"}\nx\n"
-    packed = gzip.compress(raw, 1) if codec == ".gz" else pytest.importorskip("zstandard").ZstdCompressor().compress(raw)
+    packed = (
+        gzip.compress(raw, 1)
+        if codec == ".gz"
+        else pytest.importorskip("zstandard").ZstdCompressor().compress(raw)
+    )
     (tmp_path / f"a{codec}").write_bytes(packed)
-    n, megabytes = value_and_peak(f"[at for at, _ in lines(open_stream({str(tmp_path / f'a{codec}')!r}, {codec!r})[0], 0, 1 << 62, 1 << 20)][-1]")
+    stream = f"open_stream({str(tmp_path / f'a{codec}')!r}, {codec!r})[0]"
+    n, megabytes = value_and_peak(f"[at for at, _ in lines({stream}, 0, 1 << 62, 1 << 20)][-1]")
     assert n == len(raw) and megabytes < 130
 
 
@@ -739,7 +1019,9 @@ def test_links_and_the_same_file_twice(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("x")
     os.symlink("a.txt", "b.txt")
-    assert expand(["b.txt", "./a.txt", str(tmp_path / "a.txt")]) == ["./a.txt"], "one file under four names is one file"
+    assert expand(["b.txt", "./a.txt", str(tmp_path / "a.txt")]) == ["./a.txt"], (
+        "one file under four names is one file"
+    )
     os.symlink("nowhere", "c.txt")
     with pytest.raises(UserError, match="c.txt: no such file"):
         expand(["*.txt"])
@@ -747,7 +1029,9 @@ def test_links_and_the_same_file_twice(tmp_path, monkeypatch):
 
 def test_a_file_that_changes_while_it_is_read(tok, tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
-    monkeypatch.setattr(text_module, "borders_of", lambda parts, of=text_module.borders_of: (os.utime(path), of(parts))[1])
+    monkeypatch.setattr(
+        text_module, "borders_of", lambda parts, of=text_module.borders_of: (os.utime(path), of(parts))[1]
+    )
     with pytest.raises(UserError, match=r"a\.jsonl: changed since this run began"):
         build(tok, tmp_path / "out", path)
 
@@ -764,15 +1048,22 @@ def test_a_file_that_cannot_be_opened_leaves_nothing_behind(tok, tmp_path, monke
     assert not (tmp_path / "out").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------ sources
+# ------------------------------------------------------------------------- sources
 
 
 def test_patterns(tmp_path):
     for name in ("b.txt", "a.txt", "[x].txt", "deep/c.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    names = lambda *words: [os.path.relpath(n, tmp_path) for n in expand([str(tmp_path / w) for w in words])]  # noqa: E731
-    assert names("*.txt", "a.txt") == ["[x].txt", "a.txt", "b.txt"] and names("[x].txt") == ["[x].txt"] and "deep/c.txt" in names("**/*.txt")
+
+    def names(*words):
+        return [os.path.relpath(n, tmp_path) for n in expand([str(tmp_path / w) for w in words])]
+
+    assert (
+        names("*.txt", "a.txt") == ["[x].txt", "a.txt", "b.txt"]
+        and names("[x].txt") == ["[x].txt"]
+        and "deep/c.txt" in names("**/*.txt")
+    )
 
 
 def test_a_line_without_end_takes_no_memory(tmp_path):
@@ -794,7 +1085,9 @@ def test_encode_pieces_equals_encode_of_each(tok):
     pieces = ["One.", " Two <|never|> three", "", "数学 🎉", "<|END_OF_LATENT|>"]
     for texts in (pieces, [p for p in pieces if "never" not in p], [], [""]):
         ids, lengths = ours.encode_pieces(texts)
-        assert ids.tolist() == [i for t in texts for i in ours.encode(t)] and lengths.tolist() == [len(ours.encode(t)) for t in texts]
+        assert ids.tolist() == [i for t in texts for i in ours.encode(t)] and lengths.tolist() == [
+            len(ours.encode(t)) for t in texts
+        ]
 
 
 @needs_shared
@@ -804,4 +1097,6 @@ def test_encode_pieces_with_byte_fallback():
     for n in range(200):
         texts = [random_text(rng) for _ in range(n % 7)]
         ids, lengths = llama.encode_pieces(texts)
-        assert [span.tolist() for span in np.split(ids, np.cumsum(lengths)[:-1])][: len(texts)] == [llama.encode(t) for t in texts]
+        assert [span.tolist() for span in np.split(ids, np.cumsum(lengths)[:-1])][: len(texts)] == [
+            llama.encode(t) for t in texts
+        ]

@@ -1,9 +1,15 @@
-"""Checkpoints of a training run (torch.distributed.checkpoint): written whole or not at all, read by any number of ranks."""
+"""Checkpoints of a training run: written whole or not at all, read by any number of ranks.
+
+torch.distributed.checkpoint writes them, so each rank saves its own shards. They hold
+weights, optimiser state and the step. Whatever is random in training is a function of the
+seed and the step, so nothing else is needed to go on exactly.
+"""
 
 import os
 import shutil
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,20 +17,31 @@ import torch.distributed as dist
 from data.lib.cli import UserError
 from data.lib.ranks import add_up, rank, world
 
-# -------------------------------------------------------------------------------------------- checkpoints
+KEEP = 2  # how many of the newest checkpoints are kept
 
 
-def training_state(model, optimizers) -> dict:
-    """Everything that a step changes, as named tensors (sharded under FSDP)."""
+class Position(NamedTuple):
+    """How far a run has come."""
+
+    step: int = 0
+    tokens: int = 0  # that it has trained on
+    seconds: float = 0.0  # that it has taken, before an interruption, too
+
+
+def training_state(model, optimizers) -> dict[str, torch.Tensor]:
+    """Everything that a step changes, by name; sharded tensors under FSDP."""
     names = {p: name for name, p in model.named_parameters()}
     state = {f"model.{name}": p.detach() for p, name in names.items()}
     for optimizer in optimizers:
-        state |= {f"optimizer.{names[p]}.{key}": value for p, values in optimizer.state.items() for key, value in values.items()}
+        for p, values in optimizer.state.items():
+            for key, value in values.items():
+                state[f"optimizer.{names[p]}.{key}"] = value
     return state
 
 
 def checkpoint_library():
-    """torch.distributed.checkpoint, imported when it is first needed, and quiet about there being one device only."""
+    """torch.distributed.checkpoint, imported only where it is needed because that takes
+    a while. It warns when there is one process only, which is fine here."""
     import torch.distributed.checkpoint as dcp
 
     warnings.filterwarnings("ignore", message="torch.distributed is")
@@ -32,16 +49,22 @@ def checkpoint_library():
 
 
 def checkpoints(out_dir: Path) -> list[Path]:
-    """The complete ones, oldest first."""
-    return sorted(path for path in (out_dir / "checkpoints").glob("*") if path.name.isdigit())
+    """The complete checkpoints of a run, oldest first."""
+    paths = (out_dir / "checkpoints").glob("*")
+    return sorted(path for path in paths if path.name.isdigit())
 
 
-def save_checkpoint(out_dir: Path, model, optimizers, step: int, tokens: int, seconds: float, keep: int) -> None:
-    """Write checkpoints/STEP under a temporary name, rename it, and drop all but the newest `keep`. All ranks call this."""
+def save_checkpoint(out_dir: Path, model, optimizers, position: Position) -> None:
+    """Write checkpoints/STEP and drop all but the KEEP newest. All ranks call this.
+
+    The folder has a temporary name until it is complete. Raises UserError if it cannot
+    be written.
+    """
     dcp = checkpoint_library()
-    path = out_dir / "checkpoints" / f"{step:08d}"
+    path = out_dir / "checkpoints" / f"{position.step:08d}"
     temporary = path.with_name(path.name + ".tmp")
-    state = training_state(model, optimizers) | {"progress": torch.tensor([step, tokens, seconds], dtype=torch.float64)}
+    state = training_state(model, optimizers)
+    state["progress"] = torch.tensor(position, dtype=torch.float64)
     try:
         if rank() == 0:
             for left in path.parent.glob("*.tmp"):  # by a run that was killed
@@ -49,28 +72,47 @@ def save_checkpoint(out_dir: Path, model, optimizers, step: int, tokens: int, se
             temporary.mkdir(parents=True)
         dcp.save(state, checkpoint_id=temporary, no_dist=not dist.is_initialized())
     except dcp.CheckpointException as e:
-        [error, _] = next(iter(e.failures.values()))
-        raise UserError(f"{temporary}: cannot be written ({str(error).splitlines()[0]}); the same command goes on from the one before") from None
+        error, _ = next(iter(e.failures.values()))
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{temporary}: cannot be written ({reason}); "
+            "the same command goes on from the checkpoint before"
+        ) from None
     if rank() == 0:
         os.rename(temporary, path)
-        for old in checkpoints(out_dir)[:-keep]:
-            os.rename(old, old.with_name(old.name + ".tmp"))  # never half a checkpoint under a final name
-            shutil.rmtree(old.with_name(old.name + ".tmp"))
+        for old in checkpoints(out_dir)[:-KEEP]:
+            # Renamed first, so that half a checkpoint never stands under a final name.
+            doomed = old.with_name(old.name + ".tmp")
+            os.rename(old, doomed)
+            shutil.rmtree(doomed)
 
 
-def load_checkpoint(out_dir: Path, model, optimizers) -> tuple[int, int, float]:
-    """(step, tokens, seconds) of the newest checkpoint, which is read into model and optimisers; zeros without one. Any number of ranks."""
-    [newest] = add_up(max((int(path.name) for path in checkpoints(out_dir)), default=0) if rank() == 0 else 0)  # the first rank decides
+def load_checkpoint(out_dir: Path, model, optimizers) -> Position:
+    """Read the newest checkpoint into model and optimisers; zeros if there is none.
+
+    The number of ranks may differ from the one that saved it. Raises UserError if the
+    checkpoint is damaged or is not seen by every machine.
+    """
+    steps = [int(path.name) for path in checkpoints(out_dir)] if rank() == 0 else []
+    [newest] = add_up(max(steps, default=0))  # the first rank decides for all
     if not newest:
-        return 0, 0, 0.0
+        return Position()
     dcp = checkpoint_library()
     path = out_dir / "checkpoints" / f"{newest:08.0f}"
     if add_up(path.exists())[0] < world():
-        raise UserError(f"{path}: not there on every machine; --out_dir must be on a file system that all of them share")
-    state = training_state(model, optimizers) | {"progress": torch.zeros(3, dtype=torch.float64)}
+        raise UserError(
+            f"{path}: not there on every machine; "
+            "--out_dir must be on a file system that all of them share"
+        )
+    state = training_state(model, optimizers)
+    state["progress"] = torch.zeros(3, dtype=torch.float64)
     try:
         dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
-    except (Exception, dcp.CheckpointException) as e:  # the latter is no Exception; a damaged file can fail in a dozen ways
-        raise UserError(f"{path}: damaged ({type(e).__name__}); remove it to go on from the one before, or from the start") from None
+    except (Exception, dcp.CheckpointException) as e:
+        # A damaged file can fail in a dozen ways, and CheckpointException is no Exception.
+        raise UserError(
+            f"{path}: damaged ({type(e).__name__}); "
+            "remove it to go on from the one before, or from the start"
+        ) from None
     step, tokens, seconds = state["progress"].tolist()
-    return int(step), int(tokens), seconds
+    return Position(int(step), int(tokens), seconds)

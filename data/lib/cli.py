@@ -1,4 +1,5 @@
-"""What every command of this project shares: typed settings, one-line errors, a progress line, files that are whole or absent.
+"""What every command of this project shares: typed settings, one-line errors, a
+progress line, locks, other scripts, and files that are whole or absent.
 
 A script declares one flat dataclass and ends with `run(main, Settings)`:
 
@@ -21,18 +22,24 @@ import difflib
 import json
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import time
 import typing
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]  # the folder of the scripts
+
 
 class UserError(Exception):
-    """Something that the user can mend. The message is one line: file or flag, what was expected, what to do."""
+    """Something that the user can mend.
+
+    The message is one line: file or flag, what was expected, what to do.
+    """
 
 
-# ------------------------------------------------------------------------------------------------- settings
+# ------------------------------------------------------------------------------ settings
 
 
 def opt(default=dataclasses.MISSING, help: str = "", low: float | None = None):
@@ -54,8 +61,10 @@ def convert(flag: str, text: str, kind: type, low: float | None):
     try:
         value = kind(text)
     except ValueError:
-        raise UserError(f"{flag}={text}: expected {'a whole number' if kind is int else 'a number'}") from None
-    # NaN fails the last comparison, too. -inf is a number only for a setting whose low is -inf.
+        wanted = "a whole number" if kind is int else "a number"
+        raise UserError(f"{flag}={text}: expected {wanted}") from None
+    # NaN fails the last comparison, too. -inf is a number only for a setting whose
+    # low is -inf.
     if kind is float and value != low and not abs(value) < float("inf"):
         raise UserError(f"{flag}={text}: expected a finite number")
     if low is not None and value < low:
@@ -64,37 +73,50 @@ def convert(flag: str, text: str, kind: type, low: float | None):
 
 
 def read_settings(settings: type, argv: list[str], presets: dict[str, dict] | None = None):
-    """`--name=value ...` as an instance of the dataclass `settings`; a bare `--name` sets a bool. UserError otherwise.
+    """`--name=value ...` as an instance of the dataclass `settings`; UserError otherwise.
 
-    Words without -- are refused, or, if the dataclass has a field of type list, gathered there: `files: list = opt(help=...)`.
-    With presets, --preset names one; what it holds takes the place of the defaults.
+    A bare `--name` sets a bool. Words without -- are refused, or, if the dataclass has a
+    field of type list, gathered there: `files: list = opt(help=...)`. With presets,
+    --preset names one; what it holds takes the place of the defaults.
     """
     fields = {f.name: f for f in dataclasses.fields(settings)}
     words = next((name for name, f in fields.items() if f.type is list), None)
-    flags = [name for name in fields if name != words]
     values = {}
     for word in argv:
-        name, has_value, text = word.removeprefix("--").partition("=")
-        if not word.startswith("--"):
-            if words:
-                values.setdefault(words, []).append(word)
-                continue
+        if word.startswith("--"):
+            name, value = read_flag(word, {k: f for k, f in fields.items() if k != words})
+            values[name] = value
+        elif words:
+            values.setdefault(words, []).append(word)
+        else:
             raise UserError(f"{word}: settings are written --name=value; --help lists them")
-        if name not in flags:
-            near = difflib.get_close_matches(name, flags, n=1, cutoff=0.5)
-            raise UserError(f"--{name}: no such setting; " + (f"did you mean --{near[0]}?" if near else "--help lists them"))
-        field = fields[name]
-        if not has_value and field.type is not bool:
-            raise UserError(f"--{name} needs a value: --{name}=...")
-        values[name] = convert(f"--{name}", text if has_value else "true", field.type, field.metadata["low"])
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING:
-            raise UserError(f"{word_name(field) if name == words else f'--{name}=...'} is required: {field.metadata['help']}")
-    return settings(**(presets[values["preset"]] if "preset" in values else {}) | values)
+            shown = word_name(field) if name == words else f"--{name}=..."
+            raise UserError(f"{shown} is required: {field.metadata['help']}")
+    preset = presets[values["preset"]] if "preset" in values else {}
+    return settings(**preset | values)
+
+
+def read_flag(word: str, fields: dict) -> tuple[str, object]:
+    """(name, value) of `--name=value`; UserError names the nearest setting."""
+    name, has_value, text = word.removeprefix("--").partition("=")
+    if name not in fields:
+        near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+        hint = f"did you mean --{near[0]}?" if near else "--help lists them"
+        raise UserError(f"--{name}: no such setting; {hint}")
+    field = fields[name]
+    if not has_value and field.type is not bool:
+        raise UserError(f"--{name} needs a value: --{name}=...")
+    text = text if has_value else "true"
+    return name, convert(f"--{name}", text, field.type, field.metadata["low"])
 
 
 def word_name(field) -> str:
-    """What the words of a list field are called in help and errors: `files` are FILE ..."""
+    """What the words of a list field are called in help and errors:
+
+    FILE ... for `files`.
+    """
     return f"{field.name.removesuffix('s').upper()} ..."
 
 
@@ -104,16 +126,20 @@ def help_text(settings: type, doc: str) -> str:
     for f in dataclasses.fields(settings):
         kind = "|".join(typing.get_args(f.type)) or f.type.__name__
         flag = word_name(f) if f.type is list else f"--{f.name}={kind}"
-        default = "required" if f.default is dataclasses.MISSING else f"default {f.default!r}"
+        required = f.default is dataclasses.MISSING
+        default = "required" if required else f"default {f.default!r}"
         lines.append(f"  {flag}".ljust(34) + f"  {f.metadata['help']} ({default})")
     return "\n".join(lines)
 
 
 def run(main, settings: type, presets: dict[str, dict] | None = None) -> None:
-    """Read sys.argv and call main(settings). Bad input and Ctrl-C end in one line on stderr and a non-zero exit code."""
+    """Read sys.argv and call main(settings).
+
+    Bad input and Ctrl-C end in one line on stderr and a non-zero exit code.
+    """
     name = os.path.basename(sys.argv[0])
     if os.environ.pop("EM_CHILD", None):
-        threading.Thread(target=_die_with_parent, daemon=True).start()
+        threading.Thread(target=die_with_parent, daemon=True).start()
     try:
         if {"--help", "-h"} & set(sys.argv[1:]):
             print(help_text(settings, sys.modules["__main__"].__doc__))
@@ -122,6 +148,9 @@ def run(main, settings: type, presets: dict[str, dict] | None = None) -> None:
         sys.stdout.flush()
     except UserError as e:
         sys.exit(f"{name}: error: {e}")
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:  # `python em.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -129,47 +158,38 @@ def run(main, settings: type, presets: dict[str, dict] | None = None) -> None:
         sys.exit(f"{name}: error: {e.filename or 'a file'}: {e.strerror or e}")
 
 
-ROOT = Path(__file__).resolve().parents[2]  # the folder of the scripts
+# ------------------------------------------------------------------------- other scripts
 
 
 def start(script: str, flags: dict, launcher=(), env: dict | None = None, **how):
-    """Start `python SCRIPT --name=value ...`, a script of this project; returns the subprocess.Popen.
+    """Start `python SCRIPT --name=value ...`, a script of this project, as subprocess.Popen.
 
-    Flags that are "" are left out. `launcher` goes before the script, as in ["-m", "torch.distributed.run"]; `env` is
-    added to the environment; `how` goes to Popen. The child holds the other end of a pipe to this process as its
-    standard input, so it ends when this process does, however that ends (see run).
+    Flags that are "" are left out. `launcher` goes before the script, as in ["-m",
+    "torch.distributed.run"]; `env` is added to the environment; `how` goes to
+    Popen. The child's standard input is a pipe from this process. It closes when
+    this process ends, however that ends, and then the child ends, too (see run).
     """
-    import subprocess
-
     words = [f"--{name}={value}" for name, value in flags.items() if value != ""]
     command = [sys.executable, *launcher, str(ROOT / script), *words]
     env = os.environ | {"EM_CHILD": "1"} | (env or {})
     return subprocess.Popen(command, stdin=subprocess.PIPE, env=env, **how)
 
 
-def _die_with_parent() -> None:
-    """Who started us (em.py, or the first of the E-step's workers) holds the other end of our stdin: when it ends, however it ends, so do we."""
+def die_with_parent() -> None:
+    """End this process when its standard input closes: whoever started it has ended."""
     while os.read(0, 4096):
         pass
     os._exit(1)
 
 
-def _one_line_interrupt(kind, value, trace) -> None:
-    """Ctrl-C at any moment, also while torch is still being imported, ends in one line."""
-    if not issubclass(kind, KeyboardInterrupt):
-        return sys.__excepthook__(kind, value, trace)
-    print(f"\n{os.path.basename(sys.argv[0])}: interrupted; the same command goes on from here", file=sys.stderr)
-
-
-sys.excepthook = _one_line_interrupt
-
-
-# ------------------------------------------------------------------------------------------------- progress
+# ------------------------------------------------------------------------------ progress
 
 
 def duration(seconds: float) -> str:
     minutes, sec = divmod(int(seconds + 0.5), 60)
-    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{sec:02d}s"
+    if minutes >= 60:
+        return f"{minutes // 60}h{minutes % 60:02d}m"
+    return f"{minutes}m{sec:02d}s"
 
 
 class Progress:
@@ -186,9 +206,13 @@ class Progress:
     def line(self, done: int, figures: dict, last: bool) -> str:
         spent = time.time() - self.start
         rate = (done - self.first) / max(spent, 1e-9)
-        eta = f"in {duration(spent)}" if last else f"eta {duration((self.total - done) / rate) if rate else '?'}"
-        parts = [f"{self.label:<10} {done}/{self.total} {self.unit} ({done / max(self.total, 1):.0%})"]
-        return " | ".join(parts + [f"{k} {v}".strip() for k, v in figures.items()] + [f"{rate:,.1f} {self.unit}/s", eta])
+        share = done / max(self.total, 1)
+        left = duration((self.total - done) / rate) if rate else "?"
+        parts = [f"{self.label:<10} {done}/{self.total} {self.unit} ({share:.0%})"]
+        parts += [f"{name} {figure}".strip() for name, figure in figures.items()]
+        parts += [f"{rate:,.1f} {self.unit}/s"]
+        parts += [f"in {duration(spent)}" if last else f"eta {left}"]
+        return " | ".join(parts)
 
     def update(self, done: int, **figures) -> None:
         """Say where we are; `figures` are shown as `name value`."""
@@ -203,12 +227,15 @@ class Progress:
         print(text, end="" if self.live else "\n", flush=True)
 
 
-# ---------------------------------------------------------------------------------- files, whole or absent
+# --------------------------------------------------------------- files, whole or absent
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """A temporary path beside `path`; renamed onto it when the block ends well, removed otherwise."""
+    """A temporary path beside `path`, renamed onto it when the block ends well.
+
+    It is removed when the block ends otherwise.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -221,32 +248,41 @@ def replacing(path):
 
 @contextlib.contextmanager
 def hold(path, wait: bool = True):
-    """Hold a lock file against other processes, or (wait=False) find out whether one can: yields whether it is held. The system lets go of it
-    when the process ends, however it ends. Where there are no locks (Windows, some network disks) it always is: work may be done twice, with one result."""
+    """Hold a lock file against other processes; yields the number of its open file.
+
+    With wait=False it yields 0 where another process holds it. The system lets go
+    of the lock when all processes that have the file open have ended, however they
+    end. Where there are no locks (Windows, some network disks) everybody holds it
+    and gets True: work may be done twice, with one result.
+    """
     try:
         import fcntl
     except ImportError:
         yield True
         return
     with open(path, "a") as f:
-        held = True
+        held = f.fileno()
         try:
             fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            held = False
+            held = 0
         except OSError:
-            pass
+            held = True
         yield held
 
 
 @contextlib.contextmanager
 def new_folder(path):
-    """A temporary folder that takes the name `path` when the block ends well. One of ours (with a meta.json) that stood there is replaced then."""
+    """A temporary folder that takes the name `path` when the block ends well.
+
+    One of ours (with a meta.json) that stood there is replaced then.
+    """
     path = Path(path)
     if path.exists() and not (path / "meta.json").exists() and any(path.iterdir()):
         raise UserError(f"{path}: holds other files; remove it or give another --out_dir")
-    temporary, before = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
-    for left in (temporary, before):  # by a killed run
+    temporary = path.with_name(path.name + ".tmp")
+    before = path.with_name(path.name + ".old")
+    for left in (temporary, before):  # what a killed run has left
         shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -261,9 +297,13 @@ def new_folder(path):
 
 
 def write_json(path, value) -> None:
-    """Write JSON under a temporary name, then rename. NaN and infinity are refused (ValueError): they are not JSON."""
+    """Write JSON under a temporary name, then rename.
+
+    NaN and infinity are refused (ValueError): they are not JSON.
+    """
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=2, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path) -> dict:
@@ -271,7 +311,8 @@ def read_json(path) -> dict:
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the folder is missing or was not finished") from None
+        why = "no such file; the folder is missing or was not finished"
+        raise UserError(f"{path}: {why}") from None
     except IsADirectoryError:
         raise UserError(f"{path}: a folder, expected a file") from None
     except (ValueError, RecursionError) as e:  # also UnicodeDecodeError
@@ -282,7 +323,10 @@ def read_json(path) -> dict:
 
 
 def append_jsonl(path, record: dict) -> None:
-    """Append one line to a metrics file. A line cut short by a kill is closed first, so it cannot swallow the next."""
+    """Append one line to a metrics file.
+
+    A line cut short by a kill is closed first, so it cannot swallow the next.
+    """
     with open(path, "ab+") as f:
         if f.tell() and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n":
             f.write(b"\n")
@@ -290,17 +334,23 @@ def append_jsonl(path, record: dict) -> None:
 
 
 def claim(out_dir, settings, free: tuple = ("device",)) -> Path:
-    """Make out_dir and note the settings in settings.json; UserError when it was made with other ones, but for those in `free`.
+    """Make out_dir and note the settings in settings.json.
 
-    So a folder never mixes two runs: the same command resumes or finds it complete, another one is refused.
+    UserError when it was made with other settings, but for those in `free`. So a
+    folder never mixes two runs: the same command resumes or finds it complete,
+    another one is refused.
     """
     out_dir = Path(out_dir)
-    now = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out_dir", *free)}
+    now = dataclasses.asdict(settings)
+    for name in ("out_dir", *free):
+        now.pop(name, None)
     if (out_dir / "settings.json").exists():
         before = read_json(out_dir / "settings.json")
-        changed = [f"--{k}={before.get(k)} became {now.get(k)}" for k in sorted(now | before) if now.get(k) != before.get(k)]
+        names = [k for k in sorted(now | before) if now.get(k) != before.get(k)]
+        changed = [f"--{k}={before.get(k)} became {now.get(k)}" for k in names]
         if changed:
-            raise UserError(f"{out_dir}: made with other settings ({'; '.join(changed)}); remove it or give another --out_dir")
+            how = f"made with other settings ({'; '.join(changed)})"
+            raise UserError(f"{out_dir}: {how}; remove it or give another --out_dir")
     else:
         out_dir.mkdir(parents=True, exist_ok=True)
         write_json(out_dir / "settings.json", now)

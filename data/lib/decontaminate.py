@@ -1,40 +1,57 @@
-"""Which documents hold a benchmark's question: 13 words of it in a row, or all of a shorter one.
-
-Case, punctuation, accents and the spacing inside do not count: a text is compared as the stream of its letters and digits. The run must
-begin and end where words do on both sides, and have LETTERS letters and digits at least, so that "x = 1, y = 2, z = 3 ..." is no
-match. Of a question that is too short for that, the whole must occur; one of fewer than 15 letters must be the whole document.
+"""Which documents hold a benchmark's question: 13 words in a row, or all of a short one.
 
     finder = Finder(questions)
-    finder.find(texts)     {number of a text: (number of a question, the words they share)}
+    finder.find(texts)     {number of a text: (number of a question, shared words)}
 
-How: every place of every question's stream is entered by the hash of the 24 bytes that follow (8 for short ones); texts are looked up at every
-eighth place only, which any common run of 31 letters must hit, and where the hashes agree the run is extended to both sides.
+Case, punctuation, accents and spacing do not count: a text is compared as the
+stream of its letters and digits. The common run must begin and end where words
+do on both sides, and have at least LETTERS letters and digits, so that "x = 1,
+y = 2, z = 3 ..." is no match. A question too short for that must occur as a
+whole; one of fewer than 15 letters must be the whole document.
+
+Every place of every question's stream is entered in an index by the hash of the
+24 bytes that follow (8 for short questions). Texts are looked up at every eighth
+place only, which any common run of 31 letters must hit. Where the hashes agree,
+the run is extended to both sides.
 """
 
 import re
 import unicodedata
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
-WORDS, STEP = 13, 8
-LETTERS = 24 + STEP - 1
-KEEP = bytes(b for b in range(256) if b >= 128 or chr(b).isalnum() or b == 0)  # what is left of a text; 0 parts two texts
-LOWER = bytes(b + 32 if 65 <= b <= 90 else b for b in range(256))
+WORDS = 13
+STEP = 8  # texts are looked up at every place that is a multiple of it
+LONG = 24  # bytes that are hashed
+SHORT = 8  # of short questions
+LETTERS = LONG + STEP - 1
+# What is left of a text; a 0 stands between two texts.
+KEEP = bytes(b for b in range(256) if b >= 128 or chr(b).isalnum() or b == 0)
 DROP = bytes(set(range(256)) - set(KEEP))
-FACTORS = [np.uint64(f) for f in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9)]
+LOWER = bytes(range(256)).lower()
+FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)
 NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
+
+
+# -------------------------------------------------------------------------- streams
 
 
 @lru_cache(maxsize=1 << 14)
 def plain(run: str) -> str:
-    """Characters beyond ASCII, lower case, without accents; a space for what is no letter or digit."""
-    folded = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", run).casefold())
-    return "".join(c if c.isalnum() else " " for c in folded if not unicodedata.combining(c))
+    """Characters beyond ASCII as letters and digits without case and accents."""
+    folded = unicodedata.normalize("NFKD", run).casefold()
+    folded = unicodedata.normalize("NFKD", folded)
+    base = [c for c in folded if not unicodedata.combining(c)]
+    return "".join(c if c.isalnum() else " " for c in base)
 
 
 def fold(text: str) -> str:
+    """The text with characters beyond ASCII made plain, and without zeros."""
+    text = text.replace("\0", " ")
     return text if text.isascii() else NOT_ASCII.sub(lambda m: plain(m[0]), text)
 
 
@@ -52,12 +69,26 @@ def word_ends(folded: str) -> list[int]:
 
 
 def hashes(stream: bytes, width: int, step: int) -> np.ndarray:
-    """A hash of the `width` bytes at each `step`-th place. One multiplication for every 8 bytes; the upper bits are the good ones."""
-    n = (len(stream) - width) // step + 1 if len(stream) >= width else 0
-    total = np.zeros(n, dtype=np.uint64)
+    """[places] uint64: hashes of `width` bytes at every step-th place.
+
+    The upper bits are the good ones.
+    """
+    if len(stream) < width:
+        return np.zeros(0, np.uint64)
+    n = (len(stream) - width) // step + 1
+    total = np.zeros(n, np.uint64)
     for i in range(width // 8):
-        total += np.ndarray((n,), dtype="<u8", buffer=stream, offset=8 * i, strides=(step,)) * FACTORS[i] if n else 0
+        words = np.ndarray((n,), "<u8", buffer=stream, offset=8 * i, strides=(step,))
+        total += words * FACTORS[i]
     return (total ^ (total >> np.uint64(29))) * FACTORS[0]
+
+
+class Hit(NamedTuple):
+    """A place in a stream of texts where the hash is that of a place in a question."""
+
+    at: int  # in the stream of texts
+    question: int
+    place: int  # in the question's stream
 
 
 class Index:
@@ -65,86 +96,128 @@ class Index:
 
     def __init__(self, streams: dict[int, bytes], width: int):
         self.width = width
-        found = [(i, hashes(stream, width, 1)) for i, stream in streams.items()]
-        keys = np.concatenate([h for _, h in found]) if found else np.zeros(0, np.uint64)
+        found = [hashes(stream, width, 1) for stream in streams.values()]
+        counts = np.array([len(h) for h in found], np.int64)
+        keys = np.concatenate([np.zeros(0, np.uint64), *found])
         order = np.argsort(keys, kind="stable")
         self.keys = keys[order]
-        self.question = np.repeat([i for i, _ in found], [len(h) for _, h in found]).astype(np.int64)[order]
-        self.place = (np.concatenate([np.arange(len(h)) for _, h in found]) if found else keys.astype(np.int64))[order]
-        self.shift = np.uint64(64 - max(16, len(keys).bit_length() + 3))
-        self.maybe = np.zeros(1 << (64 - int(self.shift)), dtype=bool)  # most places of most texts are done with this table
+        self.question = np.repeat(np.array(list(streams), np.int64), counts)[order]
+        places = [np.arange(count) for count in counts]
+        self.place = np.concatenate([np.zeros(0, np.int64), *places])[order]
+        # A table of the upper bits that occur settles most places of most texts.
+        n_bits = max(16, len(keys).bit_length() + 3)
+        self.shift = np.uint64(64 - n_bits)
+        self.maybe = np.zeros(1 << n_bits, dtype=bool)
         self.maybe[self.keys >> self.shift] = True
 
-    def look_up(self, stream: bytes):
-        """(place in the stream, question, place in the question) wherever the hashes agree."""
+    def look_up(self, stream: bytes) -> Iterator[Hit]:
+        """Wherever the hashes agree."""
         if not len(self.keys):
             return
         keys = hashes(stream, self.width, STEP)
         at = np.flatnonzero(self.maybe[keys >> self.shift])
-        first, last = (np.searchsorted(self.keys, keys[at], side) for side in ("left", "right"))
+        first = np.searchsorted(self.keys, keys[at], "left")
+        last = np.searchsorted(self.keys, keys[at], "right")
         for i in np.flatnonzero(last > first).tolist():
             for j in range(int(first[i]), int(last[i])):
-                yield int(at[i]) * STEP, int(self.question[j]), int(self.place[j])
+                yield Hit(int(at[i]) * STEP, int(self.question[j]), int(self.place[j]))
+
+
+# ---------------------------------------------------------------------------- search
 
 
 class Finder:
     """The questions, ready to be looked for."""
 
     def __init__(self, questions: list[str]):
-        folded = [fold(q.replace("\0", " ")) for q in questions]
-        self.streams, self.ends = [letters(q) for q in folded], [word_ends(q) for q in folded]
-        whole = [len(e) <= WORDS or len(s) < LETTERS for s, e in zip(self.streams, self.ends)]
-        self.exact = {s: i for i, s in reversed(list(enumerate(self.streams))) if 0 < len(s) < 8 + STEP - 1}
-        self.runs = Index({i: s for i, s in enumerate(self.streams) if not whole[i]}, 24)
-        self.wholes = Index({i: s for i, s in enumerate(self.streams) if whole[i] and len(s) >= 8 + STEP - 1}, 8)
+        folded = [fold(question) for question in questions]
+        self.streams = [letters(f) for f in folded]
+        self.ends = [word_ends(f) for f in folded]
+        runs = {}  # {number: stream} of those of which a run is enough
+        wholes = {}  # of those that must occur as a whole
+        self.exact = {}  # {stream: number} of those that must be the document
+        for i, (stream, ends) in enumerate(zip(self.streams, self.ends)):
+            if len(ends) > WORDS and len(stream) >= LETTERS:
+                runs[i] = stream
+            elif len(stream) >= SHORT + STEP - 1:
+                wholes[i] = stream
+            elif stream:
+                self.exact.setdefault(stream, i)
+        self.runs = Index(runs, LONG)
+        self.wholes = Index(wholes, SHORT)
 
     def find(self, texts: list[str]) -> dict[int, tuple[int, str]]:
-        folded = [fold(text if "\0" not in text else text.replace("\0", " ")) for text in texts]
+        """{number of a text: (number of a question, the words they share)}"""
+        folded = [fold(text) for text in texts]
         stream = letters("\0".join(folded))
-        starts = [0, *(np.flatnonzero(np.frombuffer(stream, np.uint8) == 0) + 1).tolist()]
+        zeros = np.flatnonzero(np.frombuffer(stream, np.uint8) == 0)
+        starts = [0, *(zeros + 1).tolist()]
         found: dict[int, tuple[int, str]] = {}
         for index, search in ((self.runs, self.common_run), (self.wholes, self.whole)):
             tried = set()
-            for at, question, place in index.look_up(stream):
-                number = bisect_right(starts, at) - 1
-                if number in found or (question, at - place) in tried:
+            for hit in index.look_up(stream):
+                number = bisect_right(starts, hit.at) - 1
+                shift = hit.at - hit.place  # places of one run have the same
+                if number in found or (hit.question, shift) in tried:
                     continue
-                tried.add((question, at - place))
-                if run := search(stream, at, question, place):
-                    self.confirm(found, number, folded[number], stream, starts[number], question, *run)
-        if self.exact:
-            for number, start in enumerate(starts):
-                alone = stream[start : starts[number + 1] - 1 if number + 1 < len(starts) else None]
-                if alone in self.exact:
-                    found.setdefault(number, (self.exact[alone], alone.decode()))
+                tried.add((hit.question, shift))
+                run = search(stream, hit)
+                if not run:
+                    continue
+                shift -= starts[number]
+                words = self.confirm(hit.question, *run, shift, folded[number])
+                if words:
+                    found[number] = (hit.question, words)
+        self.find_exact(stream, found)
         return found
 
-    def common_run(self, stream: bytes, at: int, question: int, place: int) -> tuple[int, int, int] | None:
-        """The longest run around two places that agree, as (start in the stream, start, end in the question), if it has enough words."""
-        other, shift = self.streams[question], at - place
-        low, high = place, place
+    def find_exact(self, stream: bytes, found: dict[int, tuple[int, str]]) -> None:
+        """Add the texts that are nothing but a short question."""
+        if self.exact:
+            for number, alone in enumerate(stream.split(b"\0")):
+                if alone in self.exact:
+                    found.setdefault(number, (self.exact[alone], alone.decode()))
+
+    def common_run(self, stream: bytes, hit: Hit) -> tuple[int, int] | None:
+        """The longest run around a hit, if it has enough words.
+
+        (start, end) in the stream of the question.
+        """
+        other = self.streams[hit.question]
+        shift = hit.at - hit.place
+        low = high = hit.place
         while low and shift + low and stream[shift + low - 1] == other[low - 1]:
             low -= 1
         limit = min(len(other), len(stream) - shift)
         while high < limit and stream[shift + high] == other[high]:
             high += 1
+        ends = self.ends[hit.question]
+        n_ends = bisect_right(ends, high) - bisect_left(ends, low)
+        return (low, high) if n_ends > WORDS and high - low >= LETTERS else None
+
+    def whole(self, stream: bytes, hit: Hit) -> tuple[int, int] | None:
+        """The same for a question that must occur as a whole."""
+        other = self.streams[hit.question]
+        start = hit.at - hit.place
+        occurs = start >= 0 and stream.startswith(other, start)
+        return (0, len(other)) if occurs else None
+
+    def confirm(self, question: int, low: int, high: int, shift: int, folded: str) -> str:
+        """The words of a run that end where words do on both sides; "" for too few.
+
+        shift: from a place in the question to the place in the text's own stream.
+        """
+        theirs = set(word_ends(folded))
+        stream = self.streams[question]
         ends = self.ends[question]
-        enough = bisect_right(ends, high) - bisect_left(ends, low) > WORDS and high - low >= LETTERS
-        return (shift + low, low, high) if enough else None
-
-    def whole(self, stream: bytes, at: int, question: int, place: int) -> tuple[int, int, int] | None:
-        start, other = at - place, self.streams[question]
-        return (start, 0, len(other)) if start >= 0 and stream[start : start + len(other)] == other else None
-
-    def confirm(self, found: dict, number: int, folded: str, stream: bytes, start: int, question: int, at: int, low: int, high: int) -> None:
-        """Keep a run if what is left of it between words of both sides is enough."""
-        theirs, ends = set(word_ends(folded)), self.ends[question]
-        common = [i for i in range(bisect_left(ends, low), bisect_right(ends, high)) if ends[i] - low + at - start in theirs]
+        inside = range(bisect_left(ends, low), bisect_right(ends, high))
+        common = [i for i in inside if ends[i] + shift in theirs]
         if not common:
-            return
-        first, last = common[0], common[-1]
+            return ""
+        first = common[0]
+        last = common[-1]
         n_letters = ends[last] - ends[first]
-        if last - first >= WORDS and n_letters >= LETTERS or n_letters == len(self.streams[question]):
-            other = self.streams[question]
-            words = [other[a:b].decode() for a, b in zip(ends[first:last], ends[first + 1 : last + 1])]
-            found[number] = (question, " ".join(words))
+        if n_letters < len(stream) and (last - first < WORDS or n_letters < LETTERS):
+            return ""
+        spans = zip(ends[first:last], ends[first + 1 : last + 1])
+        return " ".join(stream[a:b].decode() for a, b in spans)

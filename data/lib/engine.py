@@ -1,12 +1,27 @@
-"""The engine: samples from a model and scores with it, many sequences in one batch."""
+"""The engine samples from a model and scores with it, many sequences at once.
+
+A prompt has a slot, where its keys and values are computed once. A slot has a
+few lanes, and in each lane one of the prompt's samples (a Sequence) grows:
+
+    prompts  [n_layer, 2, n_slots, n_kv_head, prompt_len, head_dim]
+    own      [n_layer, 2, n_slots, n_kv_head, lanes, max_new, head_dim]
+
+A lane whose sample has ended takes the prompt's next sample; a slot whose
+samples have all ended takes the next prompt. Slot 0 is special: it keeps
+the start that all prompts share, and its first lane serves as padding.
+
+Scheduler decides what a step computes and knows no torch. Runner owns all
+that lies on the device. Engine.generate alternates between them: schedule,
+run, postprocess. The tokens of all sequences lie flat in one batch, so that
+only attention has to know which of them belong together.
+"""
 
 import contextlib
 import heapq
-import math
 import os
 from collections import deque
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -14,483 +29,802 @@ import torch.nn.functional as F
 
 from data.lib.cli import UserError
 from data.lib.corpus import DRAW, hash_state
-
-# ------------------------------------------------------------------------------------------------- engine
-
-# What is known of each cell: its newest token, how many it has sampled, the state of its noise, and whether (and how) it has ended.
-LAST, AGE, NOISE, DONE = range(4)
-ENDED, CUT_OFF = 1, 2
+from data.lib.drawing import draw, keyed_uniform
 
 
-def nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
-    """logits [n, n_vocab] with -inf for all but the likeliest tokens whose probabilities add up to top_p, or just beyond (Holtzman et al. 2020)."""
-    V, total = logits.shape[1], torch.logsumexp(logits, dim=-1, keepdim=True)
-    k = V if logits.is_cuda else min(V, 64)  # few tokens nearly always do; a GPU's captured step cannot look whether they did
-    while True:
-        values = logits.topk(k, dim=-1).values  # [n, k], falling
-        mass = (values - total).exp().cumsum(dim=-1)
-        if k == V or bool((mass[:, -1] >= top_p).all()):
-            break
-        k = min(V, 8 * k)
-    kept = (mass < top_p).sum(dim=-1, keepdim=True).clamp(max=k - 1)
-    return logits.masked_fill(logits < values.gather(1, kept), -torch.inf)
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample.
 
-
-def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0, top_p: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token for each row of fp32 logits [n, n_vocab] by inverting the cumulated probabilities at uniform [n] in [0, 1), float64.
-
-    (tokens [n], their log-probabilities [n], float64, among what they were drawn from). temperature 0: the likeliest token. The cumulated
-    sum is made of blocks: their masses first, then only the chosen block's tokens.
-    """
-    n, V = logits.shape
-    greedy = temperature == 0
-    if temperature not in (0, 1):
-        logits = logits / temperature
-    if top_p < 1 and not greedy:
-        logits = nucleus(logits, top_p)
-    best = logits.amax(dim=-1, keepdim=True)
-    mass = torch.exp(logits - best)  # [n, V]
-    size = math.isqrt(V)
-    full = V // size * size
-    blocks = mass[:, :full].unflatten(1, (-1, size)).sum(-1, dtype=torch.float64)
-    if full < V:
-        blocks = torch.cat((blocks, mass[:, full:].sum(-1, keepdim=True, dtype=torch.float64)), dim=1)
-    upto = blocks.cumsum(dim=1)
-    total = upto[:, -1:]
-    if greedy:
-        tokens = logits.argmax(dim=-1, keepdim=True)
-    else:
-        point = uniform[:, None] * total
-        block = torch.searchsorted(upto, point, right=True).clamp_(max=upto.shape[1] - 1)  # [n, 1]
-        below, here = (upto - blocks).gather(1, block), blocks.gather(1, block)
-        index = (block * size + torch.arange(size, device=logits.device)).clamp_(max=V - 1)
-        inside = mass.gather(1, index).double()
-        inside = inside.masked_fill_(block * size + torch.arange(size, device=logits.device) >= V, 0).cumsum(dim=1)
-        # Scaled to what the block's tokens add up to one by one, and kept below it: whatever the rounding, a token with mass is found.
-        point = ((point - below) / here).clamp_(0, 1 - 1e-12) * inside[:, -1:]
-        tokens = block * size + torch.searchsorted(inside, point, right=True).clamp_(max=size - 1)
-    log_p = (logits.gather(1, tokens) - best).double() - total.log()
-    return tokens[:, 0], log_p[:, 0]
-
-
-def keyed_uniform(state: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """data.lib.corpus.hash_uniform's last round on the device: state (hash_state of the other keys) and position, int64 [n] -> [n] in [0, 1)."""
-
-    def shift(h, bits):  # logical, of a signed number
-        return (h >> bits) & ((1 << (64 - bits)) - 1)
-
-    h = (state ^ position) - 0x61C8864680B583EB  # the constants of data/lib/corpus.py as signed numbers; overflow wraps
-    h = (h ^ shift(h, 30)) * -0x40A7B892E31B1A47
-    h = (h ^ shift(h, 27)) * -0x6B2FB644ECCEEE15
-    return shift(h ^ shift(h, 31), 12).double() * 2.0**-52
-
-
-class Engine:
-    """A model for sampling and scoring: tokens of all sequences lie flat in one batch, so that linear layers never see padding; q, k, v and gate,
-    up are joined; one cache, whose size is planned before any work.
-
-    A prompt has a slot, where its keys and values lie once; a slot has C cells, in each of which one of the prompt's K samples grows:
-
-        prompt  [n_layer, 2, n_slots, n_kv_head, prompt_len, head_dim]        own  [n_layer, 2, n_slots, n_kv_head, C, max_new, head_dim]
-
-    A step computes the live cells only. A cell whose sample ends takes the prompt's next one at once; a slot whose samples have all ended
-    takes the next prompt, which is computed a piece at a time beside the cells that decode. Slot 0 is for padding.
-
-    On a GPU `burst` steps run before the host looks again, each a captured CUDA graph for its number of cells and lengths (rounded up): no step
-    waits for the host. n_rows: most cells; 0: as many as memory allows, up to 1024.
+    The noise of a token depends on purpose, seed, the key of the prompt, the
+    number of the sample and the position, and never on the batch.
     """
 
-    CELLS = 4  # C, if there are as many samples
-    PIECE = 2048  # prompt tokens taken in beside a step
-    SCORED = 8192  # tokens that are scored at once
+    max_new: int  # tokens at most
+    stop: frozenset[int]  # each of these tokens ends a sample
+    seed: int = 0
+    purpose: int = DRAW  # see data/lib/corpus.py
+    temperature: float = 1.0  # 0: the likeliest token
+    top_p: float = 1.0  # below 1: only tokens of the nucleus
 
-    def __init__(self, model, n_rows: int = 0, burst: int = 0):
-        self.model, self.config, self.n_rows = model, model.config, n_rows
-        self.device, self.shape, self.graphs = model.embed_tokens.weight.device, None, {}
-        if self.device.type == "mps":
-            raise UserError("--device=mps: the engine adds up in float64, which mps lacks; --device=cpu")
-        self.rounded = self.device.type == "cuda"
-        self.burst = burst or (8 if self.rounded else 1)
-        self.pool = torch.cuda.graph_pool_handle() if self.rounded else None
-        self.stops = {}  # sets of tokens that end a sample, on the device
-        model.pack()
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the cache."""
+
+    n_slots: int  # slot 0 included
+    prompt_len: int
+    max_new: int
+    lanes: int  # of each slot
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How much of the lanes and of the cache a decoding step reads."""
+
+    n_lanes: int
+    n_slots: int
+    prompt_len: int
+    own_len: int
+
+
+# ---------------------------------------------------------------- the scheduler
+
+
+@dataclass
+class Sequence:
+    """One sample of a prompt."""
+
+    prompt: int
+    sample: int
+    last_token: int  # of the prompt: the sample begins by reading it
+    noise: int  # the state of keyed_uniform
+    lane: int = 0
+    length: int = 0  # tokens sampled, known when it has ended
+
+
+@dataclass
+class PrefillChunk:
+    """Some positions of the prompts in some slots."""
+
+    slots: np.ndarray  # [B]
+    lengths: np.ndarray  # [B], of the whole prompts without their last tokens
+    shared_len: int  # positions that are copied from slot 0
+    start: int  # position of the first of ids
+    ids: np.ndarray  # [B, T], padded; T = 0: the shared start was all
+    last: bool  # the prompts are complete with it, and samples can start
+
+
+@dataclass
+class Step:
+    """What the device does until the host looks again."""
+
+    lanes: np.ndarray  # [n], ascending: where a token is sampled
+    lengths: np.ndarray  # [n], tokens sampled there so far
+    started: list[Sequence]  # since the last step
+    prefill: PrefillChunk | None
+    shape: Shape
+
+
+class Scheduler:
+    """Decides which prompts are prefilled when, and which samples grow where.
+
+    prompts: int64 arrays. noise: int64 [n_prompts, samples], a state for each
+    sample. prefill_tokens: how many are taken in beside one step.
+    """
+
+    def __init__(self, prompts, noise, layout: Layout, prefill_tokens: int):
+        self.prompts = prompts
+        self.noise = noise
+        self.layout = layout
+        self.prefill_tokens = prefill_tokens
+        # Longest first, so that prompts of one chunk need little padding.
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        self.waiting = deque(order)
+        # A heap keeps the slots in use close together, and steps small.
+        self.free_slots = list(range(1, layout.n_slots))
+        self.prompt_len = np.zeros(layout.n_slots, np.int64)
+        self.pending = {}  # slot -> its samples that have not begun
+        self.running = {}  # lane -> Sequence
+        self.lengths = np.zeros(layout.n_slots * layout.lanes, np.int64)
+        self.started = []
+        self.chunks = deque()  # of the prompts that have slots
+        self.shared_len = shared_length(prompts)
+        if self.shared_len:
+            shared = prompts[0][None, : self.shared_len]
+            self.add_chunks(np.array([0]), shared, 0)
+
+    def schedule(self) -> Step | None:
+        """The next step; None when all samples have ended."""
+        lanes = np.fromiter(self.running, np.int64)
+        lanes.sort()
+        prefill = self.next_prefill()
+        if not len(lanes) and not prefill:
+            return None
+        lengths = self.lengths[lanes]
+        n_slots = max(self.pending, default=0) + 1
+        prompt_len = max(1, int(self.prompt_len[:n_slots].max()))
+        own_len = int(lengths.max(initial=0)) + 1
+        shape = Shape(len(lanes), n_slots, prompt_len, own_len)
+        started, self.started = self.started, []
+        return Step(lanes, lengths, started, prefill, shape)
+
+    def next_prefill(self) -> PrefillChunk | None:
+        """The next chunk, if there is one to compute now.
+
+        Prompts wait until an eighth of the slots is free, unless nothing runs:
+        to prefill many of them takes little longer than one.
+        """
+        busy = self.running and 8 * len(self.free_slots) < self.layout.n_slots
+        if not self.chunks and self.waiting and not busy:
+            self.fill_slots()
+        return self.chunks.popleft() if self.chunks else None
+
+    def fill_slots(self) -> None:
+        """Give free slots to one long prompt or several short ones."""
+        width = len(self.prompts[self.waiting[0]]) - 1
+        n = self.prefill_tokens // max(1, width - self.shared_len)
+        n = max(1, min(n, len(self.free_slots), len(self.waiting)))
+        slots = np.array([heapq.heappop(self.free_slots) for _ in range(n)])
+        ids = np.zeros((n, width), np.int64)
+        for slot, row in zip(slots.tolist(), ids):
+            prompt = self.place(self.waiting.popleft(), slot)
+            row[: len(prompt)] = prompt
+        self.add_chunks(slots, ids, self.shared_len)
+
+    def add_chunks(self, slots, ids, shared_len: int) -> None:
+        """Cut ids [B, L] into chunks, behind what they get from slot 0."""
+        size, width = self.prefill_tokens, ids.shape[1]
+        lengths = self.prompt_len[slots]
+        for start in range(shared_len, max(width, shared_len + 1), size):
+            part = ids[:, start : start + size]
+            last = start + size >= width
+            chunk = PrefillChunk(slots, lengths, shared_len, start, part, last)
+            self.chunks.append(chunk)
+
+    def place(self, prompt: int, slot: int) -> np.ndarray:
+        """Give a slot to a prompt; returns its tokens but the last."""
+        ids = self.prompts[prompt]
+        last_token = int(ids[-1])
+        self.prompt_len[slot] = len(ids) - 1
+        self.pending[slot] = deque(
+            Sequence(prompt, sample, last_token, noise)
+            for sample, noise in enumerate(self.noise[prompt].tolist())
+        )
+        return ids[:-1]
+
+    def start(self, lane: int) -> None:
+        """Let the next sample of the slot's prompt grow in a lane."""
+        sequence = self.pending[lane // self.layout.lanes].popleft()
+        sequence.lane = lane
+        self.running[lane] = sequence
+        self.started.append(sequence)
+        self.lengths[lane] = 0
+
+    def refill(self, lane: int) -> None:
+        """Start the next sample in a lane, or free a slot without samples."""
+        slot = lane // self.layout.lanes
+        if self.pending[slot]:
+            self.start(lane)
+        elif not any(lane in self.running for lane in self.lanes_of(slot)):
+            del self.pending[slot]
+            heapq.heappush(self.free_slots, slot)
+
+    def lanes_of(self, slot: int) -> range:
+        first = slot * self.layout.lanes
+        return range(first, first + self.layout.lanes)
+
+    def postprocess(self, step: Step, lengths, growing) -> list[Sequence]:
+        """Take in what a step has sampled; returns the sequences that ended.
+
+        lengths [n], growing bool [n]: of the step's lanes, after the step.
+        """
+        self.lengths[step.lanes] = lengths
+        ended = []
+        for lane in step.lanes[~growing].tolist():
+            ended.append(self.running.pop(lane))
+            ended[-1].length = int(self.lengths[lane])
+            self.refill(lane)
+        if step.prefill and step.prefill.last:
+            for slot in step.prefill.slots.tolist():
+                # Slot 0 has no samples: it holds what the prompts share.
+                for lane in self.lanes_of(slot) if slot else ():
+                    self.start(lane)
+        return ended
+
+
+def shared_length(prompts: list[np.ndarray]) -> int:
+    """How many tokens all prompts begin with, the last of each left out.
+
+    0 where they are too few to matter, and for a single prompt.
+    """
+    n = min(map(len, prompts)) - 1
+    first = prompts[0][:n]
+    for prompt in prompts[1:]:
+        differ = np.flatnonzero(prompt[:n] != first[:n])
+        n = int(differ[0]) if len(differ) else n
+    return n if n >= 32 and len(prompts) > 1 else 0
+
+
+# ------------------------------------------------------------------- the device
+
+
+class Runner:
+    """The model, the cache and the state of all lanes, on the model's device.
+
+    steps_per_sync: tokens sampled in each lane before the host looks again.
+    On a GPU the sizes of steps are rounded up, so that few different ones
+    occur; each is captured as a CUDA graph and never waits for the host.
+    """
+
+    def __init__(self, model, steps_per_sync: int = 0):
+        self.model = model
+        self.config = model.config
+        self.device = model.embed_tokens.weight.device
         self.dtype = model.embed_tokens.weight.dtype
-        self.head = model.head()
-        if self.device.type != "cuda":
-            self.head = self.head.float()  # fp32 logits: only CUDA has products of bf16 into fp32
+        self.on_cuda = self.device.type == "cuda"
+        self.static_shapes = self.on_cuda
+        self.steps_per_sync = steps_per_sync or (8 if self.on_cuda else 1)
+        self.graph_pool = None
+        if self.on_cuda:
+            self.graph_pool = torch.cuda.graph_pool_handle()
+        self.stops = {}  # sets of stop tokens, on the device
+        self.release()
+        model.pack()
+        # fp32 logits: only CUDA multiplies bf16 matrices into fp32.
+        self.head = model.head() if self.on_cuda else model.head().float()
+
+    def release(self) -> None:
+        """Give the cache back."""
+        self.layout = None
+        self.prompts = None
+        self.own = None
+        self.graphs = {}
+        if self.on_cuda:
+            torch.cuda.empty_cache()
+
+    def allocate(self, layout: Layout) -> None:
+        """Make the cache and the state of its lanes."""
+        c = self.config
+        n_lanes = layout.n_slots * layout.lanes
+
+        def zeros(*shape, dtype=torch.long):
+            return torch.zeros(*shape, dtype=dtype, device=self.device)
+
+        heads = (c.n_layer, 2, layout.n_slots, c.n_kv_head)
+        prompts = (*heads, layout.prompt_len, c.head_dim)
+        own = (*heads, layout.lanes, layout.max_new, c.head_dim)
+        self.prompts = zeros(*prompts, dtype=self.dtype)
+        self.own = zeros(*own, dtype=self.dtype)
+        self.prompt_len = zeros(layout.n_slots)
+        self.lanes = zeros(n_lanes)  # those of the step come first
+        self.last_token = zeros(n_lanes)
+        self.length = zeros(n_lanes)
+        self.noise = zeros(n_lanes)
+        self.growing = zeros(n_lanes, dtype=torch.bool)  # never in lane 0
+        self.log_q = zeros(n_lanes, dtype=torch.float64)
+        self.ids = zeros(n_lanes, layout.max_new + 1)
+        self.layout = layout
+
+    def put(self, array) -> torch.Tensor:
+        return torch.as_tensor(array, device=self.device)
+
+    # ---- what the host sends and what it gets back
+
+    def run(self, step: Step, sampling: Sampling):
+        """Compute a step. Returns the lengths of its lanes, int64 [n], and
+        which of them grow on, bool [n]."""
+        self.upload(step, sampling)
+        shape = self.shape_of(step)
+        chunk = step.prefill
+        if chunk and not chunk.ids.size:
+            chunk = None  # upload() has copied all of it
+        if chunk and not shape.n_lanes:
+            self.forward(*self.prefill_inputs(chunk))
+        for _ in range(self.steps_per_sync if shape.n_lanes else 0):
+            if chunk or not self.on_cuda:
+                self.decode(shape, sampling, chunk)
+                chunk = None
+            else:
+                self.replay(shape, sampling)
+        lanes = self.lanes[: len(step.lanes)]
+        state = torch.stack((self.length[lanes], self.growing[lanes].long()))
+        lengths, growing = state.cpu().numpy()
+        return lengths, growing > 0
+
+    def upload(self, step: Step, sampling: Sampling) -> None:
+        """Tell the device which lanes decode, and what is new in them."""
+        self.lanes[:] = 0  # padding, which is computed but never grows
+        self.lanes[: len(step.lanes)] = self.put(step.lanes)
+        if sampling.stop not in self.stops:
+            self.stops[sampling.stop] = self.put(sorted(sampling.stop))
+        if step.started:
+            rows = [(s.lane, s.last_token, s.noise) for s in step.started]
+            lanes, last_token, noise = self.put(rows).T
+            self.last_token[lanes] = last_token
+            self.noise[lanes] = noise
+            self.length[lanes] = 0
+            self.log_q[lanes] = 0.0
+            self.growing[lanes] = True
+        if step.prefill:
+            slots, n = self.put(step.prefill.slots), step.prefill.shared_len
+            self.prompt_len[slots] = self.put(step.prefill.lengths)
+            self.prompts[:, :, slots, :, :n] = self.prompts[:, :, :1, :, :n]
+
+    def shape_of(self, step: Step) -> Shape:
+        """The shape of a step, with room until the next sync."""
+        shape, layout = step.shape, self.layout
+        own_len = shape.own_len + self.steps_per_sync - 1
+        lanes, slots, tokens = (32, 8, 64) if self.static_shapes else (1, 1, 1)
+        return Shape(
+            min(round_up(shape.n_lanes, lanes), len(self.lanes)),
+            min(round_up(shape.n_slots, slots), layout.n_slots),
+            min(round_up(shape.prompt_len, tokens), layout.prompt_len),
+            min(round_up(own_len, tokens), layout.max_new),
+        )
+
+    def read(self, lanes) -> tuple[np.ndarray, np.ndarray]:
+        """What was sampled in lanes [n]: ids [n, max_new + 1], log_q [n]."""
+        lanes = self.put(np.asarray(lanes, dtype=np.int64))
+        return self.ids[lanes].cpu().numpy(), self.log_q[lanes].cpu().numpy()
+
+    def replay(self, shape: Shape, sampling: Sampling) -> None:
+        """decode() as a CUDA graph.
+
+        The first step of a kind runs as it is, which warms up, and the second
+        is captured. All graphs share one pool of memory.
+        """
+        kind = shape, replace(sampling, seed=0, purpose=0)
+        if kind not in self.graphs:
+            self.graphs[kind] = None
+            return self.decode(shape, sampling)
+        if self.graphs[kind] is None:
+            torch.cuda.synchronize()
+            self.graphs[kind] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[kind], pool=self.graph_pool):
+                self.decode(shape, sampling)
+        self.graphs[kind].replay()
 
     # ---- the model on flat tokens
 
-    def forward(self, ids: torch.Tensor, positions: torch.Tensor, attend) -> torch.Tensor:
-        """ids, positions [N] -> hidden [N, n_embd]. attend(layer, q [N, n_head, head_dim], k, v [N, n_kv_head, head_dim])
-        -> like q: only attention needs to know which tokens belong together."""
+    def decode(self, shape: Shape, sampling: Sampling, chunk=None) -> None:
+        """Sample a token in each of the first lanes; prefill a chunk beside them.
+
+        Nothing comes back from the device.
+        """
+        lanes = self.lanes[: shape.n_lanes]
+        length = self.length[lanes]
+        ids = self.last_token[lanes]
+        positions = self.prompt_len[lanes // self.layout.lanes] + length
+        attend = self.attend_decoding(lanes, shape)
+        if chunk:
+            chunk_ids, chunk_positions, attend_chunk = self.prefill_inputs(chunk)
+            ids = torch.cat((ids, chunk_ids))
+            positions = torch.cat((positions, chunk_positions))
+            attend = side_by_side(len(lanes), attend, attend_chunk)
+        hidden = self.forward(ids, positions, attend)[: len(lanes)]
+        uniform = keyed_uniform(self.noise[lanes], length)
+        logits = self.logits(hidden)
+        tokens, log_p = draw(logits, uniform, sampling.temperature, sampling.top_p)
+        # What has ended is computed until the host looks, but not counted.
+        growing = self.growing[lanes]
+        self.ids[lanes, length] = tokens
+        self.last_token[lanes] = tokens
+        self.log_q[lanes] += torch.where(growing, log_p, 0.0)
+        length = length + growing
+        self.length[lanes] = length
+        stopped = (tokens[:, None] == self.stops[sampling.stop]).any(dim=1)
+        self.growing[lanes] = growing & ~stopped & (length < sampling.max_new)
+
+    def prefill_inputs(self, chunk: PrefillChunk):
+        """ids [B * T], positions [B * T] and attend() of a chunk."""
+        B, T = chunk.ids.shape
+        positions = torch.arange(T, device=self.device) + chunk.start
+        attend = self.attend_prefill(chunk)
+        return self.put(chunk.ids).flatten(), positions.repeat(B), attend
+
+    def forward(self, ids, positions, attend) -> torch.Tensor:
+        """ids [N], positions [N] -> hidden [N, n_embd].
+
+        attend(layer, q, k, v) computes attention: q [N, n_head, head_dim],
+        k and v [N, n_kv_head, head_dim] -> like q.
+        """
 
         def flat(layer, q, k, v):  # [1, heads, N, head_dim]
-            return attend(layer, *(x[0].transpose(0, 1) for x in (q, k, v))).transpose(0, 1)[None]
+            q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+            return attend(layer, q, k, v).transpose(0, 1)[None]
 
         return self.model(ids[None], positions[None], flat)[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [n, n_embd] -> logits [n, n_vocab], added up and kept in fp32 whatever the weights."""
-        if hidden.is_cuda and hidden.dtype != torch.float32:
+        """hidden [n, n_embd] -> fp32 [n, n_vocab], also added up in fp32."""
+        if self.on_cuda and hidden.dtype != torch.float32:
             return torch.mm(hidden, self.head.T, out_dtype=torch.float32)
         return F.linear(hidden.float(), self.head)
 
-    # ---- memory
-
-    def slot_bytes(self, C: int, prompt_len: int, max_new: int) -> int:
-        """What one slot takes: keys and values, and what a step allocates for its cells (logits twice, scores, the widest layer;
-        twice where steps are captured, for those have memory of their own)."""
-        c, size = self.config, self.dtype.itemsize
-        cache = 2 * c.n_layer * c.n_kv_head * c.head_dim * size * (prompt_len + C * max_new)
-        return cache + (2 if self.rounded else 1) * C * (10 * c.n_vocab + 8 * max_new + 4 * size * (c.n_head * (prompt_len + max_new) + 2 * c.n_hidden + 4 * c.n_embd))
-
-    def wanted(self, samples: int, n_prompts: int) -> tuple[int, int]:
-        """(cells side by side, cells of a slot), were memory no matter. Few prompts: more cells each."""
-        rows = min(self.n_rows or 1024, samples * n_prompts)
-        return rows, min(samples, max(self.CELLS, rows // n_prompts))
-
-    def plan(self, samples: int, prompt_len: int, max_new: int, n_prompts: int, sharers: int = 1) -> tuple[int, int, int, int]:
-        """(slots, cells of a slot, bytes that all of it takes beside the weights, bytes free). UserError when not even one prompt fits."""
-        c, size = self.config, self.dtype.itemsize
-        rows, C = self.wanted(samples, n_prompts)
-        tokens = prompt_len + max_new + self.SCORED  # at once in a layer: a tail is scored whole, however long
-        fixed = tokens * size * (8 * c.n_embd + 6 * c.n_hidden + 8 * c.n_head * c.head_dim) + (192 << 20)  # 192 MB: scored logits
-        each, free = self.slot_bytes(C, prompt_len, max_new), free_memory(self.device) // sharers
-        slots = min(-(-rows // C), int((0.8 * free - fixed) // each) - 1)
-        if slots < 1:
-            raise UserError(f"one prompt of {prompt_len} tokens with {C} samples of {max_new} needs {(fixed + 2 * each) / 1e9:.1f} GB, "
-                            f"and 80% of {free / 1e9:.1f} GB free are to be had: lower --max_new, --before, --rows or --workers")  # fmt: skip
-        return slots, C, int(fixed + (slots + 1) * each), free
-
-    def reserve(self, samples: int, prompt_len: int, max_new: int, n_prompts: int) -> None:
-        """Allocate the cache, unless the one that is there will do."""
-        c, C, round_up = self.config, self.wanted(samples, n_prompts)[1], 64 if self.rounded else 1
-        prompt_len, max_new = (-(-max(1, n) // round_up) * round_up for n in (prompt_len, max_new))
-        if self.shape and self.shape[1] >= prompt_len and self.shape[2] >= max_new and self.shape[3] == C and self.n_prompts >= n_prompts:
-            return
-        self.n_prompts, self.graphs, self.prompt, self.own = n_prompts, {}, None, None  # given back first
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        n_slots = self.plan(samples, prompt_len, max_new, n_prompts)[0] + 1  # one for padding
-        self.shape, dtype, where = (n_slots, prompt_len, max_new, C), self.dtype, dict(device=self.device)
-        self.prompt = torch.zeros(c.n_layer, 2, n_slots, c.n_kv_head, prompt_len, c.head_dim, dtype=dtype, **where)
-        self.own = torch.zeros(c.n_layer, 2, n_slots, c.n_kv_head, C, max_new, c.head_dim, dtype=dtype, **where)
-        self.cells = torch.zeros(n_slots * C, dtype=torch.long, **where)  # the live ones first
-        self.ids = torch.zeros(n_slots * C, max_new + 1, dtype=torch.long, **where)
-        self.log_q = torch.zeros(n_slots * C, dtype=torch.float64, **where)
-        self.state = torch.zeros(4, n_slots * C, dtype=torch.long, **where)
-        self.base = torch.zeros(n_slots, dtype=torch.long, **where)  # tokens of each prompt but its last
-
     # ---- attention
 
-    def attention(self, q, k, v, mask=None):
-        """q [B, n_head, T, head_dim], k, v [B, n_kv_head, L, head_dim]; causal without a mask [B or 1, 1, T, L] of what is seen."""
+    def attention(self, q, k, v, mask=None) -> torch.Tensor:
+        """q [B, n_head, T, head_dim], k, v [B, n_kv_head, L, head_dim] -> like q.
+
+        mask [B or 1, 1, T, L]: what is seen. Without a mask it is causal.
+        """
         group = q.shape[1] // k.shape[1]
-        if q.is_cuda and (mask is not None or q.dtype == torch.float32):  # no fused kernel there takes fewer key heads
-            k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=group > 1)
+        # Here CUDA has no fused kernel for fewer heads of keys.
+        if self.on_cuda and (mask is not None or q.dtype == torch.float32):
+            k = k.repeat_interleave(group, 1)
+            v = v.repeat_interleave(group, 1)
+            group = 1
+        options = dict(is_causal=mask is None, enable_gqa=group > 1)
+        return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
-    def decoding(self, cells: torch.Tensor, slots: int, P: int, S: int):
-        """attend() of one new token in each of `cells` [n]: they see P positions of their prompt and S of their own, over the first `slots` slots.
+    def lower_triangle(self, rows: int, columns: int, diagonal: int = 0):
+        ones = torch.ones(rows, columns, dtype=torch.bool, device=self.device)
+        return ones.tril(diagonal)
 
-        Queries are laid out by slot, so that the products read a prompt's keys once for all of its cells.
+    def attend_prefill(self, chunk: PrefillChunk):
+        """attend() of a chunk, which sees itself and all that lies before it
+        in its prompts, and enters the cache."""
+        T = chunk.ids.shape[1]
+        start, stop = chunk.start, chunk.start + T
+        slots = self.put(chunk.slots)
+        mask = self.lower_triangle(T, stop, start) if start else None
+
+        def attend(layer, q, k, v):
+            # [B * T, heads, head_dim] -> [B, heads, T, head_dim]
+            q, k, v = (x.unflatten(0, (-1, T)).transpose(1, 2) for x in (q, k, v))
+            cache = self.prompts[layer]
+            cache[0, slots, :, start:stop] = k
+            cache[1, slots, :, start:stop] = v
+            if start:
+                k, v = cache[:, slots, :, :stop]
+            return self.attention(q, k, v, mask).transpose(1, 2).flatten(0, 1)
+
+        return attend
+
+    def attend_decoding(self, lanes: torch.Tensor, shape: Shape):
+        """attend() of one new token in each of `lanes` [n].
+
+        Queries are laid out by slot, so that the products read the keys of a
+        prompt once for all of its lanes.
         """
         c = self.config
-        n_kv, group, hd, scale = c.n_kv_head, c.n_head // c.n_kv_head, c.head_dim, c.head_dim**-0.5
-        _, _, max_new, C = self.shape
-
-        def hide(lengths, width):  # [m] -> [m * n_kv, 1, width]: 0 for what lies before a length, -inf from there on
-            hidden = torch.arange(width, device=self.device) >= lengths[:, None]
-            mask = torch.zeros(hidden.shape, dtype=self.own.dtype, device=self.device).masked_fill_(hidden, -torch.inf)
-            return mask.unflatten(0, (slots, -1))[:, None].expand(-1, n_kv, -1, -1).reshape(len(lengths) * n_kv, 1, width)
-
-        age = self.state[AGE].clamp(max=max_new - 1)  # an ended cell may be computed again until the host looks
-        hide_prompt, hide_own = hide(self.base[:slots], P), hide(age[: slots * C] + 1, S)
-        head = cells[:, None] // C * n_kv + torch.arange(n_kv, device=self.device)  # [n, n_kv]
-        place = ((head * C + cells[:, None] % C) * max_new + age[cells, None]).view(-1)  # of the new keys in the cache, [n * n_kv]
+        n_kv, hd = c.n_kv_head, c.head_dim
+        group = c.n_head // n_kv
+        B, P, S = shape.n_slots, shape.prompt_len, shape.own_len
+        C, max_new = self.layout.lanes, self.layout.max_new
+        # A sample that has ended at max_new may be computed once more.
+        length = self.length.clamp(max=max_new - 1)
+        hide_prompt = self.hide(self.prompt_len[:B], P, B)
+        hide_own = self.hide(length[: B * C] + 1, S, B)
+        # Where the new keys lie among the rows of a layer's cache.
+        slot, lane = (lanes // C)[:, None], (lanes % C)[:, None]
+        head = slot * n_kv + torch.arange(n_kv, device=self.device)
+        place = (head * C + lane) * max_new + length[lanes, None]
+        place = place.flatten()  # [n * n_kv]
 
         def attend(layer, q, k, v):
-            own, prompt = self.own[layer], self.prompt[layer, :, :slots, :, :P].reshape(2, slots * n_kv, P, hd)
+            own = self.own[layer]
             own[0].view(-1, hd).index_copy_(0, place, k.reshape(-1, hd))
             own[1].view(-1, hd).index_copy_(0, place, v.reshape(-1, hd))
-            own = own[:, :slots, :, :, :S].reshape(2, slots * n_kv * C, S, hd)
-            grid = q.new_zeros(slots * C, n_kv * group, hd).index_copy_(0, cells, q)  # zeros where no sample is alive
-            grid = grid.view(slots, C, n_kv, group, hd).transpose(1, 2).reshape(slots * n_kv, C * group, hd)
-            on_prompt = torch.baddbmm(hide_prompt, grid, prompt[0].mT, alpha=scale)  # [slots * n_kv, C * group, P]
-            on_own = torch.baddbmm(hide_own, grid.view(-1, group, hd), own[0].mT, alpha=scale)  # [slots * n_kv * C, group, S]
-            weight = torch.softmax(torch.cat((on_prompt.view(-1, group, P), on_own), dim=-1), dim=-1)
-            y = weight.view(slots * n_kv, C * group, P + S)[..., :P] @ prompt[1]
-            y = y.view(-1, group, hd).baddbmm_(weight[..., P:], own[1])  # [slots * n_kv * C, group, hd]
-            y = y.view(slots, n_kv, C, group, hd).transpose(1, 2).reshape(slots * C, n_kv * group, hd)
-            return y.index_select(0, cells)
+            own = own[:, :B, :, :, :S].reshape(2, B * n_kv * C, S, hd)
+            prompt = self.prompts[layer, :, :B, :, :P].reshape(2, B * n_kv, P, hd)
+            # Queries [B, C, n_kv, group, hd] -> [B * n_kv, C * group, hd],
+            # zero where no sample grows.
+            q = q.new_zeros(B * C, c.n_head, hd).index_copy_(0, lanes, q)
+            q = q.view(B, C, n_kv, group, hd).transpose(1, 2)
+            q = q.reshape(B * n_kv, C * group, hd)
+            scale = hd**-0.5
+            on_prompt = torch.baddbmm(hide_prompt, q, prompt[0].mT, alpha=scale)
+            on_prompt = on_prompt.view(-1, group, P)  # [B * n_kv * C, group, P]
+            q = q.view(-1, group, hd)
+            on_own = torch.baddbmm(hide_own, q, own[0].mT, alpha=scale)
+            scores = torch.cat((on_prompt, on_own), dim=-1)
+            weight = torch.softmax(scores, dim=-1)
+            y = weight.view(B * n_kv, C * group, P + S)[..., :P] @ prompt[1]
+            y = y.view(-1, group, hd).baddbmm_(weight[..., P:], own[1])
+            y = y.view(B, n_kv, C, group, hd).transpose(1, 2)
+            return y.reshape(B * C, c.n_head, hd).index_select(0, lanes)
 
         return attend
 
-    def prefilling(self, slots: torch.Tensor, start: int, T: int):
-        """attend() of positions start .. start + T of the prompts in `slots` [B], which it fills; they see what lies there before."""
+    def hide(self, lengths, width: int, n_slots: int) -> torch.Tensor:
+        """lengths [n_slots * m] -> [n_slots * n_kv_head * m, 1, width].
 
-        def attend(layer, q, k, v):
-            q, k, v = (x.view(len(slots), T, -1, self.config.head_dim).transpose(1, 2) for x in (q, k, v))  # [B, heads, T, head_dim]
-            prompt, mask = self.prompt[layer], None
-            prompt[0, slots, :, start : start + T], prompt[1, slots, :, start : start + T] = k, v
-            if start:
-                k, v = prompt[:, slots, :, : start + T]
-                mask = torch.ones(T, start + T, dtype=torch.bool, device=self.device).tril(start)
-            return self.attention(q, k, v, mask).transpose(1, 2).reshape(-1, q.shape[1], q.shape[3])
+        0 for positions below a length and -inf for the others, to be added to
+        the scores.
+        """
+        hidden = torch.arange(width, device=self.device) >= lengths[:, None]
+        term = torch.zeros_like(hidden, dtype=self.dtype)
+        term = term.masked_fill_(hidden, -torch.inf)
+        term = term.unflatten(0, (n_slots, -1))[:, None]
+        term = term.expand(-1, self.config.n_kv_head, -1, -1)
+        return term.reshape(-1, 1, width)
 
-        return attend
+
+def side_by_side(n: int, first, second):
+    """attend() of `first` for n tokens and of `second` for the others."""
+
+    def attend(layer, q, k, v):
+        one = first(layer, q[:n], k[:n], v[:n])
+        return torch.cat((one, second(layer, q[n:], k[n:], v[n:])))
+
+    return attend
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+# ------------------------------------------------------------------- the engine
+
+
+class Engine:
+    """Samples from a model and scores with it.
+
+    n_rows: how many samples grow side by side at most; 0: as many as memory
+    allows, up to 1024.
+    """
+
+    LANES = 4  # of a slot, if prompts have as many samples
+    PREFILL_TOKENS = 2048  # taken in beside one step
+    SCORE_TOKENS = 8192  # scored at once
+
+    def __init__(self, model, n_rows: int = 0, steps_per_sync: int = 0):
+        self.model = model
+        self.config = model.config
+        self.device = model.embed_tokens.weight.device
+        if self.device.type == "mps":
+            raise UserError("--device=mps: the engine adds up in float64, which mps lacks; take --device=cpu")
+        self.n_rows = n_rows
+        self.n_prompts = 0  # for which the cache has been planned
+        self.runner = Runner(model, steps_per_sync)
+
+    # ---- memory
+
+    def slot_bytes(self, lanes: int, prompt_len: int, max_new: int) -> int:
+        """Bytes of one slot: keys and values, and what a step allocates for each
+        of its lanes (logits twice, scores, the widest layer)."""
+        c = self.config
+        size = self.runner.dtype.itemsize
+        position = 2 * c.n_layer * c.n_kv_head * c.head_dim * size
+        scores = c.n_head * (prompt_len + max_new)
+        lane = 4 * size * (scores + 2 * c.n_hidden + 4 * c.n_embd)
+        lane += 10 * c.n_vocab + 8 * max_new
+        if self.runner.static_shapes:
+            lane *= 2  # captured steps have memory of their own
+        return position * (prompt_len + lanes * max_new) + lanes * lane
+
+    def wanted_lanes(self, samples: int, n_prompts: int) -> tuple[int, int]:
+        """(lanes in all, lanes of a slot) if memory did not matter.
+
+        The fewer the prompts, the more lanes each.
+        """
+        n_lanes = min(self.n_rows or 1024, samples * n_prompts)
+        return n_lanes, min(samples, max(self.LANES, n_lanes // n_prompts))
+
+    def plan(self, samples, prompt_len, max_new, n_prompts, sharers: int = 1):
+        """(slots, lanes of a slot, bytes beside the weights, bytes free), ints.
+
+        sharers: processes that share the memory. UserError when not even one
+        prompt fits.
+        """
+        c = self.config
+        n_lanes, lanes = self.wanted_lanes(samples, n_prompts)
+        # A tail is scored whole, however long it is.
+        tokens = prompt_len + max_new + self.SCORE_TOKENS
+        layer = 8 * c.n_embd + 6 * c.n_hidden + 8 * c.n_head * c.head_dim
+        fixed = tokens * self.runner.dtype.itemsize * layer
+        fixed += 192 << 20  # for the logits of what is scored
+        each = self.slot_bytes(lanes, prompt_len, max_new)
+        free = free_memory(self.device) // sharers
+        slots = min(-(-n_lanes // lanes), int((0.8 * free - fixed) // each) - 1)
+        if slots < 1:
+            needed = (fixed + 2 * each) / 1e9
+            raise UserError(
+                f"one prompt of {prompt_len} tokens with {lanes} samples of "
+                f"{max_new} needs {needed:.1f} GB, and 80% of {free / 1e9:.1f} GB "
+                "free may be used: lower --max_new, --before, --rows or --workers"
+            )
+        return slots, lanes, int(fixed + (slots + 1) * each), free
+
+    def reserve(self, samples, prompt_len, max_new, n_prompts) -> None:
+        """Allocate the cache, unless the one that is there will do."""
+        multiple = 64 if self.runner.static_shapes else 1
+        prompt_len = round_up(max(1, prompt_len), multiple)
+        max_new = round_up(max(1, max_new), multiple)
+        have = self.runner.layout
+        if have and self.n_prompts >= n_prompts:
+            same = have.lanes == self.wanted_lanes(samples, n_prompts)[1]
+            if same and have.prompt_len >= prompt_len and have.max_new >= max_new:
+                return
+        self.n_prompts = n_prompts
+        self.runner.release()
+        slots, lanes, *_ = self.plan(samples, prompt_len, max_new, n_prompts)
+        self.runner.allocate(Layout(slots + 1, prompt_len, max_new, lanes))
 
     # ---- sampling
 
-    def step(self, n: int, slots: int, P: int, S: int, stop: torch.Tensor, max_new: int, how: tuple[float, float], piece=None) -> None:
-        """Sample a token in each of the first n of self.cells, and take in a piece of prompts. All on the device, nothing comes back."""
-        cells = self.cells[:n]
-        last, age, noise, done = self.state[:, cells]
-        ids, positions = last, self.base[cells // self.shape[3]] + age
-        attend = decode = self.decoding(cells, slots, P, S) if n else None
-        if piece:
-            prefill = self.prefilling(piece.slots, piece.start, piece.ids.shape[1])
-            ids = torch.cat((ids, piece.ids.reshape(-1)))
-            positions = torch.cat((positions, torch.arange(piece.start, piece.start + piece.ids.shape[1], device=self.device).repeat(len(piece.slots))))
-
-            def attend(layer, q, k, v):
-                y = prefill(layer, q[n:], k[n:], v[n:])
-                return torch.cat((decode(layer, q[:n], k[:n], v[:n]), y)) if n else y
-
-        hidden = self.forward(ids, positions, attend)
-        if not n:
-            return
-        tokens, log_p = draw(self.logits(hidden[:n]), keyed_uniform(noise, age), *how)
-        alive = done == 0
-        self.ids[cells, age] = tokens
-        self.log_q[cells] += torch.where(alive, log_p, 0.0)
-        ended = (tokens[:, None] == stop).any(dim=1)
-        now = torch.where(ended, ENDED, torch.where(age + 1 >= max_new, CUT_OFF, 0))
-        self.state[:, cells] = torch.stack((tokens, age + alive, noise, torch.where(alive, now, done)))
-
-    def advance(self, n: int, slots: int, P: int, S: int, max_new: int, how: tuple[float, float], piece) -> None:
-        """`burst` steps, the first of which may take in prompts. On a GPU (`rounded`) sizes are rounded up, so that few different steps occur; those
-        without prompts are captured as CUDA graphs."""
-        if self.rounded and n:
-            full = min(-(-n // 32) * 32, len(self.cells))
-            self.cells[n:full] = 0  # a cell of slot 0, which has ended: computed, and never counted
-            n, slots = full, min(-(-slots // 8) * 8, self.shape[0])
-            P, S = min(-(-P // 64) * 64, self.shape[1]), min(-(-(S + self.burst) // 64) * 64, self.shape[2])
-        for b in range(self.burst if n else 1):
-            step = (n, slots, P, S if self.rounded else min(S + b, self.shape[2]), self.stop, max_new, how)
-            if piece and b == 0:
-                self.step(*step, piece)
-            elif self.device.type == "cuda":
-                self.replay(step)
-            else:
-                self.step(*step)
-
-    def replay(self, step: tuple) -> None:
-        """A step from its CUDA graph. The first of its kind runs as it is, which also warms up; the second is captured. All share one pool of memory."""
-        if step not in self.graphs:
-            self.graphs[step] = None
-            return self.step(*step)
-        if self.graphs[step] is None:
-            torch.cuda.synchronize()
-            self.graphs[step] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[step], pool=self.pool):
-                self.step(*step)
-        self.graphs[step].replay()
-
     @torch.inference_mode()
-    def generate(self, prompts, keys, samples: int, max_new: int, stop: set[int], seed: int, *,
-                 purpose: int = DRAW, temperature: float = 1.0, top_p: float = 1.0, on_tokens=None,
-                 ends=None) -> list[list[tuple]]:  # fmt: skip
-        """Continue each prompt `samples` times until a token of `stop` or `max_new` tokens.
+    def generate(
+        self, prompts, keys, samples, sampling: Sampling, on_tokens=None, ends=None
+    ) -> list[list[tuple]]:
+        """Continue each prompt `samples` times, as sample_slowly does.
 
-        prompts: lists of ids; keys: an integer each, which seeds its noise, as does the sample's number.
-        Returns for each prompt its samples (ids with the stop token if there is one, finished, sum of their
-        log-probabilities: as sample_slowly).
-        on_tokens(n) is told of every n sampled tokens. temperature 0: the likeliest tokens. top_p: of the likeliest tokens only, see nucleus.
-        ends(ids) is asked every 8 tokens whether a sample has ended by what it says; it then counts as finished.
-
-        A prompt's slot holds all of it but the last token, with which each of its samples begins. A start that all prompts share (few-shot
-        examples) is computed once, in slot 0, and copied.
+        prompts: ids, at least one each. keys: an integer for each prompt,
+        which seeds its noise. Returns the samples of each prompt: (ids with
+        the stop token if there is one, whether it finished, the sum of its
+        log-probabilities). on_tokens(n) is told of every n sampled tokens.
+        ends(ids) is asked every 8 tokens whether a sample has ended by what
+        it says; it then counts as finished.
         """
         if not len(prompts):
             return []
-        prompts, keys = [np.asarray(p, dtype=np.int64) for p in prompts], np.asarray(keys)
-        self.reserve(samples, max(map(len, prompts)) - 1, max_new, len(prompts))
-        n_slots, C, results = self.shape[0], self.shape[3], [[None] * samples for _ in prompts]
-        self.stop = self.stops.setdefault(frozenset(stop), torch.tensor(sorted(stop), device=self.device))
-        noise = hash_state(purpose, seed, keys[:, None], np.arange(samples))  # [n_prompts, samples]
-        noise = noise.astype(np.int64)
-        todo = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))  # longest first, for little padding
-        free = list(range(1, n_slots))  # a heap: low slots first, so that the ones in use lie close together
-        holder, begun, left = np.full(n_slots, -1), np.zeros(n_slots, np.int64), np.zeros(n_slots, np.int64)
-        sample, cells, piece = np.zeros(n_slots * C, np.int64), np.zeros(0, np.int64), None
-        state, base, log_q = (x.numpy() if self.device.type == "cpu" else x.cpu().numpy() for x in (self.state, self.base, self.log_q))
-        state[DONE], base[:] = 0, 0
-        state[DONE, 0] = ENDED  # for ever
-        shared = shared_length(prompts)
-        for start in range(0, shared, self.PIECE):
-            ids = torch.from_numpy(prompts[0][None, start : min(start + self.PIECE, shared)]).to(self.device)
-            self.step(0, 1, 1, 1, self.stop, max_new, (temperature, top_p), SimpleNamespace(slots=torch.tensor([0], device=self.device), start=start, ids=ids))
+        prompts = [np.asarray(p, dtype=np.int64) for p in prompts]
+        longest = max(map(len, prompts)) - 1
+        self.reserve(samples, longest, sampling.max_new, len(prompts))
+        keys = np.asarray(keys)[:, None], np.arange(samples)
+        noise = hash_state(sampling.purpose, sampling.seed, *keys).astype(np.int64)
+        layout = self.runner.layout
+        scheduler = Scheduler(prompts, noise, layout, self.PREFILL_TOKENS)
+        results = [[None] * samples for _ in prompts]
+        while step := scheduler.schedule():
+            lengths, growing = self.runner.run(step, sampling)
+            if on_tokens and len(lengths):
+                on_tokens(int((lengths - step.lengths).sum()))
+            if ends:
+                self.ask(ends, step.lanes, lengths, growing)
+            ended = scheduler.postprocess(step, lengths, growing)
+            read = self.runner.read([sequence.lane for sequence in ended])
+            for sequence, ids, log_q in zip(ended, *read):
+                ids = ids[: sequence.length].copy()
+                stopped = int(ids[-1]) in sampling.stop
+                finished = stopped or len(ids) < sampling.max_new
+                row = results[sequence.prompt]
+                row[sequence.sample] = ids, finished, float(log_q)
+        return results
 
-        def begin(cell: int) -> None:
-            """Let the slot's next sample grow in the cell."""
-            slot = cell // C
-            i, j = holder[slot], begun[slot]
-            sample[cell], begun[slot] = j, j + 1
-            state[:, cell], log_q[cell] = (prompts[i][-1], 0, noise[i, j], 0), 0.0
-
-        def next_piece():
-            """The next prompts that share a length, or a part of one that is long, for free slots."""
-            if piece and piece.start + piece.ids.shape[1] < piece.all.shape[1]:
-                start = piece.start + piece.ids.shape[1]
-                return SimpleNamespace(**vars(piece) | dict(start=start, ids=piece.all[:, start : start + self.PIECE]))
-            if not todo or (len(cells) and 8 * len(free) < n_slots):
-                return None
-            width = len(prompts[todo[0]]) - 1
-            batch = [todo.popleft() for _ in range(max(1, min(len(free), len(todo), self.PIECE // max(1, width - shared))))]
-            slots, ids = [heapq.heappop(free) for _ in batch], np.zeros((len(batch), width), np.int64)
-            for row, i, slot in zip(ids, batch, slots):
-                row[: len(prompts[i]) - 1] = prompts[i][:-1]
-                base[slot], left[slot], begun[slot], holder[slot] = len(prompts[i]) - 1, samples, 0, i
-            ids, slots = torch.from_numpy(ids).to(self.device), torch.tensor(slots, device=self.device)
-            if shared:
-                self.prompt[:, :, slots, :, :shared] = self.prompt[:, :, :1, :, :shared]
-            return SimpleNamespace(slots=slots, start=shared, all=ids, ids=ids[:, shared : shared + self.PIECE])
-
-        while True:
-            for cell in cells[(state[DONE, cells] == 0) & (state[AGE, cells] % 8 == 0) & (state[AGE, cells] > 0)].tolist() if ends else ():
-                if ends(self.ids[cell, : state[AGE, cell]].cpu().numpy()):
-                    state[DONE, cell] = ENDED
-            gone = []
-            for cell in cells[state[DONE, cells] > 0].tolist():
-                slot, length = cell // C, state[AGE, cell]
-                results[holder[slot]][sample[cell]] = (self.ids[cell, :length].cpu().numpy().copy(), bool(state[DONE, cell] == ENDED), float(log_q[cell]))
-                left[slot] -= 1
-                if begun[slot] < samples:
-                    begin(cell)
-                    continue
-                gone.append(cell)
-                if not left[slot]:
-                    heapq.heappush(free, slot)
-                    holder[slot] = -1
-            if gone:
-                cells = np.setdiff1d(cells, gone, assume_unique=True)
-            piece = next_piece()
-            if not len(cells) and not piece:
-                return results
-            slots = int(np.flatnonzero(holder >= 0)[-1]) + 1
-            P, S = max(1, int(base[:slots].max())), int(state[AGE, cells].max(initial=0)) + 1
-            self.cells[: len(cells)] = torch.from_numpy(cells)
-            if self.device.type != "cpu":
-                self.state.copy_(torch.from_numpy(state)), self.base.copy_(torch.from_numpy(base)), self.log_q.copy_(torch.from_numpy(log_q))
-            before = int(state[AGE, cells].sum())
-            self.advance(len(cells), slots, P, S, max_new, (temperature, top_p), piece if piece and piece.ids.shape[1] else None)
-            if self.device.type != "cpu":
-                state[:], log_q[:] = self.state.cpu().numpy(), self.log_q.cpu().numpy()
-            if on_tokens and len(cells):
-                on_tokens(int(state[AGE, cells].sum()) - before)
-            if piece and piece.start + piece.ids.shape[1] == piece.all.shape[1]:
-                new = [int(slot) * C + j for slot in piece.slots.tolist() for j in range(C)]
-                for cell in new:
-                    begin(cell)
-                cells = np.sort(np.concatenate((cells, new)).astype(np.int64))
+    def ask(self, ends, lanes, lengths, growing) -> None:
+        """Stop the growth of samples that have ended by what they say."""
+        asked = np.flatnonzero(growing & (lengths % 8 == 0))
+        ids, _ = self.runner.read(lanes[asked])
+        for i, row in zip(asked, ids):
+            growing[i] = not ends(row[: lengths[i]])
 
     # ---- scoring
 
     @torch.inference_mode()
     def score(self, prefixes, tails) -> list[list[np.ndarray]]:
-        """Teacher-forced: for each prefix (ids) and each of its tails (ids), log p(token | all before it) of the tail's tokens.
+        """log p(token | all before it) of the tokens of each prefix's tails.
 
-        The one fast scoring function: log_p of thoughts and chunks, and the NLL of text. fp32 log-softmax over the whole vocabulary. A prefix is
-        computed once for its tails, which read its keys and values (for as many tails as SCORED tokens allow).
+        prefixes: ids, at least one each. tails: for each prefix a list of ids.
+        Returns a float64 array in place of each tail. This is the one fast
+        scoring function: log_p of thoughts and chunks, and the NLL of text.
+        A prefix is computed once for as many tails as SCORE_TOKENS allow.
         """
         results = [[np.zeros(len(tail)) for tail in group] for group in tails]
-        units = []  # (tokens, prefix, its tails)
-        for i, group in enumerate(tails):
-            size, chosen = len(prefixes[i]), []
-            for j, tail in enumerate(group):
-                if chosen and size + len(tail) > self.SCORED:
-                    units.append((size, i, chosen))
-                    size, chosen = len(prefixes[i]), []
-                if len(tail):
-                    size, chosen = size + len(tail), [*chosen, j]
-            if chosen:
-                units.append((size, i, chosen))
-        units.sort(key=lambda unit: -unit[0])
-        while units:
-            batch, size = [units.pop(0)], 0
-            while units and size + units[0][0] <= self.SCORED - batch[0][0]:
-                size += units[0][0]
-                batch.append(units.pop(0))
-            found = self.score_batch([prefixes[i] for _, i, _ in batch], [[tails[i][j] for j in chosen] for _, i, chosen in batch])
-            for (_, i, chosen), values in zip(batch, found):
-                for j, value in zip(chosen, values):
-                    results[i][j] = value
+
+        def tail_size(name):  # (i, j): tail j of prefix i
+            return len(tails[name[0]][name[1]])
+
+        def size(group):  # names of tails of one prefix
+            return len(prefixes[group[0][0]]) + sum(map(tail_size, group))
+
+        groups = []
+        for i, prefix in enumerate(prefixes):
+            names = [(i, j) for j, tail in enumerate(tails[i]) if len(tail)]
+            groups += fill(names, tail_size, self.SCORE_TOKENS - len(prefix))
+        groups.sort(key=size, reverse=True)  # for little padding
+        for batch in fill(groups, size, self.SCORE_TOKENS):
+            names = [name for group in batch for name in group]
+            found = self.score_batch(
+                [prefixes[group[0][0]] for group in batch],
+                [tails[i][j] for i, j in names],
+                np.repeat(np.arange(len(batch)), [len(group) for group in batch]),
+            )
+            for (i, j), log_p in zip(names, found):
+                results[i][j] = log_p
         return results
 
-    def score_batch(self, prefixes, tails) -> list[list[np.ndarray]]:
-        flat_tails = [np.asarray(tail, dtype=np.int64) for group in tails for tail in group]
-        owner = np.repeat(np.arange(len(prefixes)), [len(group) for group in tails])
-        parts = [np.asarray(p, dtype=np.int64) for p in prefixes] + [tail[:-1] for tail in flat_tails]  # a tail's last token predicts nothing
+    def score_batch(self, prefixes, tails, owner) -> list[np.ndarray]:
+        """log p of each tail's tokens; tail r continues prefix owner[r].
+
+        The prefixes and then the tails lie flat in one batch. The last token
+        of a tail is left out, for it predicts nothing.
+        """
+        put, G = self.runner.put, len(prefixes)
+        tails = [np.asarray(tail, dtype=np.int64) for tail in tails]
+        parts = [np.asarray(prefix, dtype=np.int64) for prefix in prefixes]
+        parts += [tail[:-1] for tail in tails]
         lengths = np.array([len(part) for part in parts])
-        starts, G = np.cumsum(lengths) - lengths, len(prefixes)
-        offset = np.where(np.arange(len(parts)) < G, 0, np.append(np.zeros(G, np.int64), lengths[:G][owner]))
-        positions = np.concatenate([np.arange(n) + first for n, first in zip(lengths, offset)])
+        starts = np.cumsum(lengths) - lengths
+        first = np.append(np.zeros(G, np.int64), lengths[owner])
+        positions = [np.arange(n) + f for n, f in zip(lengths, first)]
+        attend = self.attend_tails(starts, lengths, owner)
+        ids = put(np.concatenate(parts))
+        hidden = self.runner.forward(ids, put(np.concatenate(positions)), attend)
+        # The last token of the prefix predicts the first token of a tail.
+        last = (starts + lengths - 1)[owner]
+        rows = zip(last, starts[G:], lengths[G:])
+        source = [np.append(i, start + np.arange(n)) for i, start, n in rows]
+        source = put(np.concatenate(source))
+        target = put(np.concatenate(tails))
+        n = max(1, (64 << 20) // (4 * self.config.n_vocab))  # 64 MB of logits
+        log_p = [
+            -F.cross_entropy(self.runner.logits(hidden[s]), t, reduction="none")
+            for s, t in zip(source.split(n), target.split(n))
+        ]
+        log_p = torch.cat(log_p).double().cpu().numpy()
+        return np.split(log_p, np.cumsum([len(tail) for tail in tails])[:-1])
 
-        def grid(first, last):  # index of each sequence's tokens, padded [rows, longest], and which are real
-            column = np.arange(max(1, lengths[first:last].max()))
-            real = column < lengths[first:last, None]
-            return tuple(torch.from_numpy(x).to(self.device) for x in (np.where(real, starts[first:last, None] + column, 0), real))
-
-        (head, head_real), (tail, tail_real) = grid(0, G), grid(G, len(parts))
-        n_head, owners = int(lengths[:G].sum()), torch.from_numpy(owner).to(self.device)
+    def attend_tails(self, starts, lengths, owner: np.ndarray):
+        """attend() of G prefixes, and of R tails that see their prefixes."""
+        G, R = len(lengths) - len(owner), len(owner)
+        n_prefix = int(lengths[:G].sum())
+        owner = self.runner.put(owner)
+        prefix, in_prefix = self.padded(starts[:G], lengths[:G])  # [G, P]
+        tail, in_tail = self.padded(starts[G:], lengths[G:])  # [R, T]
         T = tail.shape[1]
-        seen = torch.cat((head_real[owners][:, None].expand(-1, T, -1),
-                          torch.ones(T, T, dtype=torch.bool, device=self.device).tril().expand(len(owner), -1, -1)), dim=2)[:, None]  # fmt: skip
+        # What tails see of their prefix, and of themselves: [R, 1, T, P + T].
+        seen = in_prefix[owner][:, None].expand(-1, T, -1)
+        causal = self.runner.lower_triangle(T, T).expand(R, -1, -1)
+        seen = torch.cat((seen, causal), dim=2)[:, None]
+        attention = self.runner.attention
 
         def attend(layer, q, k, v):
-            y, (hq, hk, hv) = torch.empty_like(q), (x[head].transpose(1, 2) for x in (q, k, v))  # [G, heads, P, head_dim]
-            y[:n_head] = self.attention(hq, hk, hv).transpose(1, 2)[head_real]
-            if n_head < len(q):
-                tq, tk, tv = (x[tail].transpose(1, 2) for x in (q, k, v))  # [R, heads, T, head_dim]
-                tk, tv = torch.cat((hk[owners], tk), dim=2), torch.cat((hv[owners], tv), dim=2)  # [R, n_kv_head, P + T, head_dim]
-                y[n_head:] = self.attention(tq, tk, tv, seen).transpose(1, 2)[tail_real]
+            y = torch.empty_like(q)
+            # [N, heads, head_dim] -> [G, heads, P, head_dim]
+            pq, pk, pv = (x[prefix].transpose(1, 2) for x in (q, k, v))
+            y[:n_prefix] = attention(pq, pk, pv).transpose(1, 2)[in_prefix]
+            if n_prefix < len(q):
+                # [N, heads, head_dim] -> [R, heads, T, head_dim]
+                tq, tk, tv = (x[tail].transpose(1, 2) for x in (q, k, v))
+                tk = torch.cat((pk[owner], tk), dim=2)
+                tv = torch.cat((pv[owner], tv), dim=2)
+                y[n_prefix:] = attention(tq, tk, tv, seen).transpose(1, 2)[in_tail]
             return y
 
-        ids, positions = (torch.from_numpy(x).to(self.device) for x in (np.concatenate(parts), positions))
-        hidden = self.forward(ids, positions, attend)
-        ends = starts[:G] + lengths[:G] - 1  # where a tail's first token is predicted
-        where = np.concatenate([np.append(ends[g], start + np.arange(n)) for g, start, n in zip(owner, starts[G:], lengths[G:])])
-        where, targets = (torch.from_numpy(x).to(self.device) for x in (where, np.concatenate(flat_tails)))
-        size = max(1, (64 << 20) // (4 * self.config.n_vocab))
-        log_p = torch.cat([-F.cross_entropy(self.logits(hidden[where[i : i + size]]), targets[i : i + size], reduction="none")
-                           for i in range(0, len(where), size)]).double().cpu().numpy()  # fmt: skip
-        values = iter(np.split(log_p, np.cumsum([len(t) for t in flat_tails])[:-1]))
-        return [[next(values) for _ in group] for group in tails]
+        return attend
+
+    def padded(self, starts, lengths) -> tuple[torch.Tensor, torch.Tensor]:
+        """Index of each token of the sequences [n, longest], and which are real."""
+        column = np.arange(max(1, lengths.max()))
+        real = column < lengths[:, None]
+        index = np.where(real, starts[:, None] + column, 0)
+        return self.runner.put(index), self.runner.put(real)
 
 
-def shared_length(prompts: list[np.ndarray]) -> int:
-    """How many tokens all prompts begin with alike, short of any prompt's last; 0 where they are too few to matter."""
-    n = min(map(len, prompts)) - 1
-    first = prompts[0][:n]
-    for p in prompts[1:]:
-        differ = np.flatnonzero(p[:n] != first[:n])
-        n = int(differ[0]) if len(differ) else n
-    return n if n >= 32 and len(prompts) > 1 else 0
+def fill(items, size, limit: int) -> list[list]:
+    """Lists of consecutive items whose sizes add up to at most `limit`.
+
+    An item that is larger has a list of its own.
+    """
+    lists = []
+    total = 0
+    for item in items:
+        total += size(item)
+        if not lists or total > limit:
+            lists.append([])
+            total = size(item)
+        lists[-1].append(item)
+    return lists
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had: of the GPU; of the machine or its container, whichever has less."""
+    """Bytes that can still be had of the GPU, or of the machine or its
+    container, whichever has less."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = []
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        free.append(next(int(line.split()[1]) << 10 for line in open("/proc/meminfo") if line.startswith("MemAvailable")))
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        stat = dict(line.split() for line in open("/sys/fs/cgroup/memory.stat"))
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text()) - int(stat["file"])  # what caches files can be taken back
-        free.append(int(Path("/sys/fs/cgroup/memory.max").read_text()) - used)
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (1 if free else 2))
-    return max(0, min(free, default=4 << 30))
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+        free = int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024
+    except (OSError, IndexError):  # no Linux
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no limit there
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").open())
+        # What only caches files can be taken back.
+        free = min(free, limit - used + int(stat["file"]))
+    return max(0, free)

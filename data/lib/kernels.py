@@ -1,121 +1,121 @@
-"""Hand-written backward passes: the chunked cross-entropy of the output layer, and causal attention on a CPU."""
+"""Operations of the model that are written for speed or memory: attention by torch's fused
+kernels, products joined into one, and the loss with a backward pass written by hand."""
+
+from typing import Callable
 
 import torch
+import torch.nn.functional as F
+
+
+def attention(q, k, v, mask=None) -> torch.Tensor:
+    """q [B, n_head, T, d], k and v [B, n_kv_head, L, d] -> y, like q. Causal if there is no
+    mask [B or 1, 1, T, L] of what is seen."""
+    group = q.shape[1] // k.shape[1]
+    if q.is_cuda and (mask is not None or q.dtype == torch.float32):
+        # No fused kernel of a GPU takes fewer key heads in these cases.
+        k = k.repeat_interleave(group, 1)
+        v = v.repeat_interleave(group, 1)
+        group = 1
+    causal = mask is None
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=group > 1)
+
+
+@torch.no_grad()
+def joined(*linears: torch.nn.Linear) -> Callable:
+    """One product that takes the place of several linear layers with the same input. Their
+    weights become views of its weight, so that nothing is held twice."""
+    weight = torch.cat([linear.weight for linear in linears])
+    bias = None
+    if linears[0].bias is not None:
+        bias = torch.cat([linear.bias for linear in linears])
+    sizes = [len(linear.weight) for linear in linears]
+    for linear, rows in zip(linears, weight.split(sizes)):
+        linear.weight.data = rows
+    return lambda x: F.linear(x, weight, bias)
 
 
 def head_loss(hidden, weight, targets) -> torch.Tensor:
-    """Summed cross-entropy in nats of hidden [B, T, n_embd] @ weight.T against targets [B, T]; -1: padding, which costs nothing."""
-    hidden, targets = hidden.flatten(0, 1), targets.flatten()
-    real = targets >= 0
-    if hidden.device.type == "cpu":  # elsewhere asking whether there is padding would wait for the device
-        hidden, targets = (hidden, targets) if real.all() else (hidden[real], targets[real])
+    """Summed cross-entropy in nats of the logits hidden @ weight.T.
+
+    Logits of 8,192 tokens over 32,000 classes take 1 GB in fp32, and autograd would keep
+    several copies of them. Here they are computed in pieces.
+
+    hidden [B, T, n_embd], weight [n_vocab, n_embd], targets [B, T]. A target of -1 is
+    not counted.
+    """
+    hidden = hidden.flatten(0, 1)  # [B * T, n_embd]
+    targets = targets.flatten()  # [B * T]
+    if hidden.device.type == "cpu":  # on a GPU this question would wait for the device
+        counted = targets >= 0
+        if not counted.all():
+            hidden = hidden[counted]
+            targets = targets[counted]
     return HeadLoss.apply(hidden, weight.to(hidden.dtype), targets)
 
 
 class HeadLoss(torch.autograd.Function):
-    """Cross-entropy of a linear layer in pieces, so that no more than KEEP bytes of logits are ever there.
+    """Cross-entropy of a linear layer in pieces, with at most KEEP bytes of logits at once.
 
-    forward   by rows of tokens: logits of a piece -> log-sum-exp and loss.
-    backward  by rows of the weight: softmax of a piece from the logits, computed again unless all of them were small enough to keep.
-              Each row of the weight's gradient is one product over all tokens, so no bf16 sum is ever rounded twice.
+    forward   goes by rows of tokens: the logits of a piece -> their log-sum-exp and loss.
+    backward  goes by rows of the weight: the softmax of a piece comes from the logits,
+              which are computed again unless all of them were small enough to keep. Each
+              row of the weight's gradient is one product over all tokens, so that no
+              bf16 sum is rounded twice.
     """
 
     KEEP = 256 << 20
-    PIECE = {"cpu": 16 << 20, "cuda": 64 << 20}  # bytes of a piece in fp32: a CPU's should fit its cache
+    # Bytes of a piece in fp32. A CPU's should fit into its cache.
+    PIECE = {"cpu": 16 << 20, "cuda": 64 << 20}
+
+    @staticmethod
+    def piece_rows(tensor, width: int) -> int:
+        """How many rows of so many fp32 numbers make a piece."""
+        n_bytes = HeadLoss.PIECE.get(tensor.device.type, 64 << 20)
+        return max(1, n_bytes // (4 * max(1, width)))
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):
-        N, V = len(hidden), len(weight)
-        size = HeadLoss.PIECE.get(hidden.device.type, 64 << 20) // (4 * V) or 1
+        """hidden [N, n_embd], weight [V, n_embd], targets [N] -> loss, a scalar."""
+        N = len(hidden)
+        V = len(weight)
+        size = HeadLoss.piece_rows(hidden, V)
         keep = hidden.itemsize * N * V <= HeadLoss.KEEP and any(ctx.needs_input_grad)
         logits = hidden.new_empty(N if keep else min(N, size), V)
-        lse, picked = torch.empty(2, N, device=hidden.device)
-        for i in range(0, N, size):
-            n = min(size, N - i)
-            piece = torch.mm(hidden[i : i + n], weight.T, out=logits[i : i + n] if keep else logits[:n])  # [n, V]
-            lse[i : i + n] = piece.float().logsumexp(dim=1)
-            picked[i : i + n] = piece.gather(1, targets[i : i + n, None].clamp(min=0))[:, 0]
+        lse = torch.empty(N, device=hidden.device)
+        target_logit = torch.empty(N, device=hidden.device)
+        for first in range(0, N, size):
+            here = slice(first, min(N, first + size))
+            out = logits[here] if keep else logits[: here.stop - first]
+            piece = torch.mm(hidden[here], weight.T, out=out)  # [n, V]
+            lse[here] = piece.float().logsumexp(dim=1)
+            classes = targets[here, None].clamp(min=0)  # [n, 1]
+            target_logit[here] = piece.gather(1, classes)[:, 0]
         ctx.save_for_backward(hidden, weight, targets, lse, logits if keep else None)
-        return torch.where(targets >= 0, lse - picked, 0).sum()
+        return torch.where(targets >= 0, lse - target_logit, 0).sum()
 
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, targets, lse, logits = ctx.saved_tensors
-        N, V = len(hidden), len(weight)
+        N = len(hidden)
+        V = len(weight)
         scale = torch.where(targets >= 0, grad, 0)[:, None]  # [N, 1]
         scaled = (hidden * scale).to(hidden.dtype)
-        grad_hidden, grad_weight = torch.zeros(hidden.shape, device=hidden.device), torch.empty_like(weight)
-        size = HeadLoss.PIECE.get(hidden.device.type, 64 << 20) // (4 * max(1, N)) or 1
-        for i in range(0, V, size):
-            rows = weight[i : i + size]
-            piece = hidden @ rows.T if logits is None else logits[:, i : i + size]  # [N, size]
-            piece = torch.sub(piece, lse[:, None]).exp_()  # fp32
-            here = ((targets >= i) & (targets < i + size)).float()[:, None]
-            piece.scatter_add_(1, (targets - i).clamp(0, len(rows) - 1)[:, None], -here)
-            piece = piece.to(weight.dtype)
-            torch.mm(piece.T, scaled, out=grad_weight[i : i + size])
-            if piece.dtype == torch.float32:
-                grad_hidden.addmm_(piece, rows)
+        grad_hidden = torch.zeros(hidden.shape, device=hidden.device)  # fp32
+        grad_weight = torch.empty_like(weight)
+        size = HeadLoss.piece_rows(hidden, N)
+        for first in range(0, V, size):
+            here = slice(first, min(V, first + size))
+            rows = weight[here]
+            piece = hidden @ rows.T if logits is None else logits[:, here]  # [N, rows]
+            error = torch.sub(piece, lse[:, None]).exp_()  # the softmax, in fp32
+            # The gradient of the logits is the softmax minus one at the target's class.
+            is_here = (targets >= here.start) & (targets < here.stop)
+            classes = (targets - first).clamp(0, len(rows) - 1)
+            error.scatter_add_(1, classes[:, None], -is_here.float()[:, None])
+            error = error.to(weight.dtype)
+            torch.mm(error.T, scaled, out=grad_weight[here])
+            if error.dtype == torch.float32:
+                grad_hidden.addmm_(error, rows)
             else:
-                grad_hidden += piece @ rows
+                grad_hidden += error @ rows
         return (grad_hidden * scale).to(hidden.dtype), grad_weight, None
-
-
-class CausalAttention(torch.autograd.Function):
-    """Causal attention for training on a CPU, where torch's own (2.13) takes half as long again: blocks of ROWS queries, each against the keys
-    up to its end. Scores and softmax are fp32. q [B, n_head, T, d], k and v [B, n_kv, T, d] -> y as q.
-
-    Inside, the queries that share a key head lie side by side: [B * n_kv, T * group, d], by position first.
-    """
-
-    ROWS = 64
-
-    @staticmethod
-    def inside(x, n_kv: int):  # [B, n, T, d] -> [B * n_kv, T * n / n_kv, d]
-        B, n, T, d = x.shape
-        return x.view(B, n_kv, n // n_kv, T, d).transpose(2, 3).reshape(B * n_kv, -1, d)
-
-    @staticmethod
-    def outside(x, B: int, T: int):  # and back
-        return x.view(B, -1, T, x.shape[1] // T, x.shape[2]).transpose(2, 3).reshape(B, -1, T, x.shape[2])
-
-    @staticmethod
-    def blocks(q, k, scores, weights):
-        """(rows of q, end, softmax of their scores [B * n_kv, rows, end]), the last block first; scores and weights are room for them."""
-        T, group = k.shape[1], q.shape[1] // k.shape[1]
-        for first in reversed(range(0, T, CausalAttention.ROWS)):
-            end = min(first + CausalAttention.ROWS, T)
-            rows, n = slice(first * group, end * group), len(q) * (end - first) * group * end
-            s = torch.bmm(q[:, rows], k[:, :end].mT, out=scores[:n].view(len(q), -1, end))
-            later = torch.ones(end - first, end - first, dtype=torch.bool).triu(1)
-            s[:, :, first:].unflatten(1, (end - first, group)).masked_fill_(later[:, None], -torch.inf)
-            yield rows, end, torch.softmax(s, dim=-1, out=weights[:n].view_as(s))
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        (B, _, T, d), n_kv = q.shape, k.shape[1]
-        q, k, v = (CausalAttention.inside(x, n_kv) for x in (q * d**-0.5, k, v))
-        y, room = torch.empty_like(q), torch.empty(2, q[..., 0].numel() * min(T, CausalAttention.ROWS))
-        for rows, end, p in CausalAttention.blocks(q.float(), k.float(), *room):
-            torch.bmm(p.to(v.dtype), v[:, :end], out=y[:, rows])
-        ctx.save_for_backward(q, k, v, y)
-        return CausalAttention.outside(y, B, T)
-
-    @staticmethod
-    def backward(ctx, dy):
-        q, k, v, y = ctx.saved_tensors
-        B, _, T, d = dy.shape
-        dy = CausalAttention.inside(dy, len(q) // B)
-        delta = (dy * y).sum(-1, keepdim=True, dtype=torch.float32)
-        dq, dk, dv = torch.empty_like(q), torch.empty(k.shape), torch.empty(v.shape)
-        room = torch.empty(2, q[..., 0].numel() * min(T, CausalAttention.ROWS))
-        for rows, end, p in CausalAttention.blocks(q.float(), k.float(), *room):
-            ds = (dy[:, rows] @ v[:, :end].mT).float().sub_(delta[:, rows]).mul_(p)
-            for total, weight, x in ((dv, p, dy), (dk, ds, q)):
-                part = weight.mT.to(x.dtype) @ x[:, rows]
-                if end == T:  # the first to come, and the only one with all keys
-                    total.copy_(part)
-                else:
-                    total[:, :end] += part
-            torch.bmm(ds.to(k.dtype), k[:, :end], out=dq[:, rows])
-        return tuple(CausalAttention.outside(x, B, T).to(q.dtype) for x in (dq.mul_(d**-0.5), dk, dv))

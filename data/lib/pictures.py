@@ -1,7 +1,8 @@
 """What a person looks at: em.py's tables as text, and its pictures.
 
-A row is what em.py keeps of a model (make_row), a summary has a pair (mean, deviation between seeds) for each
-figure. `s` are em.py's settings. matplotlib is imported where it is used; without it there are no pictures.
+A row is what em.py keeps of a model (make_row), a summary has a pair (mean,
+deviation between seeds) for each figure. `s` are em.py's settings. matplotlib is
+imported where it is used; without it there are no pictures.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Devices, the ranks of torchrun, and parameters that are sharded over them."""
+"""Devices, the processes of torchrun (ranks), and parameters that are sharded over them."""
 
 import os
 import sys
@@ -8,69 +8,117 @@ import torch.distributed as dist
 
 from data.lib.cli import UserError
 
-
-@torch.no_grad()
-def put(p: torch.Tensor, value: torch.Tensor, first: int = 0) -> None:
-    """Copy rows into parameter p from row `first` on: into the rank's own rows of it, if p is sharded."""
-    offset, local = (0, p) if not hasattr(p, "device_mesh") else (shard_offset(p), p.to_local())
-    low, high = max(first, offset), min(first + len(value), offset + len(local))
-    if low < high:
-        local[low - offset : high - offset].copy_(value[low - first : high - first])
-
-
-def whole(p: torch.Tensor) -> torch.Tensor:
-    """A parameter on the CPU, gathered from all ranks if it is sharded (all must call this)."""
-    p = p.detach()
-    return (p.full_tensor() if hasattr(p, "device_mesh") else p).cpu()
-
-
-def shard_offset(p) -> int:
-    """First row of a sharded parameter that this rank holds (fully_shard cuts dimension 0 as torch.chunk does)."""
-    [axis] = [i for i, placement in enumerate(p.placements) if placement.is_shard()]
-    return min(len(p), p.device_mesh.get_local_rank(axis) * -(-len(p) // p.device_mesh.size(axis)))
-
-
-def pick_device(name: str) -> str:
-    if name:
-        try:
-            torch.zeros(1, device=name)
-        except (RuntimeError, AssertionError) as e:
-            raise UserError(f"--device={name}: {str(e).splitlines()[0]}") from None
-        return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-# ------------------------------------------------------------------------------------------ several devices
+# ----------------------------------------------------------------------------------- ranks
 
 
 def rank() -> int:
+    """The number of this process; 0 without torchrun."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
+    """How many processes there are; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def add_up(*values: float) -> list[float]:
+    """The sum of each value over all ranks, in float64. All ranks must call this."""
+    total = torch.tensor(values, dtype=torch.float64)
+    if dist.is_initialized():
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        total = total.to(device)
+        dist.all_reduce(total)
+    return total.tolist()
+
+
 def join_ranks(device: str) -> str:
-    """Under torchrun: join the other ranks, and keep all but the first quiet. The device of this rank."""
+    """The device of this process. Under torchrun it also joins the other ranks, and all
+    but the first become quiet.
+
+    Raises UserError for a device that is not there.
+    """
     if "WORLD_SIZE" not in os.environ:
         return pick_device(device)
     if device.startswith("cuda:"):
-        raise UserError(f"--device={device}: torchrun gives each process a device; leave it out, or --device=cuda")
+        raise UserError(
+            f"--device={device}: torchrun gives each process a device; "
+            "leave it out, or use --device=cuda"
+        )
     if torch.cuda.is_available() and device in ("", "cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     device = pick_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    if rank():
+    if rank() > 0:
         sys.stdout = open(os.devnull, "w")
     return device
 
 
-def add_up(*values: float) -> list[float]:
-    """Sums over all ranks, in float64."""
-    total = torch.tensor(values, dtype=torch.float64)
-    if dist.is_initialized():
-        total = total.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(total)
-    return total.tolist()
+def pick_device(name: str) -> str:
+    """The device asked for by --device, or the best there is; UserError if it is not there."""
+    if name:
+        try:
+            torch.zeros(1, device=name)
+        except (RuntimeError, AssertionError) as e:
+            reason = str(e).splitlines()[0]
+            raise UserError(f"--device={name}: {reason}") from None
+        return name
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
+
+
+def worker_device(name: str) -> str:
+    """The device of this process, by --device.
+
+    Each rank of torchrun is a worker with a GPU of its own; one of them speaks.
+    """
+    if int(os.environ.get("RANK", 0)):
+        sys.stdout = open(os.devnull, "w")
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available() and name in ("", "cuda"):
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = pick_device(name)
+    if device == "mps" and not name:
+        device = "cpu"  # the engine adds up in float64, which mps lacks
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    return device
+
+
+# ---------------------------------------------------------------------- sharded parameters
+
+
+def is_sharded(p: torch.Tensor) -> bool:
+    """Whether FSDP has made a DTensor of p, of which each rank holds some rows."""
+    return hasattr(p, "device_mesh")
+
+
+def shard_offset(p) -> int:
+    """The first row of a sharded parameter that this rank holds.
+
+    fully_shard cuts dimension 0 as torch.chunk does: all shards but the last ones have
+    ceil(rows / shards) rows.
+    """
+    [axis] = [i for i, placement in enumerate(p.placements) if placement.is_shard()]
+    rows = -(-len(p) // p.device_mesh.size(axis))
+    return min(len(p), p.device_mesh.get_local_rank(axis) * rows)
+
+
+@torch.no_grad()
+def put(p: torch.Tensor, value: torch.Tensor, first: int = 0) -> None:
+    """Copy value into the rows of parameter p from row `first` on. If p is sharded, each
+    rank copies what falls into its own rows."""
+    offset = shard_offset(p) if is_sharded(p) else 0
+    local = p.to_local() if is_sharded(p) else p
+    low = max(first, offset)
+    high = min(first + len(value), offset + len(local))
+    if low < high:
+        local[low - offset : high - offset].copy_(value[low - first : high - first])
+
+
+def whole(p: torch.Tensor) -> torch.Tensor:
+    """A parameter on the CPU, gathered from all ranks if it is sharded. All must call this."""
+    p = p.detach()
+    return (p.full_tensor() if is_sharded(p) else p).cpu()

@@ -1,7 +1,9 @@
-"""Reading and writing safetensors files: 8 bytes of header length, a JSON header, then the raw tensors end to end.
+"""Reading and writing safetensors files: 8 bytes of header length, a JSON header, then
+the raw tensors end to end.
 
-A downloaded file is untrusted: its header is checked entry by entry against the file's size before any tensor is made. Tensors are
-memory-mapped: no rank of a sharded model ever holds a copy of all of them.
+A downloaded file is untrusted: its header is checked entry by entry against the file's
+size before any tensor is made. Tensors are memory-mapped, so that no rank of a sharded
+model ever holds a copy of all of them.
 """
 
 import json
@@ -13,19 +15,23 @@ import torch
 from data.lib.cli import UserError, replacing
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-HEADER_BYTES = 100_000_000  # the safetensors library reads no longer header either
+MAX_HEADER = 100_000_000  # bytes; the safetensors library reads no longer header either
+MAX_DIMENSIONS = 8
 
 
-def write_safetensors(path, shapes: dict[str, list[int]], values, dtype: torch.dtype) -> None:
-    """Write tensors of these shapes as `dtype`, under a temporary name first. `values` gives them one by one, in the order of `shapes`."""
-    name_of = {v: k for k, v in DTYPES.items()}[dtype]
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+def write_safetensors(path, shapes: dict, values, dtype: torch.dtype) -> None:
+    """Write tensors as `dtype`: `shapes` is {name: shape}, and `values` yields the tensors
+    one by one in that order, so that they need not all be in memory."""
+    name_of = {dtype: name for name, dtype in DTYPES.items()}
+    header = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for name, shape in shapes.items():
-        size = math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": name_of, "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
+        end = offset + math.prod(shape) * dtype.itemsize
+        entry = {"dtype": name_of[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        header[name] = entry
+        offset = end
     raw = json.dumps(header).encode()
-    raw += b" " * (-len(raw) % 8)
+    raw += b" " * (-len(raw) % 8)  # the tensors start at a multiple of 8
     with replacing(path) as temporary, open(temporary, "wb") as f:
         f.write(len(raw).to_bytes(8, "little") + raw)
         for t in values:
@@ -33,45 +39,79 @@ def write_safetensors(path, shapes: dict[str, list[int]], values, dtype: torch.d
 
 
 def read_safetensors(path) -> dict[str, torch.Tensor]:
-    """All tensors of a file, memory-mapped: nothing is read before it is used. UserError when it is missing, cut off or not of that format."""
+    """All tensors of a file by name, memory-mapped: nothing is read before it is used.
+
+    Raises UserError when the file is missing, cut off or not of this format.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; the model folder is missing or was not finished")
-    size = path.stat().st_size
     try:
-        with open(path, "rb") as f:
-            start = 8 + int.from_bytes(f.read(8), "little")
-            if size < 8 or start > min(size, HEADER_BYTES):
-                raise ValueError("the header is longer than the file, or than any real one")
-            header = json.loads(f.read(start - 8))
-        if not isinstance(header, dict):
-            raise ValueError("the header is not an object")
-        header.pop("__metadata__", None)
-        for name, t in header.items():
-            check_entry(name, t)
-        raw, tensors, end = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8), {}, 0
-        for name, t in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape, (first, last) = DTYPES[t["dtype"]], t["shape"], t["data_offsets"]
-            if first != end or last - first != dtype.itemsize * math.prod(shape) or start + last > size:
-                raise ValueError(f"{name}: bytes {first} to {last} do not hold {shape} of {t['dtype']} right behind the tensor before")
-            data = raw[start + first : start + last]
-            tensors[name] = (data if (start + first) % 4 == 0 else data.clone()).view(dtype).view(shape)
-            end = last
-        if start + end != size:
-            raise ValueError(f"{size} bytes, the header says {start + end}")
+        header, start = read_header(path)
+        return map_tensors(path, header, start)
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: damaged ({e}); fetch or make the model again") from None
+
+
+def read_header(path: Path) -> tuple[dict, int]:
+    """The checked entries of a file, and where its first tensor begins; or ValueError."""
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        start = 8 + int.from_bytes(f.read(8), "little")
+        if size < 8 or start > min(size, MAX_HEADER):
+            raise ValueError("the header is longer than the file, or than any real one")
+        header = json.loads(f.read(start - 8))
+    if not isinstance(header, dict):
+        raise ValueError("the header is not an object")
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        check_entry(name, entry)
+    return header, start
+
+
+def check_entry(name: str, entry) -> None:
+    """ValueError for an entry that is not {"dtype": name, "shape": [...], "data_offsets":
+    [first, last]}."""
+    if not name.isprintable() or not isinstance(entry, dict):
+        raise ValueError(f"{name!r:.80} is {entry!r:.80}, expected the description of a tensor")
+    dtype = entry.get("dtype")
+    if dtype not in list(DTYPES):  # a list, because what was read may not be hashable
+        raise ValueError(f"{name:.80} has dtype {dtype!r:.80}; {', '.join(DTYPES)} are supported")
+    shape = entry.get("shape")
+    if not whole_numbers(shape) or len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"{name:.80}: shape is {shape!r:.80}, expected a few whole numbers")
+    offsets = entry.get("data_offsets")
+    if not whole_numbers(offsets) or len(offsets) != 2:
+        raise ValueError(f"{name:.80}: data_offsets is {offsets!r:.80}, expected two whole numbers")
+
+
+def whole_numbers(value) -> bool:
+    """Whether a JSON value is a list of whole numbers (true and false are none)."""
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**60 for n in value)
+
+
+def map_tensors(path: Path, header: dict, start: int) -> dict[str, torch.Tensor]:
+    """The tensors that a checked header describes; ValueError unless they fill the rest of
+    the file without gaps."""
+    size = path.stat().st_size
+    raw = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    tensors = {}
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype = DTYPES[entry["dtype"]]
+        shape = entry["shape"]
+        first, last = entry["data_offsets"]
+        n_bytes = dtype.itemsize * math.prod(shape)
+        if first != end or last - first != n_bytes or start + last > size:
+            raise ValueError(
+                f"{name}: bytes {first} to {last} do not hold {shape} of {entry['dtype']} "
+                "right behind the tensor before"
+            )
+        data = raw[start + first : start + last]
+        if (start + first) % 4:  # a view as fp32 must be aligned
+            data = data.clone()
+        tensors[name] = data.view(dtype).view(shape)
+        end = last
+    if start + end != size:
+        raise ValueError(f"{size} bytes, the header says {start + end}")
     return tensors
-
-
-def check_entry(name: str, t) -> None:
-    """ValueError for a header entry that is not {"dtype": name, "shape": [...], "data_offsets": [first, last]}."""
-    if not name.isprintable() or not isinstance(t, dict):
-        raise ValueError(f"{name!r:.80} is {t!r:.80}, expected the description of a tensor")
-    if t.get("dtype") not in (*DTYPES,):
-        raise ValueError(f"{name:.80} has dtype {t.get('dtype')!r:.80}; {', '.join(DTYPES)} are supported")
-    for key, most in (("shape", 8), ("data_offsets", 2)):
-        numbers = t.get(key)
-        whole_numbers = isinstance(numbers, list) and len(numbers) <= most and all(type(n) is int and 0 <= n < 2**60 for n in numbers)
-        if not whole_numbers or key == "data_offsets" and len(numbers) != 2:
-            raise ValueError(f"{name:.80}: {key} is {numbers!r:.80}, expected {'two' if most == 2 else 'a few'} whole numbers")

@@ -1,7 +1,8 @@
 """Run scripts as commands: each fills a folder, several run side by side, one that is complete is skipped.
 
-Stages.run() is what em.py calls. A stage is `python SCRIPT --flag=value ...` (or torchrun, where there are
-several devices), printed as it starts. It counts as complete when the file that it writes last is there.
+Stages.run() is what em.py calls. A stage is `python SCRIPT --flag=value ...` (or
+torchrun, where there are several devices), printed as it starts. It counts as
+complete when the file that it writes last is there.
 """
 
 import contextlib
@@ -15,35 +16,34 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.lib.cli import UserError, duration, read_json
-
-ROOT = Path(__file__).resolve().parents[2]  # where the scripts are
+from data.lib.cli import ROOT, UserError, duration, hold, read_json, start
 
 
 @contextlib.contextmanager
 def only_run(out_dir: Path):
-    """Hold out_dir against other runs. Stages inherit the lock: one that outlives a killed em.py is waited
-    for."""
+    """Hold out_dir against other runs; yields the file numbers that its stages inherit.
+
+    They hold the lock, too: a stage that outlives a killed em.py is waited for.
+    """
     out_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield ()
-        return
-    with open(out_dir / "lock", "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{out_dir}: another run is at work here; waiting for it to end", flush=True)
-            fcntl.flock(f, fcntl.LOCK_EX)
-        yield (f.fileno(),)
+    lock = out_dir / "lock"
+    with hold(lock, wait=False) as held:
+        if held:
+            yield () if held is True else (held,)
+            return
+    print(f"{out_dir}: another run is at work here; waiting for it to end", flush=True)
+    with hold(lock) as held:
+        yield () if held is True else (held,)
 
 
 class Slots:
     """Lets n threads in at a time, of those that wait the one with the lowest number."""
 
     def __init__(self, n: int):
-        self.free, self.waiting, self.count, self.changed = n, [], 0, threading.Condition()
+        self.free = n
+        self.waiting = []  # a heap of (order, ticket)
+        self.count = 0  # tickets given out
+        self.changed = threading.Condition()
 
     @contextlib.contextmanager
     def hold(self, order: int):
@@ -79,21 +79,22 @@ class Stages:
         self.slots, self.guard = Slots(self.jobs), threading.Lock()
 
     def run(
-        self, name: str, script: str, folder: Path, last: str, flags: dict, more: str = "", order: int = 0
+        self, name: str, script: str, folder: Path, last: str, flags: dict, more="", order=0
     ) -> None:
-        """`python script --flag=value ...`, which fills `folder`, unless the file it writes last is there.
-        The flags in the string `more` win. order: of the stages that wait, those with the lowest start first.
-        UserError if it fails or was made by other flags."""
-        done = folder / last
-        flags = {k: str(v) for k, v in flags.items() if v != ""}
-        for word in shlex.split(more):
-            key, has_value, value = word.removeprefix("--").partition("=")
-            flags[key] = value if has_value else "true"
-        if done.exists():
-            return self.already(name, script, folder, done, flags)
+        """`python script --flag=value ...`, which fills `folder`.
+
+        It is skipped when the file that it writes last is there. The flags in the string
+        `more` win over `flags`. Of the stages that wait, the one with the lowest order
+        starts first. UserError if it fails, or was made by other flags.
+        """
+        flags = {key: str(flag) for key, flag in flags.items() if flag != ""}
+        flags |= read_words(more)
+        if (folder / last).exists():
+            return self.already(name, script, folder, last, flags)
         with self.slots.hold(order):
-            code = self.start(name, script, folder, [f"--{k}={v}" for k, v in flags.items()])
-        if code and not self.stopped:  # the first to fail ends the others, and all chains tell of it
+            code = self.start(name, script, folder, flags)
+        if code and not self.stopped:
+            # The first to fail ends the others, and all chains tell of it.
             self.failure = f"stage {name} ended with exit code {code} (see above); "
             self.failure += "the same command goes on from there"
             self.stop()
@@ -101,50 +102,60 @@ class Stages:
             raise UserError(self.failure)
 
     @staticmethod
-    def already(name: str, script: str, folder: Path, done: Path, flags: dict) -> None:
+    def already(name: str, script: str, folder: Path, last: str, flags: dict) -> None:
+        """Say that a stage is complete; UserError if it was made by other flags."""
         made_by = read_json(folder / "settings.json")
-        changed = [k for k, v in flags.items() if k in made_by and not same(made_by[k], v)]
+        changed = [
+            f"--{key}={made_by[key]} became {flag}"
+            for key, flag in flags.items()
+            if key in made_by and not same(made_by[key], flag)
+        ]
         if changed:
-            how = "; ".join(f"--{k}={made_by[k]} became {flags[k]}" for k in changed)
-            raise UserError(f"{folder}: made with other settings ({how}); give another --out_dir")
-        newer = (ROOT / script).stat().st_mtime > done.stat().st_mtime
-        but = f"; but {script} has changed since: give another --out_dir to run it anew" if newer else ""
+            how = f"made with other settings ({'; '.join(changed)})"
+            raise UserError(f"{folder}: {how}; give another --out_dir")
+        newer = (ROOT / script).stat().st_mtime > (folder / last).stat().st_mtime
+        how = "give another --out_dir to run it anew"
+        but = f"; but {script} has changed since: {how}" if newer else ""
         print(f"{name}: complete{but}")
 
-    def start(self, name: str, script: str, folder: Path, flags: list[str]) -> int:
-        """The exit code of a script. Side by side with others it writes into a log, whose end is shown when
-        it fails."""
-        launch = [str(ROOT / script)]
-        if self.devices > 1 and script in ("train.py", "infer_thoughts.py"):
-            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.devices}"]
-            launch = torchrun + launch
-        env, log, begin = os.environ | {"EM_CHILD": "1"}, None, time.time()
+    def start(self, name: str, script: str, folder: Path, flags: dict) -> int:
+        """The exit code of a script.
+
+        Side by side with others it writes into a log, whose end is shown when it fails.
+        """
+        torchrun = self.devices > 1 and script in ("train.py", "infer_thoughts.py")
+        launcher = ["-m", "torch.distributed.run", "--standalone"] if torchrun else []
+        if torchrun:
+            launcher.append(f"--nproc_per_node={self.devices}")
+        env, log, begin = {}, None, time.time()
         if self.jobs > 1:
             env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.jobs))
-        shown = "torchrun --standalone " + launch[3] if len(launch) > 1 else "python"
         with self.guard:
             if self.stopped:
                 return 1
-            print(f"\n{name}: $ {shown} {shlex.join([script, *flags])}", flush=True)
+            shown = " ".join(["torchrun", *launcher[2:]]) if launcher else "python"
+            words = shlex.join([script, *(f"--{key}={flag}" for key, flag in flags.items())])
+            print(f"\n{name}: $ {shown} {words}", flush=True)
             if self.jobs > 1:
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 log = open(f"{folder}.log", "ab")
-            # Its own session: Ctrl-C reaches only us. Its standard input: when we die, however we die, it
-            # closes and the stage ends.
-            child = subprocess.Popen(
-                [sys.executable, *launch, *flags], stdin=subprocess.PIPE, start_new_session=True,
-                pass_fds=self.lock, env=env, stdout=log, stderr=log,
-            )  # fmt: skip
+            # A session of its own, so that Ctrl-C reaches only this process.
+            how = {"start_new_session": True, "pass_fds": self.lock, "stdout": log, "stderr": log}
+            child = start(script, flags, launcher, env, **how)
             self.children.add(child)
         code = child.wait()
         self.children.discard(child)
         if log:
             log.close()
-            if code and not self.stopped:
-                print(Path(log.name).read_text(errors="replace")[-2000:], file=sys.stderr, flush=True)
-            elif not code:
-                print(f"{name}: done in {duration(time.time() - begin)}", flush=True)
+            self.tell(name, Path(log.name), code, time.time() - begin)
         return code
+
+    def tell(self, name: str, log: Path, code: int, seconds: float) -> None:
+        """What is shown of a stage that wrote into a log: its time, or the log's end."""
+        if not code:
+            print(f"{name}: done in {duration(seconds)}", flush=True)
+        elif not self.stopped:
+            print(log.read_text(errors="replace")[-2000:], file=sys.stderr, flush=True)
 
     def stop(self) -> None:
         """End all children and start no more."""
@@ -154,20 +165,34 @@ class Stages:
                 child.terminate()
 
 
+def read_words(flags: str) -> dict[str, str]:
+    """'--lr=1e-3 --compile' as {"lr": "1e-3", "compile": "true"}."""
+    found = {}
+    for word in shlex.split(flags):
+        key, has_value, flag = word.removeprefix("--").partition("=")
+        found[key] = flag if has_value else "true"
+    return found
+
+
 def same(made_by, flag: str) -> bool:
-    """Whether a setting that was stored is what a flag says: 0.0 is --min_gain=0, and -1e9 is -inf, which
-    JSON has not."""
+    """Whether a stored setting is what a flag says: 0.0 is --min_gain=0, and True is true.
+
+    JSON has no infinity, so -inf is stored as -1e9.
+    """
+    if isinstance(made_by, bool):
+        return made_by == (flag.lower() in ("true", "1"))
     if isinstance(made_by, float):
         with contextlib.suppress(ValueError):
             return made_by == max(float(flag), -1e9)
-    return str(made_by) == flag or (isinstance(made_by, bool) and made_by == (flag.lower() in ("true", "1")))
+    return str(made_by) == flag
 
 
 def count_devices(device: str, asked: int) -> tuple[bool, int]:
     """(whether there is a GPU, devices that a stage works on), from --device and --devices as given."""
     if device not in ("", "cuda"):
         return device.startswith(("cuda", "mps")), max(1, asked)
-    # In a process of its own: here torch would take memory beside the stages for as long as they run.
+    # In a process of its own: here torch would take memory beside the stages for as
+    # long as they run.
     code = "import torch; print(torch.cuda.device_count(), int(torch.backends.mps.is_available()))"
     found = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     cuda, mps = map(int, found.stdout.split())

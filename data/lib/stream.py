@@ -1,8 +1,11 @@
-"""The training stream: documents of corpora in a seeded order, with their thoughts, as micro-batches of token ids.
+"""The training stream: documents of corpora in a seeded order, with their thoughts, as
+micro-batches of token ids.
 
-Everything here is a function of (seed, position): the order of documents (one permutation an epoch, no buffer), the coin flip of each
-chunk (prior or posterior form), the cut into rows. So neither the number of ranks nor a restart changes what a step trains on, and a
-training run's place in its data is its step number. Corpora stay memory-mapped; the order of an epoch costs about 100 bytes a document.
+Everything here is a function of (seed, position): the order of documents (one permutation
+an epoch, no shuffle buffer), the coin flip of each chunk (prior or posterior form), and
+the cut into rows. So neither the number of ranks nor a restart changes what a step trains
+on, and a run's place in its data is its step number. Corpora stay memory-mapped; the order
+of an epoch costs about 100 bytes a document.
 
     padded     a row is a document, cut off at seq_len          [BOS x x x x EOS  .  .  .]
     packed     documents end to end, cut into full rows         [.. x EOS BOS x x x x x x]  [x x EOS BOS x ..]
@@ -11,27 +14,59 @@ training run's place in its data is its step number. Corpora stay memory-mapped;
 
 import bisect
 import functools
+import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from data.lib.corpus import FORM_COIN, POSTERIOR, PRIOR, RAW, Corpus, Thoughts, hash_uniform, layout
+from data.lib.cli import UserError
+from data.lib.corpus import (
+    FORM_COIN,
+    POSTERIOR,
+    PRIOR,
+    RAW,
+    Corpus,
+    Thoughts,
+    hash_uniform,
+    layout,
+    marker_count,
+    open_corpus,
+    open_thoughts,
+)
 from data.lib.tokenizer import Tokenizer
 
-GIVEN = -2  # a token that is read but not learned stands as GIVEN - id in a row
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """How documents become rows."""
+
+    seq_len: int  # tokens
+    seed: int = 0
+    attention: str = "padded"  # or packed, or document: packed, and rows tell documents apart
+    bare: float = 0.0  # share of the chunks that are written without their thought
+    completion: bool = False  # only what answers a question is learned; padded rows only
 
 
 class Batch(NamedTuple):
     """A micro-batch, all [B, T]."""
 
     ids: torch.Tensor
-    targets: torch.Tensor  # the next ids; -1: padding
-    documents: torch.Tensor | None  # which document of its row a token belongs to, where attention needs it
+    targets: torch.Tensor  # the next ids; -1: not counted
+    documents: torch.Tensor | None  # which document of its row a token belongs to, if needed
+
+
+class Document(NamedTuple):
+    """A document as it is trained on, or the beginning of one, both [n]."""
+
+    ids: np.ndarray
+    learned: np.ndarray  # bool: whether the loss counts a token; others are only read
 
 
 class Epoch(NamedTuple):
-    """One pass over the mix: its documents in their order. All arrays [n], but `starts` [n + 1]."""
+    """One pass over the mix: its documents in their order. All arrays [n], but `starts`
+    [n + 1]."""
 
     source: np.ndarray  # which corpus
     doc: np.ndarray  # which document of it
@@ -39,171 +74,333 @@ class Epoch(NamedTuple):
     starts: np.ndarray  # first token of each document, from the start of the epoch
 
 
+class ThoughtCount(NamedTuple):
+    """How many thoughts a corpus has, and of how many tokens."""
+
+    thoughts: int
+    tokens: int
+
+
+def count_thoughts(thoughts: Thoughts | None) -> ThoughtCount:
+    if thoughts is None:
+        return ThoughtCount(0, 0)
+    return ThoughtCount(int((np.diff(thoughts.chunks) > 0).sum()), len(thoughts.tokens))
+
+
 class Stream:
-    """The training stream, as a function of (seed, position) alone: not of ranks, workers or restarts.
+    """The training stream, as a function of (seed, position) alone.
 
-    An epoch is one seeded permutation of documents. With several corpora it takes from each what its weight allows, so that none is
-    used up more than once, and each goes on in its own permutation in the next epoch. Row n is document n (padded), or tokens
-    n * seq_len to (n + 1) * seq_len of all documents end to end, and the token after (packed).
+    An epoch is one seeded permutation of documents. With several corpora it takes from
+    each what its weight allows, so that none is used up more than once, and each goes on
+    in its own permutation in the next epoch. Row n is document n (padded), or tokens
+    n * seq_len to (n + 1) * seq_len of all documents end to end, and the token after
+    (packed).
 
-    completion: fine-tuning on (question, answer). Questions and the markers behind them are given, not learned; thoughts take the prior form.
-    Only padded rows.
+    `thoughts` has a folder for each corpus, or None. `weights` are shares of the tokens;
+    without them corpora count by their size.
     """
 
-    def __init__(self, corpora: list[Corpus], thoughts: list[Thoughts | None], tok: Tokenizer, seq_len: int, seed: int,
-                 attention: str = "padded", weights: list[float] = (), bare: float = 0.0, completion: bool = False):  # fmt: skip
-        self.corpora, self.thoughts, self.tok = corpora, thoughts, tok
-        self.seq_len, self.seed, self.attention, self.bare, self.completion = seq_len, seed, attention, bare, completion
-        self.thought_counts = [(int((np.diff(t.chunks) > 0).sum()), len(t.tokens)) if t else (0, 0) for t in thoughts]  # (thoughts, tokens)
-        sizes = np.array([self.mean_length(c) * corpora[c].n_docs for c in range(len(corpora))])
-        passes = np.array(weights or sizes) / sizes  # how often each is read, but for a common factor
-        self.takes = [max(1, round(p / passes.max() * corpus.n_docs)) for p, corpus in zip(passes, corpora)]
-        self.firsts = [0]  # first token of each epoch, as far as known (packed)
+    def __init__(
+        self,
+        corpora: list[Corpus],
+        thoughts: list[Thoughts | None],
+        tok: Tokenizer,
+        rows: Rows,
+        weights: list[float] = (),
+    ):
+        self.corpora = corpora
+        self.thoughts = thoughts
+        self.tok = tok
+        self.rows = rows
+        self.seq_len = rows.seq_len
+        self.attention = rows.attention
+        self.thought_counts = [count_thoughts(t) for t in thoughts]
+        self.takes = self.documents_of_an_epoch(weights)
+        self.firsts = [0]  # packed: the first token of each epoch, as far as known
+        # Caches that belong to this stream and go away with it.
         self.epoch = functools.lru_cache(2)(self.make_epoch)
         self.permutation = functools.lru_cache(2 * len(corpora))(self.make_permutation)
         self.lengths = functools.lru_cache(2 * len(corpora))(self.make_lengths)
         self.document = functools.lru_cache(1)(self.make_document)
 
+    # ---- sizes
+
+    def documents_of_an_epoch(self, weights: list[float]) -> list[int]:
+        """How many documents of each corpus an epoch takes: all of the one that is read
+        most often, and of the others what their weight allows."""
+        n_docs = [corpus.n_docs for corpus in self.corpora]
+        sizes = np.array([self.mean_length(c) * n for c, n in enumerate(n_docs)])
+        passes = np.array(weights or sizes) / sizes  # but for a common factor
+        return [max(1, round(p / passes.max() * n)) for p, n in zip(passes, n_docs)]
+
     def mean_length(self, c: int) -> float:
-        """Expected tokens of a document of corpus c: BOS and EOS, text, thoughts, and 3 or 5 markers with each thought."""
-        n_thoughts, thought_tokens = self.thought_counts[c]
-        return 2 + (len(self.corpora[c].tokens) + (1 - self.bare) * (thought_tokens + 4 * n_thoughts)) / self.corpora[c].n_docs
+        """Expected tokens of a document of corpus c: BOS and EOS, text, and thoughts with
+        their markers."""
+        corpus = self.corpora[c]
+        count = self.thought_counts[c]
+        markers = marker_count([PRIOR, POSTERIOR]).mean()
+        thought_tokens = (1 - self.rows.bare) * (count.tokens + markers * count.thoughts)
+        return 2 + (len(corpus.tokens) + thought_tokens) / corpus.n_docs
 
     def mean_document(self) -> float:
         """Expected tokens of a document of the mix."""
-        return sum(n * self.mean_length(c) for c, n in enumerate(self.takes)) / sum(self.takes)
+        total = sum(n * self.mean_length(c) for c, n in enumerate(self.takes))
+        return total / sum(self.takes)
 
     def mean_row(self) -> float:
-        """Expected tokens of a row; padded ones by those of the first epoch, for their ends are cut off."""
-        return float(np.minimum(np.diff(self.epoch(0).starts), self.seq_len).mean()) if self.attention == "padded" else self.seq_len
+        """Expected tokens of a row. That of padded rows is taken from the first epoch,
+        because long documents are cut off."""
+        if self.attention != "padded":
+            return self.seq_len
+        lengths = np.diff(self.epoch(0).starts)
+        return float(np.minimum(lengths, self.seq_len).mean())
+
+    def rows_of_epoch(self) -> int:
+        """How many rows the first epoch fills, at least one."""
+        epoch = self.epoch(0)
+        if self.attention == "padded":
+            return len(epoch.doc)
+        return max(1, int(epoch.starts[-1]) // self.seq_len)
+
+    # ---- the order of documents
 
     def make_permutation(self, turn: int, n: int) -> np.ndarray:
-        return np.random.Generator(np.random.Philox(key=[self.seed, turn])).permutation(n)
+        philox = np.random.Philox(key=[self.rows.seed, turn])
+        return np.random.Generator(philox).permutation(n)
 
     def make_epoch(self, number: int) -> Epoch:
-        parts = []
-        for c, (corpus, take) in enumerate(zip(self.corpora, self.takes)):
-            position = np.arange(number * take, (number + 1) * take)
-            turns, index = position // corpus.n_docs + (c << 40), position % corpus.n_docs
-            doc, length = np.empty(take, np.int64), np.empty(take, np.int64)
-            for turn in np.unique(turns):
-                here = turns == turn
-                doc[here] = self.permutation(int(turn), corpus.n_docs)[index[here]]
-                length[here] = self.lengths(c, int(turn))[doc[here]]
-            parts.append((np.full(take, c), doc, turns, length))
+        parts = [self.part_of_epoch(c, number) for c in range(len(self.corpora))]
         source, doc, turn, length = (np.concatenate(arrays) for arrays in zip(*parts))
         if len(self.corpora) > 1:
             order = self.make_permutation(number + (1 << 62), len(doc))
-            source, doc, turn, length = source[order], doc[order], turn[order], length[order]
+            source, doc, turn, length = (x[order] for x in (source, doc, turn, length))
         return Epoch(source, doc, turn, np.concatenate(([0], np.cumsum(length))))
 
+    def part_of_epoch(self, c: int, number: int) -> tuple[np.ndarray, ...]:
+        """(corpus, document, turn, length) of the documents that an epoch takes from
+        corpus c. They go on in the corpus' own permutations where the last epoch ended."""
+        take = self.takes[c]
+        n_docs = self.corpora[c].n_docs
+        position = np.arange(number * take, (number + 1) * take)
+        turns = position // n_docs + (c << 40)
+        doc = np.empty(take, np.int64)
+        length = np.empty(take, np.int64)
+        for turn in np.unique(turns).tolist():
+            here = turns == turn
+            doc[here] = self.permutation(turn, n_docs)[position[here] % n_docs]
+            length[here] = self.lengths(c, turn)[doc[here]]
+        return np.full(take, c), doc, turns, length
+
     def forms(self, c: int, turn: int, first: int, last: int) -> np.ndarray:
-        """The form that each of the chunks first to last-1 takes in a pass, if it has a thought: RAW with probability `bare`, else one of the
-        two others by a fair coin; drawn anew in each pass, for each chunk by itself."""
-        if self.completion:
+        """The form that each of the chunks first to last - 1 takes in a pass, if it has a
+        thought. It is RAW with probability `bare`, else one of the two others by a fair
+        coin, drawn anew in each pass and for each chunk by itself."""
+        if self.rows.completion:
             return np.full(last - first, PRIOR)
-        uniform = hash_uniform(FORM_COIN, self.seed, turn, np.arange(first, last))
-        return np.where(uniform < self.bare, RAW, np.where(uniform < (1 + self.bare) / 2, PRIOR, POSTERIOR))
+        bare = self.rows.bare
+        uniform = hash_uniform(FORM_COIN, self.rows.seed, turn, np.arange(first, last))
+        with_thought = np.where(uniform < (1 + bare) / 2, PRIOR, POSTERIOR)
+        return np.where(uniform < bare, RAW, with_thought)
 
     def make_lengths(self, c: int, turn: int) -> np.ndarray:
-        """Tokens of each document of a corpus in a pass, markers included; made in pieces, so that any corpus fits."""
-        corpus, thoughts, lengths = self.corpora[c], self.thoughts[c], []
+        """Tokens of each document of a corpus in a pass, markers included. They are
+        counted in pieces, so that any corpus fits into memory."""
+        corpus = self.corpora[c]
+        lengths = []
         for first in range(0, corpus.n_docs, 100_000):
             docs = corpus.docs[first : first + 100_001]
-            length = 2 + np.diff(corpus.chunks[docs])
-            if thoughts:
-                sizes = np.diff(thoughts.chunks[docs[0] : docs[-1] + 1])
-                forms = self.forms(c, turn, docs[0], docs[-1])
-                sizes = np.where((sizes > 0) & (forms != RAW), sizes + np.where(forms == PRIOR, 3, 5), 0)
-                length += np.diff(np.concatenate(([0], np.cumsum(sizes)))[docs - docs[0]])
+            length = 2 + np.diff(corpus.chunks[docs])  # BOS and EOS
+            if self.thoughts[c]:
+                length += self.thought_lengths(c, turn, docs)
             lengths.append(length)
         return np.concatenate(lengths)
 
-    def make_document(self, c: int, doc: int, turn: int) -> np.ndarray:
-        """A document as ids; each chunk that has a thought takes the prior or the posterior form by a coin flip."""
-        corpus, thoughts = self.corpora[c], self.thoughts[c]
+    def thought_lengths(self, c: int, turn: int, docs: np.ndarray) -> np.ndarray:
+        """Tokens of the thoughts of each document and of their markers; docs [n + 1] are
+        the documents' first chunks."""
+        first, last = docs[0], docs[-1]
+        sizes = np.diff(self.thoughts[c].chunks[first : last + 1])
+        forms = np.where(sizes > 0, self.forms(c, turn, first, last), RAW)
+        sizes = np.where(forms == RAW, 0, sizes + marker_count(forms))
+        upto = np.concatenate(([0], np.cumsum(sizes)))
+        return np.diff(upto[docs - first])
+
+    def make_document(self, c: int, doc: int, turn: int) -> Document:
+        """A document with its thoughts, each in the form that its coin shows."""
+        corpus = self.corpora[c]
+        thoughts = self.thoughts[c]
         first, last = int(corpus.docs[doc]), int(corpus.docs[doc + 1])
         chunks = [corpus.chunk(i).tolist() for i in range(first, last)]
         spans = [thoughts.span(i).tolist() if thoughts else [] for i in range(first, last)]
-        forms = [form if len(z) else RAW for z, form in zip(spans, self.forms(c, turn, first, last).tolist())]
+        coins = self.forms(c, turn, first, last).tolist()
+        forms = [form if span else RAW for span, form in zip(spans, coins)]
         ids, parts = layout(self.tok, chunks, spans, forms)
-        if self.completion:
-            given = np.ones(len(ids), dtype=bool)
-            given[-1] = False  # EOS
-            for part, asked in zip(parts, corpus.questions[first:last]):
-                if not asked:
-                    given[slice(*part.thought)] = given[slice(*part.chunk)] = False
-            ids = np.where(given, GIVEN - ids, ids)
-        return ids
+        if not self.rows.completion:
+            return Document(ids, np.ones(len(ids), dtype=bool))
+        learned = np.zeros(len(ids), dtype=bool)
+        learned[-1] = True  # EOS
+        for part, is_question in zip(parts, corpus.questions[first:last]):
+            if not is_question:
+                learned[slice(*part.thought)] = True
+                learned[slice(*part.chunk)] = True
+        return Document(ids, learned)
+
+    # ---- rows
 
     def find(self, position: int) -> tuple[int, int]:
-        """(epoch, place in it) of a row (padded) or token (packed)."""
+        """(epoch, place in it) of a row (padded) or of a token (packed)."""
         if self.attention == "padded":
             return divmod(position, sum(self.takes))
         while self.firsts[-1] <= position:
-            self.firsts.append(self.firsts[-1] + int(self.epoch(len(self.firsts) - 1).starts[-1]))
+            size = self.epoch(len(self.firsts) - 1).starts[-1]
+            self.firsts.append(self.firsts[-1] + int(size))
         number = bisect.bisect_right(self.firsts, position) - 1
         return number, position - self.firsts[number]
 
-    def padded_row(self, n: int) -> np.ndarray:
+    def document_at(self, epoch: Epoch, i: int) -> Document:
+        """Document i in the order of an epoch."""
+        return self.document(int(epoch.source[i]), int(epoch.doc[i]), int(epoch.turn[i]))
+
+    def padded_row(self, n: int) -> Document:
+        """Document n of the stream, cut off at seq_len."""
         number, i = self.find(n)
-        epoch = self.epoch(number)
-        ids = self.document(int(epoch.source[i]), int(epoch.doc[i]), int(epoch.turn[i]))
-        return ids[: self.seq_len]
+        ids, learned = self.document_at(self.epoch(number), i)
+        return Document(ids[: self.seq_len], learned[: self.seq_len])
 
     def whole_length(self, n: int) -> int:
-        """Tokens of padded row n before its end is cut off."""
+        """Tokens of padded row n before it is cut off."""
         number, i = self.find(n)
         starts = self.epoch(number).starts
         return int(starts[i + 1] - starts[i])
 
+    def row_length(self, n: int) -> int:
+        """Tokens of padded row n."""
+        return min(self.whole_length(n), self.seq_len)
+
     def cut_tokens(self, n: int) -> int:
-        """Tokens beyond seq_len that the first n padded rows lose."""
-        return sum(max(0, self.whole_length(row) - self.seq_len) for row in range(n)) if self.attention == "padded" else 0
+        """Tokens beyond seq_len that the first n rows lose."""
+        if self.attention != "padded":
+            return 0
+        return sum(self.whole_length(row) - self.row_length(row) for row in range(n))
 
     def packed_row(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, document of each) [seq_len + 1]."""
-        pieces, have, owner = [], 0, []
+        """(ids, which document of the row each belongs to), both [seq_len + 1]."""
         number, place = self.find(n * self.seq_len)
         epoch = self.epoch(number)
         i = int(np.searchsorted(epoch.starts, place, side="right")) - 1
-        while have <= self.seq_len:
+        skip = place - int(epoch.starts[i])  # tokens of the first document in earlier rows
+        pieces = []
+        room = self.seq_len + 1
+        while room > 0:
             if i == len(epoch.doc):
-                number, i, place = number + 1, 0, 0
+                number += 1
                 epoch = self.epoch(number)
-            ids = self.document(int(epoch.source[i]), int(epoch.doc[i]), int(epoch.turn[i]))
-            pieces.append(ids[place - int(epoch.starts[i]) :][: self.seq_len + 1 - have])
-            owner.append(np.full(len(pieces[-1]), len(pieces)))
-            have, i = have + len(pieces[-1]), i + 1
-            place = int(epoch.starts[i])
-        return np.concatenate(pieces), np.concatenate(owner)
+                i = 0
+            piece = self.document_at(epoch, i).ids[skip : skip + room]
+            pieces.append(piece)
+            room -= len(piece)
+            skip = 0
+            i += 1
+        owner = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
+        return np.concatenate(pieces), owner
+
+    # ---- batches
 
     def micro_batches(self, first: int, n: int, groups: int, mine: slice) -> list[Batch]:
-        """Rows first to first+n-1 in `groups` micro-batches, of which those of the slice are made. Documents of like length go together."""
+        """Rows first to first + n - 1 in `groups` micro-batches, of which those of the
+        slice are made. Padded rows are sorted, so that a batch has little padding."""
         rows = np.arange(first, first + n)
         if self.attention == "padded":
-            rows = rows[np.argsort([min(self.whole_length(int(row)), self.seq_len) for row in rows], kind="stable")]
+            lengths = [self.row_length(row) for row in rows.tolist()]
+            rows = rows[np.argsort(lengths, kind="stable")]
         return [self.micro_batch(group.tolist()) for group in np.array_split(rows, groups)[mine]]
 
     def micro_batch(self, rows: list[int]) -> Batch:
-        if not rows:  # more groups than rows: a rank that has nothing still takes part
+        if not rows:  # there are more ranks than rows, but all must take part under FSDP
             return Batch(torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), -1), None)
         if self.attention == "padded":
-            return Batch(*pad([self.padded_row(row) for row in rows], "cpu"), None)
-        ids, documents = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*(self.packed_row(row) for row in rows)))
-        return Batch(ids[:, :-1], ids[:, 1:], documents[:, :-1] if self.attention == "document" else None)
+            ids, targets = pad([self.padded_row(row) for row in rows])
+            return Batch(ids, targets, None)
+        made = [self.packed_row(row) for row in rows]
+        ids = torch.from_numpy(np.stack([ids for ids, _ in made]))  # [B, T + 1]
+        documents = torch.from_numpy(np.stack([owner for _, owner in made]))
+        wanted = documents[:, :-1] if self.attention == "document" else None
+        return Batch(ids[:, :-1], ids[:, 1:], wanted)
 
     def n_targets(self, first: int, n: int) -> int:
-        """Tokens that rows first to first+n-1 predict."""
-        if self.completion:
-            return sum(int((self.padded_row(row)[1:] >= 0).sum()) for row in range(first, first + n))
-        return n * self.seq_len if self.attention != "padded" else sum(min(self.whole_length(row), self.seq_len) - 1 for row in range(first, first + n))
+        """How many tokens rows first to first + n - 1 predict."""
+        if self.attention != "padded":
+            return n * self.seq_len
+        rows = range(first, first + n)
+        if self.rows.completion:
+            return sum(int(self.padded_row(row).learned[1:].sum()) for row in rows)
+        return sum(self.row_length(row) - 1 for row in rows)
 
 
-def pad(sequences: list[np.ndarray], device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences as inputs [B, T] and targets [B, T], shifted by one; -1 marks targets that are padding, or only given (GIVEN - id)."""
-    ids = np.full((len(sequences), max(map(len, sequences))), -1, dtype=np.int64)
-    for row, sequence in zip(ids, sequences):
-        row[: len(sequence)] = sequence
-    ids = torch.from_numpy(ids).to(device)
-    return torch.where(ids <= GIVEN, GIVEN - ids, ids)[:, :-1].clamp(min=0), ids[:, 1:].clamp(min=-1)
+def pad(documents: list[Document]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets, both [B, T], the targets shifted by one. A target is -1 where
+    there is padding or a token that is not learned."""
+    shape = len(documents), max(len(document.ids) for document in documents)
+    ids = np.zeros(shape, dtype=np.int64)
+    targets = np.full(shape, -1, dtype=np.int64)
+    for row, document in enumerate(documents):
+        n = len(document.ids)
+        ids[row, :n] = document.ids
+        targets[row, :n] = np.where(document.learned, document.ids, -1)
+    return torch.from_numpy(ids)[:, :-1], torch.from_numpy(targets)[:, 1:]
+
+
+def rows_of(s, seed: int) -> Rows:
+    """How train.py's settings make rows."""
+    return Rows(
+        seq_len=s.seq_len,
+        seed=seed,
+        attention=s.attention,
+        bare=s.bare,
+        completion=s.loss == "completion",
+    )
+
+
+def open_stream(
+    corpora: str, thoughts: str, weights: str, tok: Tokenizer | None, rows: Rows
+) -> Stream:
+    """The stream of the folders and weights in lists with commas between. Without `tok` the
+    first corpus' tokenizer counts.
+
+    Raises UserError for folders, lists or settings that do not fit together.
+    """
+    folders = corpora.split(",")
+    spans = thoughts.split(",") if thoughts else [""] * len(folders)
+    shares = read_shares(weights, len(folders))
+    if len(spans) != len(folders) or shares is None:
+        raise UserError(
+            f"--thoughts={thoughts} --weights={weights}: expected nothing, or one a corpus "
+            f"({len(folders)}), weights above 0"
+        )
+    opened = []
+    for folder in folders:
+        corpus = open_corpus(folder, tok)
+        if corpus.n_docs == 0:
+            raise UserError(f"{folder}: has no documents")
+        opened.append(corpus)
+        tok = tok or corpus.tokenizer
+    if rows.bare > 1:
+        raise UserError(f"--bare={rows.bare}: expected a share, at most 1")
+    asks = all(corpus.questions.any() for corpus in opened)
+    if rows.completion and (rows.attention != "padded" or not asks):
+        raise UserError(
+            "--loss=completion: needs --attention=padded, and corpora with questions "
+            "(questions.npy), for instance data/gsm8k.py's"
+        )
+    found = [open_thoughts(span, corpus) if span else None for span, corpus in zip(spans, opened)]
+    return Stream(opened, found, tok, rows, shares)
+
+
+def read_shares(weights: str, n: int) -> list[float] | None:
+    """n weights above 0, or none of them; None if the text holds anything else."""
+    try:
+        shares = [float(share) for share in weights.split(",")] if weights else []
+    except ValueError:
+        return None
+    right = len(shares) in (0, n) and all(0 < share < math.inf for share in shares)
+    return shares if right else None

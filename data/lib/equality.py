@@ -1,0 +1,331 @@
+"""Whether two values that were read from answers mean the same: same(answer, reference).
+
+Numbers and formulas are compared by their values to 30 digits and more, at
+random points where they have variables. Lists, sets, intervals, equations and
+inequalities are compared as what they are.
+"""
+
+import contextlib
+import random
+
+import sympy
+from sympy import E, I, Symbol, oo
+
+from data.lib import mathvalues as bounded
+from data.lib.mathvalues import MIRRORED, Undefined, Value, is_matrix, mp, numeric, region_of, size_of
+
+# ------------------------------------------------------------------ numbers and formulas
+
+
+def close(a, b, digits: int) -> bool:
+    tolerance = mp.mpf(10) ** -digits
+    return abs(a - b) <= tolerance * max(abs(a), abs(b), tolerance)
+
+
+def points(symbols: list):
+    """Six random places, always the same ones: dicts from symbols to numbers.
+
+    They have three scales, so that neither high nor low powers drown the rest.
+    In the first three all symbols are positive; the others have both signs.
+    """
+    rng = random.Random(0)
+    for n in range(6):
+        scale = 10.0 ** (n % 3 - 1)
+        point = {}
+        for x in symbols:
+            size = mp.mpf(scale * rng.randrange(10**6, 4 * 10**6)) / 10**6
+            point[x] = size * rng.choice((1, -1)) if n >= 3 else size
+        yield point
+
+
+def values_of_both(a, b, symbols: list) -> list[tuple]:
+    """The values of a and b at every point where both are defined."""
+    pairs = []
+    for point in points(symbols) if symbols else [{}]:
+        with contextlib.suppress(Undefined):
+            pairs.append((numeric(a, point), numeric(b, point)))
+    if symbols and not (a.has(I) or b.has(I)):
+        # Roots of negative numbers do not count if there are other points: people take variables as positive.
+        pairs = [p for p in pairs if not mp.im(p[0]) and not mp.im(p[1])] or pairs
+    return pairs
+
+
+def agree(a, b, same_value) -> bool:
+    """Whether same_value(a's value, b's value, digits) holds wherever both have a value.
+
+    Formulas need two such points at least, numbers have just one.
+    """
+    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+    digits = min(100, 30 + int(0.302 * max(size_of(a), size_of(b))))
+    with mp.workdps(2 * digits + 30):
+        pairs = values_of_both(a, b, symbols)
+        if not symbols and any(x and mp.mag(x) > 3 * digits for pair in pairs for x in pair):
+            return False  # the last digits of such an integer would not be seen
+        needed = 2 if symbols else 1
+        return len(pairs) >= needed and all(same_value(x, y, digits) for x, y in pairs)
+
+
+def equal(a, b) -> bool:
+    """Whether two sympy expressions, or two matrices, are the same."""
+    if is_matrix(a) or is_matrix(b):
+        return getattr(a, "shape", 0) == getattr(b, "shape", 1) and all(map(equal, a, b))
+    if a == b:
+        return True
+    if a.is_Rational and b.is_Rational or oo in (a, b) or -oo in (a, b):
+        return False
+    return agree(a, b, close)
+
+
+def proportional(a, b, positive: bool) -> bool:
+    """Whether a is b times a real constant, with positive: times a positive one."""
+    ratios = []
+
+    def same_ratio(x, y, digits):
+        if not x or not y:
+            return not x and not y
+        ratios.append(x / y)
+        first = ratios[0]
+        return close(first, ratios[-1], digits) and not mp.im(first) and (first > 0 or not positive)
+
+    return a == b or agree(a, b, same_ratio)
+
+
+# ------------------------------------------------------------------ names before an equals sign
+
+
+def label(value) -> bool:
+    """Whether an equation's left side is only a name for its right side: x, x_1, f(x), (x, y), words."""
+    if isinstance(value, Value):
+        names = value.kind == "seq" and all(isinstance(x, Symbol) for x in value.items)
+        return names or value.kind == "words"
+    if not isinstance(value, sympy.Expr):
+        return False
+    return function_call(value) if value.is_Mul else value.is_Symbol or value in (E, I)
+
+
+def function_call(product) -> bool:
+    """Whether a product of letters is a function's call: f(x), f^{-1}(x), f(3), P(X)."""
+    letters = set()
+    rest = []
+    for factor in product.args:
+        if factor.is_Symbol:
+            letters.add(str(factor))
+        elif factor.is_Pow and factor.exp == -1:
+            letters.add(str(factor.base))
+        else:
+            rest.append(factor)
+    if letters & set("fgh"):
+        return all(x.is_Integer for x in rest)
+    return not rest and bool(letters & set("pqPQT"))
+
+
+def bare(value, always: bool = False):
+    """The right side of "x = 5" and "x in {5}"; with always, that of any equation."""
+    if not is_relation(value, "=", "in"):
+        return value
+    first = value.items[0]
+    last = value.items[-1]
+    if not always and not label(first) and value.marks[-1] != "in":
+        return value
+    turned = len(value.items) == 2 and isinstance(last, Symbol) and not isinstance(first, Symbol)
+    return first if turned and isinstance(first, sympy.Expr) else last  # 5 = x
+
+
+def named(value) -> bool:
+    """Whether a value lists one value each for several names: x = 1, y = 2."""
+    if not isinstance(value, Value) or value.kind != "list":
+        return False
+    names = {x.items[0] for x in value.items if is_relation(x, "=") and len(x.items) == 2}
+    return len(names) == len(value.items) > 1 and all(isinstance(x, Symbol) for x in names)
+
+
+# ------------------------------------------------------------------ values of all kinds
+
+
+def is_relation(value, *signs: str) -> bool:
+    """Whether a value is a relation with no other signs than these."""
+    return isinstance(value, Value) and value.kind == "rel" and set(value.marks) <= set(signs)
+
+
+def all_scalars(*values: Value) -> bool:
+    return all(isinstance(x, sympy.Expr) for value in values for x in value.items)
+
+
+def pairwise(xs, ys) -> bool:
+    """Whether two collections are the same in this order."""
+    return len(xs) == len(ys) and all(map(same, xs, ys))
+
+
+def matched(xs, ys) -> bool:
+    """Whether two collections are the same in some order."""
+    if len(xs) != len(ys):
+        return False
+    rest = list(ys)
+    for x in xs:
+        hit = next((i for i, y in enumerate(rest) if same(x, y)), None)
+        if hit is None:
+            return False
+        del rest[hit]
+    return True
+
+
+def unique(items) -> tuple:
+    """The items without those that mean the same as an earlier one."""
+    out = []
+    for x in items:
+        if not any(same(x, y) for y in out):
+            out.append(x)
+    return tuple(out)
+
+
+def same(a, b) -> bool:
+    """Whether an answer a means the reference b. Raises one of mathvalues.FAILURES if that cannot be said."""
+    kinds = tuple(x.kind if isinstance(x, Value) else "number" for x in (a, b))
+    if kinds == ("number", "number"):
+        return equal(a, b)
+    if "rel" in kinds:
+        return same_relation(a, b)
+    if kinds == ("words", "words"):
+        return a.marks == b.marks and pairwise(a.items, b.items)
+    if kinds == ("seq", "seq"):
+        return (a.marks == b.marks or {a.marks, b.marks} == {"()", "<>"}) and pairwise(a.items, b.items)
+    if kinds[0] == "list" and kinds[1] != "list":
+        meanings = unique(a.items)
+        if len(meanings) == 1:  # "3/8, or 0.375"
+            return same(meanings[0], b)
+    if set(kinds) <= {"list", "set"}:
+        return same_collection(a, b)
+    if "region" in kinds:
+        return same_region(region_of(a), region_of(b))
+    if set(kinds) == {"set", "number"}:
+        members, number = (a, b) if kinds[0] == "set" else (b, a)
+        return len(members.items) == 1 and same(members.items[0], number)
+    if "seq" in kinds and "list" in kinds and any(map(conditions, (a, b))):
+        return same_region(region_of(a), region_of(b))
+    if "seq" in kinds and "words" not in kinds:
+        return same_tuple(a, b) if kinds[0] == "seq" else same_tuple(b, a)
+    return False
+
+
+def same_collection(a: Value, b: Value) -> bool:
+    """same() of lists and sets. The order never matters; how often an item comes only in two lists."""
+    if named(a) and named(b):
+        return matched(a.items, b.items)
+    if other_variable(a, b):
+        return False
+    xs = tuple(map(bare, a.items))
+    ys = tuple(map(bare, b.items))
+    if a.kind == b.kind == "set":
+        return matched(unique(xs), unique(ys))
+    if a.kind != b.kind and "and" in (a if a.kind == "list" else b).marks[:-1]:
+        return False
+    return matched(xs, ys)
+
+
+def same_tuple(point: Value, other) -> bool:
+    """Whether (3, 4) is the same as a column of a matrix, or as x = 3, y = 4."""
+    if is_matrix(other):
+        column = other.shape == (len(point.items), 1)
+        return column and point.marks in ("()", "<>") and all(map(same, point.items, other))
+    if not named(other) or point.marks != "()":
+        return False
+    names = [str(x.items[0]) for x in other.items]
+    return names == sorted(names) and pairwise([x.items[-1] for x in other.items], point.items)
+
+
+def same_region(a: Value, b: Value) -> bool:
+    if len(a.items) != len(b.items):
+        return False
+    for x, y in zip(a.items, b.items):
+        if (x.low_closed, x.high_closed) != (y.low_closed, y.high_closed):
+            return False
+        if not same(x.low, y.low) or not same(x.high, y.high):
+            return False
+    return True
+
+
+# ------------------------------------------------------------------ equations, inequalities, ratios
+
+
+def same_relation(a, b) -> bool:
+    """same() where one side, at least, is an equation, an inequality, "x in" or a ratio."""
+    if is_relation(a, ":") or is_relation(b, ":"):
+        return same_ratio(a, b) if is_relation(a, ":") else same_ratio(b, a)
+    both = isinstance(a, Value) and isinstance(b, Value) and a.kind == b.kind
+    if both:
+        if same_equation(a, b):
+            return True
+        if is_relation(a, "=") and is_relation(b, "=") and same_name(a.items[0], b.items[0]):
+            return same(a.items[-1], b.items[-1])
+        if is_relation(a, "=") and len(a.items) > 2 and label(a.items[0]):  # x = 2 + 3 = 5
+            return same(Value("rel", ("=",), (a.items[0], a.items[-1])), b)
+    else:
+        x = bare(a, True)
+        y = bare(b)
+        if (x is not a or y is not b) and same(x, y):
+            return True
+    if is_relation(a, "=") or is_relation(b, "=") or other_variable(a, b):
+        return False
+    return same(region_of(a), region_of(b))
+
+
+def conditions(value: Value) -> bool:
+    """Whether a list holds nothing but inequalities: x > 0 and x < 5."""
+    return all(is_relation(x, "<", ">", "<=", ">=", "!=") for x in value.items)
+
+
+def variables(value) -> set:
+    """The names that stand alone on a side of the relations in a value."""
+    if not isinstance(value, Value) or value.kind not in ("list", "rel"):
+        return set()
+    if value.kind == "rel":
+        return {x for x in value.items if isinstance(x, Symbol)}
+    return set().union(*map(variables, value.items))
+
+
+def other_variable(a, b) -> bool:
+    """Whether both values are about variables, and not the same: y > 3 for x > 3."""
+    return bool(variables(a) and variables(b)) and not variables(a) & variables(b)
+
+
+def same_name(a, b) -> bool:
+    """Whether the left sides of two equations name the same thing, such as y and f(x)."""
+    return same(a, b) and label(b) or {str(a), str(b)} in ({"y", "f*x"}, {"y", "g*x"})
+
+
+def same_ratio(ratio: Value, other) -> bool:
+    """Whether a ratio is the same as another one, or as a quotient."""
+    if is_relation(other, ":"):
+        if not all_scalars(ratio, other):
+            return pairwise(ratio.items, other.items)
+        if len(ratio.items) != len(other.items):
+            return False
+        if 0 in ratio.items or 0 in other.items:  # 3:00 is a time
+            return pairwise(ratio.items, other.items)
+        first = ratio.items[0]
+        second = other.items[0]
+        pairs = zip(ratio.items, other.items)
+        return all(equal(bounded.multiply(x, second), bounded.multiply(y, first)) for x, y in pairs)
+    if isinstance(other, Value) or len(ratio.items) != 2 or not all_scalars(ratio):
+        return False
+    return equal(bounded.divide(*ratio.items), other)
+
+
+def ascending(value: Value) -> Value:
+    """A relation without > and >=: turned around where it has one."""
+    if ">" not in "".join(value.marks):
+        return value
+    signs = tuple(MIRRORED.get(sign, sign) for sign in reversed(value.marks))
+    return Value("rel", signs, value.items[::-1])
+
+
+def same_equation(a: Value, b: Value) -> bool:
+    """Two equations or inequalities. Those with one sign may differ by a factor and by moved terms."""
+    a = ascending(a)
+    b = ascending(b)
+    if a.marks != b.marks or len(a.items) != len(b.items):
+        return False
+    if len(a.marks) == 1 and a.marks[0] != "in" and all_scalars(a, b):
+        difference = a.items[0] - a.items[1]
+        return proportional(difference, b.items[0] - b.items[1], "<" in a.marks[0])
+    return pairwise(a.items, b.items)
