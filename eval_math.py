@@ -287,7 +287,7 @@ class Late(NamedTuple):
 
 @dataclass(frozen=True)
 class Responder:
-    """A model that answers problems, and who grades its responses.
+    """A model with its tokenizer that answers problems, and the grader of its answers.
 
     one_line: a response ends with its first line (answers_end_with_line). Generation
     stops there or a few tokens later, and what came behind the line is cut off.
@@ -469,7 +469,7 @@ def answer_all(
 
 
 def limits_of(s: Settings, engine: Engine) -> Limits:
-    """Raw models leave room for a thought, too: the givens are the same."""
+    """Raw models leave room for a thought, too, so that the givens are equal."""
     return Limits(s.before, s.max_new, engine.config.seq_len)
 
 
@@ -545,7 +545,7 @@ def likelihood(engine, corpus: Corpus, s: Settings, truth=None, on_tokens=None) 
 
 
 def shortened(corpus: Corpus, numbers, limits: Limits, picked) -> int:
-    """How many chunks get less than --before and their document allow."""
+    """How many chunks get fewer chunks as context than there are, for want of room."""
     n = 0
     for i in numbers:
         given = context_of(corpus, i, limits, picked)
@@ -635,7 +635,6 @@ def finetune(s: Settings) -> None:
 
 
 # ------------------------------------- main
-
 
 # The settings that results.json repeats.
 REPEATED = """mode benchmark file shots limit corpus model

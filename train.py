@@ -59,7 +59,7 @@ from data.lib.ranks import add_up, is_sharded, join_ranks, put, rank, shard_offs
 from data.lib.stream import Batch, Stream, open_stream, rows_of
 from data.lib.tokenizer import Tokenizer, load_tokenizer
 
-# ----------------------------------------------------------------------------- settings
+# ---- settings
 
 
 @dataclass(kw_only=True)
@@ -121,7 +121,7 @@ class Settings:
 HOW = ("device", "micro_batch", "compile", "recompute", "replicas", "save_every", "plan")
 
 
-# -------------------------------------------------------------------------------- model
+# ---- model
 
 
 @dataclass(kw_only=True)
@@ -332,7 +332,7 @@ class Llama(nn.Module):
         return F.linear(hidden, self.head().to(hidden.dtype)).float()
 
 
-# ------------------------------------------------------------------- weights and folders
+# ---- weights and folders
 
 
 @torch.no_grad()
@@ -424,7 +424,7 @@ def shard_model(model: Llama, s: Settings, dtype: str, device: str) -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-# ---------------------------------------------------------------------------- optimisers
+# ---- optimisers
 
 
 def newton_schulz(g: torch.Tensor, rounds: int = 5) -> torch.Tensor:
@@ -538,7 +538,7 @@ def schedule(step: int, steps: int, warmup: int, final: float, kind: str = "cosi
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# ---------------------------------------------------------------------- what a run is made of
+# ---- what a run is made of
 
 
 def make_config(s: Settings, n_vocab: int) -> Config:
@@ -621,7 +621,7 @@ def start_model(
     return model
 
 
-# ------------------------------------------------------------------------------ training
+# ---- training
 
 VAL_ROWS = 512  # documents (padded) or packed rows of the validation loss
 

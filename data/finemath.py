@@ -27,7 +27,8 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-if not __package__:  # run as `python data/finemath.py`: the package is the folder above
+# Run as `python data/finemath.py`, its package is the folder above.
+if not __package__:
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import numpy as np
@@ -99,7 +100,8 @@ def listing(s: Settings) -> dict:
         commit = api.dataset_info(REPO, revision=s.revision).sha
         how = {"recursive": True, "revision": commit, "repo_type": "dataset"}
         entries = api.list_repo_tree(REPO, FOLDER, **how)
-        files = [{"file": e.path, "bytes": e.size} for e in entries if e.path.endswith(SUFFIX)]
+        entries = [e for e in entries if e.path.endswith(SUFFIX)]
+        files = [{"file": e.path, "bytes": e.size} for e in entries]
         return {"revision": s.revision, "commit": commit, "files": files}
 
     try:
@@ -112,7 +114,7 @@ def listing(s: Settings) -> dict:
 
 
 def fetch(s: Settings, listed: dict, entries: list[dict]) -> None:
-    """Fetch the files that are not there yet; one that breaks off goes on where it was."""
+    """Fetch the missing files; one that broke off goes on where it was."""
     Path(s.download_dir).mkdir(parents=True, exist_ok=True)
     write_json(Path(s.download_dir) / "listing.json", listed)
     how = {"repo_type": "dataset", "revision": listed["commit"]}
@@ -144,8 +146,8 @@ def measure(files: list[str], build: text.Settings) -> dict:
         sample = f"{folder}/sample.jsonl"
         with open(sample, "w", encoding="utf-8") as f:
             on_disk = sum(copy_some(path, f, SAMPLE // len(chosen), build) for path in chosen)
-        how = {"files": [sample], "out_dir": f"{folder}/out", "splits": "train=1", "workers": 1}
-        text.main(replace(build, **how))
+        how = {"files": [sample], "out_dir": f"{folder}/out"}
+        text.main(replace(build, splits="train=1", workers=1, **how))
         meta = read_json(f"{folder}/out/meta.json")
     counts = meta["counts"]
     return {
@@ -159,7 +161,7 @@ def measure(files: list[str], build: text.Settings) -> dict:
 
 
 def copy_some(path: str, sample, n_bytes: int, build: text.Settings) -> int:
-    """Write the first documents of a file as jsonl; how many bytes on disk were read."""
+    """Write the first documents of a file as jsonl; the bytes on disk it took."""
     size = 0
     on_disk = 0
     form = Format(*kind_of(path), build.text_field, False, build.max_bytes)
@@ -231,7 +233,8 @@ def main(s: Settings) -> None:
     text.finder_of(against)
     if s.files:
         names = expand(s.files.split(","))
-        listed = {"files": [{"file": name, "bytes": os.path.getsize(name)} for name in names]}
+        files = [{"file": name, "bytes": os.path.getsize(name)} for name in names]
+        listed = {"files": files}
     else:
         optional(READER, FOLDER)
         listed = listing(s)

@@ -58,7 +58,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-if not __package__:  # run as `python data/text.py`: the package is the folder above
+# Run as `python data/text.py`, its package is the folder above.
+if not __package__:
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import numpy as np
@@ -78,8 +79,8 @@ RANGE_HIGH = 32 << 20  # and at most
 COST = 300  # of memory for a document beside its text, or for one left out
 ROW = 24  # of an index: two halves of the hash, bytes of text
 
-RANGES = 64  # how many ranges of hashes there are, unless they get too small
-CHECKED = 100  # one document in so many is decoded again and compared
+RANGES = 64  # of hashes, unless they get too small
+CHECKED = 100  # one in so many documents is decoded again
 TO_THE_END = 1 << 62
 
 
@@ -197,7 +198,7 @@ def questions_of(path: str) -> list[str]:
 
 @lru_cache(maxsize=1)
 def finder_of(paths: str) -> Finder | None:
-    """What looks for the questions of these files (commas between); None for no file."""
+    """What looks for the questions of these files, commas between; or None."""
     if not paths:
         return None
     questions = [q for path in paths.split(",") if path for q in questions_of(path)]
@@ -397,28 +398,31 @@ def write_tokens(s: Settings, name: Path, documents: list[Document], n_copies: i
     tokens = []
     lengths = [np.zeros(0, np.uint32)]
     chunks = []
-    checked = differ = 0
+    came_back = []
     for first, last in batches(sizes):
         pieces = chunks_of(documents[first:last])
         ids, counts = tok.encode_pieces(list(chain.from_iterable(pieces)))
         tokens.append(ids.astype(token_dtype(tok.n_vocab)).tobytes())
         lengths.append(counts.astype(np.uint32))
         chunks += map(len, pieces)
+        # The tokens of each chunk, to be decoded again for some documents.
+        spans = iter(np.split(ids, np.cumsum(counts)[:-1]))
         for document, mine in zip(documents[first:last], pieces):
+            own = [next(spans) for _ in mine]
             if document.second % CHECKED == 0:
-                checked += 1
-                decoded = [tok.decode_bytes(tok.encode(piece)) for piece in mine]
-                differ += b"".join(decoded) != document.raw
+                came_back.append(b"".join(map(tok.decode_bytes, own)) == document.raw)
     put(name.with_suffix(".bin"), tokens)
     arrays = {"lengths": np.concatenate(lengths), "chunks": np.array(chunks, np.uint32)}
-    arrays |= {"bytes": np.array(sizes, np.uint32), "counts": [n_copies, checked, differ]}
+    arrays["bytes"] = np.array(sizes, np.uint32)
+    arrays["counts"] = [n_copies, len(came_back), came_back.count(False)]
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     put(name.with_suffix(".npz"), [buffer.getvalue()])
 
 
 def chunks_of(documents: list[Document]) -> list[list[str]]:
-    digests = [d.first.to_bytes(8, "big") + d.second.to_bytes(8, "big") for d in documents]
+    halves = [(d.first.to_bytes(8, "big"), d.second.to_bytes(8, "big")) for d in documents]
+    digests = [first + second for first, second in halves]
     return chunk([d.raw.decode() for d in documents], digests)
 
 
@@ -468,7 +472,7 @@ def join(s: Settings, out: Path, work: Path, n_ranges: int, n_docs: int, source:
 
 
 def add_range(writers: list, tokens, lengths, chunks, doc_bytes, of_doc) -> None:
-    """Give each writer its documents. of_doc: [documents]: the number of the writer."""
+    """Give each writer its documents. of_doc: [documents]: number of the writer."""
     of_chunk = np.repeat(of_doc, chunks)
     of_token = np.repeat(of_chunk.astype(np.uint16), lengths)
     for i, writer in enumerate(writers):
@@ -724,8 +728,8 @@ def build(s: Settings, out: Path, work: Path, files: list[str]) -> None:
         raise RuntimeError(f"documents were lost: {counts}, {splits}")
     os.replace(out / "dropped.jsonl.tmp", out / "dropped.jsonl")
     listed = [{"file": name_of(e["file"], out), "bytes": e["bytes"]} for e in sizes(files)]
-    meta = {"kind": "text", "files": listed, "counts": counts, "splits": splits, "source": source}
-    write_json(out / "meta.json", meta)
+    meta = {"kind": "text", "files": listed, "counts": counts}
+    write_json(out / "meta.json", meta | {"splits": splits, "source": source})
     show(counts, splits, out)
     if counts["round_trips_that_differ"]:
         print(

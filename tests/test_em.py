@@ -21,7 +21,12 @@ from data.lib.cli import UserError
 from data.lib.corpus import open_corpus, open_thoughts, write_corpus, write_thoughts
 from data.lib.results import comparisons, sign_flip, summarise
 
-SMALL = ["--max_new=24", "--train=--max_steps=40 --save_every=10", "--warm_train=--weight_decay=0.3", "--infer=--part_size=20"]
+SMALL = [
+    "--max_new=24",
+    "--train=--max_steps=40 --save_every=10",
+    "--warm_train=--weight_decay=0.3",
+    "--infer=--part_size=20",
+]
 TINY = ["--iterations=2", "--samples=2", *SMALL]
 TIMES = {"seconds", "tokens_per_s", "folder"}
 
@@ -31,7 +36,8 @@ import os, sys
 def note(event, args):
     if event == "open" and isinstance(args[0], (str, bytes, os.PathLike)):
         fd = os.open(os.environ["AUDIT_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        os.write(fd, f"{os.path.basename(sys.argv[0]) if hasattr(sys, 'argv') and sys.argv else '?'} {os.fsdecode(args[0])}\\n".encode())
+        name = os.path.basename(sys.argv[0]) if getattr(sys, "argv", None) else "?"
+        os.write(fd, f"{name} {os.fsdecode(args[0])}\\n".encode())
         os.close(fd)
 if "AUDIT_LOG" in os.environ:
     busy = []
@@ -70,10 +76,26 @@ def test_report(run):
     report = json.loads((folder / "run/results.json").read_text())
     rows = {r["name"]: r for r in report["rows"]}
     assert list(rows) == ["raw_tokens", "raw_flops", "M0", "M1", "M2"] and report["config"]["samples"] == 2
-    keys = {"name", "accuracy", "accuracy_sampled", "n", "ess", "pick_right", "cut_off", "tokens_per_s", "seconds", "train_tokens", "flops"}
+    keys = {
+        "name",
+        "accuracy",
+        "accuracy_sampled",
+        "n",
+        "ess",
+        "pick_right",
+        "cut_off",
+        "tokens_per_s",
+        "seconds",
+        "train_tokens",
+        "flops",
+    }
     for name, row in rows.items():
         assert keys <= set(row) and row["seed"] == 0
-        assert set(row["nll_bound"]) == {"1", "4", "16"} and row["nll_thoughtless"] > 0 if name[0] == "M" else row["nll"] > 0
+        assert (
+            set(row["nll_bound"]) == {"1", "4", "16"} and row["nll_thoughtless"] > 0
+            if name[0] == "M"
+            else row["nll"] > 0
+        )
     assert 0 <= rows["M1"]["e_step"]["kept"] <= 1 <= rows["M1"]["e_step"]["ess"] <= 2
     assert [r["name"] for r in report["summary"]] == list(rows)
     assert report["summary"][2]["accuracy"] == [rows["M0"]["accuracy"], None]
@@ -82,27 +104,44 @@ def test_report(run):
 
 
 def test_flops_count_all_that_a_row_took(run):
-    """Training of M0 to Mt at 6 a parameter and token, their E-steps at 2; raw_flops is trained for what the last row took."""
-    folder, rows = run[0] / "run/seed0", {r["name"]: r for r in json.loads((run[0] / "run/results.json").read_text())["rows"]}
+    """Training of M0 to Mt at 6 a parameter and token, their E-steps at 2.
+
+    raw_flops is trained for what the last row took.
+    """
+    folder, rows = (
+        run[0] / "run/seed0",
+        {r["name"]: r for r in json.loads((run[0] / "run/results.json").read_text())["rows"]},
+    )
     training = {name: json.loads((folder / name / "training.json").read_text()) for name in rows}
     meta = [json.loads((folder / f"E{t}/meta.json").read_text()) for t in (1, 2)]
     trained = sum(training[name]["train_tokens"] for name in ("M0", "M1", "M2"))
     assert meta[0]["computed_tokens"] > 2 * meta[0]["sampled_tokens"], "prompts are read, and all is scored"
     n = training["M2"]["n_params"]
-    assert rows["M2"]["flops"] == pytest.approx(n * (6 * trained + 2 * sum(m["computed_tokens"] for m in meta)))
+    assert rows["M2"]["flops"] == pytest.approx(
+        n * (6 * trained + 2 * sum(m["computed_tokens"] for m in meta))
+    )
     assert rows["raw_flops"]["flops"] == pytest.approx(rows["M2"]["flops"], rel=0.05)
     assert rows["raw_tokens"]["train_tokens"] < rows["M1"]["train_tokens"]
 
 
 def test_each_round_has_noise_of_its_own(run):
-    """With one seed for all, round t samples with the numbers of round t - 1, and what was unlucky stays so."""
-    seeds = [json.loads((run[0] / f"run/seed0/{name}/settings.json").read_text())["seed"] for name in ("E1", "E2", "M1", "M2")]
+    """With one seed for all, round t samples with the numbers of round t - 1.
+
+    Then what was unlucky stays so.
+    """
+    seeds = [
+        json.loads((run[0] / f"run/seed0/{name}/settings.json").read_text())["seed"]
+        for name in ("E1", "E2", "M1", "M2")
+    ]
     assert seeds == [1000, 2000, 0, 0]
 
 
 def test_m_steps_start_alike(run):
     """Each from M0, or from the base model: what gets better from round to round are the thoughts alone."""
-    made_by = {name: json.loads((run[0] / f"run/seed0/{name}/settings.json").read_text()) for name in ("M0", "M1", "M2", "raw_flops")}
+    made_by = {
+        name: json.loads((run[0] / f"run/seed0/{name}/settings.json").read_text())
+        for name in ("M0", "M1", "M2", "raw_flops")
+    }
     assert [Path(made_by[name]["init_from"]).name for name in made_by] == ["", "M0", "M0", ""]
     assert {k for k in made_by["M1"] if made_by["M1"][k] != made_by["M2"][k]} == {"thoughts"}
 
@@ -113,17 +152,30 @@ def test_likelihoods_are_paired_document_by_document(run):
     gaps = {g["b"]: g for g in report["likelihood"]}
     for b, other in (("M2 thoughtless", last["thoughtless"]), ("raw_flops nll", raw["nll"])):
         d = last["bound_16"] - other
-        assert (last["doc"] == raw["doc"]).all() and gaps[b]["n"] == len(d) == 30 and gaps[b]["of"] == "documents"
-        assert gaps[b]["difference"] == pytest.approx(d.mean()) and gaps[b]["se"] == pytest.approx(d.std(ddof=1) / 30**0.5)
+        assert (
+            (last["doc"] == raw["doc"]).all()
+            and gaps[b]["n"] == len(d) == 30
+            and gaps[b]["of"] == "documents"
+        )
+        assert gaps[b]["difference"] == pytest.approx(d.mean()) and gaps[b]["se"] == pytest.approx(
+            d.std(ddof=1) / 30**0.5
+        )
 
 
 def test_neither_step_opens_the_true_thoughts(run):
-    """The only opener of raw_truth is em.py's own report; training and the E-step see the raw text and their own thoughts."""
+    """The only opener of raw_truth is em.py's own report.
+
+    Training and the E-step see the raw text and their own thoughts.
+    """""
     opened = [line.split(" ", 1) for line in (run[0] / "opened.txt").read_text().splitlines()]
     assert {"train.py", "infer_thoughts.py", "eval_math.py", "em.py"} <= {name for name, _ in opened}
-    assert any("/E1/" in path for name, path in opened if name == "train.py"), "the audit sees what train.py reads"
+    assert any("/E1/" in path for name, path in opened if name == "train.py"), (
+        "the audit sees what train.py reads"
+    )
     assert any("/raw/tokens.bin" in path for name, path in opened if name == "infer_thoughts.py")
-    assert any("raw_truth" in path for name, path in opened if name == "em.py"), "and would see the true thoughts"
+    assert any("raw_truth" in path for name, path in opened if name == "em.py"), (
+        "and would see the true thoughts"
+    )
     for name, path in opened:
         assert "raw_truth" not in path or name == "em.py", (name, path)
         assert "heldout_truth" not in path or name == "eval_math.py", (name, path)
@@ -133,7 +185,11 @@ def test_rerun_skips_everything_and_changes_nothing(run, digits):
     folder, _ = run
     before = results(folder / "run")
     done = script("em.py", f"--corpus={digits}", f"--out_dir={folder}/run", *TINY)
-    assert "$ python" not in done.stdout and done.stdout.count("complete") == 12 and results(folder / "run") == before
+    assert (
+        "$ python" not in done.stdout
+        and done.stdout.count("complete") == 12
+        and results(folder / "run") == before
+    )
     other = script("em.py", f"--corpus={digits}", f"--out_dir={folder}/run", *TINY, "--samples=3", code=1)
     assert "--samples=2 became 3" in other.stderr
 
@@ -145,11 +201,16 @@ def test_the_default_corpus_is_made_once(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.count("$ python") == 1 and out.count("data: complete") == 1
     with pytest.raises(UserError, match="--seed=0 became 1"):
-        stages.Stages().run("data", "data/digits.py", tmp_path / "data", "heldout_truth/meta.json", flags | {"seed": 1})
+        stages.Stages().run(
+            "data", "data/digits.py", tmp_path / "data", "heldout_truth/meta.json", flags | {"seed": 1}
+        )
 
 
 def killed_run(flags: list[str], waits: list[float]) -> int:
-    """Start em.py once for each wait and kill -9 it alone after that many seconds, its stage left to find out; then let it finish."""
+    """Start em.py once for each wait, and kill -9 it alone after that many seconds.
+
+    Its stages are left to find out. At last it may finish; returns the number of kills.
+    """""
     kills = 0
     for wait in waits:
         child = subprocess.Popen([sys.executable, str(ROOT / "em.py"), *flags], stdout=subprocess.DEVNULL)
@@ -168,7 +229,9 @@ def killed_run(flags: list[str], waits: list[float]) -> int:
 def test_killed_anywhere_it_ends_in_the_same_results(run, digits, tmp_path):
     """The same command goes on, and never two at once."""
     rng = random.Random(0)
-    kills = killed_run([f"--corpus={digits}", f"--out_dir={tmp_path}/run", *TINY], [rng.uniform(1, 9) for _ in range(5)])
+    kills = killed_run(
+        [f"--corpus={digits}", f"--out_dir={tmp_path}/run", *TINY], [rng.uniform(1, 9) for _ in range(5)]
+    )
     assert kills >= 3 and results(tmp_path / "run")["rows"] == results(run[0] / "run")["rows"]
 
 
@@ -184,12 +247,24 @@ def test_default_run_killed_ten_times(tmp_path):
 
 
 def test_ctrl_c_is_one_line_and_leaves_no_stage_behind(digits, tmp_path):
-    command = [sys.executable, str(ROOT / "em.py"), f"--corpus={digits}", f"--out_dir={tmp_path}/run", "--jobs=2", *TINY]
+    command = [
+        sys.executable,
+        str(ROOT / "em.py"),
+        f"--corpus={digits}",
+        f"--out_dir={tmp_path}/run",
+        "--jobs=2",
+        *TINY,
+    ]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     time.sleep(5)
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=30)
-    assert child.returncode != 0 and "interrupted; the same command goes on" in err and "Traceback" not in err and err.strip().count("\n") == 0
+    assert (
+        child.returncode != 0
+        and "interrupted; the same command goes on" in err
+        and "Traceback" not in err
+        and err.strip().count("\n") == 0
+    )
     left = subprocess.run(["pgrep", "-f", f"out_dir={tmp_path}"], capture_output=True, text=True).stdout
     assert left == ""
 
@@ -206,35 +281,77 @@ def test_without_matplotlib_everything_else_runs(run, digits, tmp_path):
 def test_gsm8k_end_to_end(tmp_path):
     files = [f"--{part}={SHARED}/data/gsm8k/{part}.jsonl" for part in ("train", "test")]
     script("data/gsm8k.py", *files, f"--out_dir={tmp_path}/g", "--raw=300", "--heldout=100")
-    flags = ["--train=--max_steps=30 --batch_size=8", "--eval=--bound_docs=30", "--max_new=96", "--iterations=1"]
+    flags = [
+        "--train=--max_steps=30 --batch_size=8",
+        "--eval=--bound_docs=30",
+        "--max_new=96",
+        "--iterations=1",
+    ]
     script("em.py", f"--corpus={tmp_path}/g", f"--out_dir={tmp_path}/run", *flags, env=dict(os.environ))
     assert [r["name"] for r in results(tmp_path / "run")["rows"]] == ["raw_tokens", "raw_flops", "M0", "M1"]
 
 
 @pytest.mark.slow
 def test_controls_side_by_side(digits, tmp_path):
-    """All controls of one round, two stages at a time, each into its log; the same numbers come out as one at a time."""
-    flags = [f"--corpus={digits}", "--iterations=1", "--samples=2", "--controls", *SMALL, "--eval=--bound_docs=5 --limit=10"]
+    """All controls of one round, two stages at a time, each into its log.
+
+    The same numbers come out as one at a time.
+    """""
+    flags = [
+        f"--corpus={digits}",
+        "--iterations=1",
+        "--samples=2",
+        "--controls",
+        *SMALL,
+        "--eval=--bound_docs=5 --limit=10",
+    ]
     out = script("em.py", f"--out_dir={tmp_path}/two", "--jobs=2", *flags, timeout=600).stdout
     report = json.loads((tmp_path / "two/results.json").read_text())
-    names = ["raw_tokens", "raw_flops", "warm_flops", "warm_x4", "M0", "M1", *(f"{arm}/M1" for arm in em.ARMS), "gold"]
+    names = [
+        "raw_tokens",
+        "raw_flops",
+        "warm_flops",
+        "warm_x4",
+        "M0",
+        "M1",
+        *(f"{arm}/M1" for arm in em.ARMS),
+        "gold",
+    ]
     assert [r["name"] for r in report["rows"]] == names
     rows = {r["name"]: r for r in report["rows"]}
     for name in ("raw_flops", "warm_flops"):
         assert rows[name]["flops"] == pytest.approx(rows["M1"]["flops"], rel=0.05), name
     assert rows["warm_x4"]["train_tokens"] == pytest.approx(4 * rows["M0"]["train_tokens"], rel=0.05)
-    made = {arm: json.loads((tmp_path / f"two/seed0/{arm}/E1/meta.json").read_text()) for arm in ("", *em.ARMS)}
+    made = {
+        arm: json.loads((tmp_path / f"two/seed0/{arm}/E1/meta.json").read_text()) for arm in ("", *em.ARMS)
+    }
     assert made["uniform"]["selection"] == "uniform" and made["uniform"]["no_gain"] == 0 < made[""]["no_gain"]
     assert made["weights"]["selection"] == "resample" and made["weights"]["no_gain"] == 0
     assert made["gain"]["selection"] == "uniform" and made["gain"]["no_gain"] > 0
-    assert made["prior"]["proposal"] == "prior" and [made[f"samples{k}"]["samples"] for k in (1, 16)] == [1, 16]
+    assert made["prior"]["proposal"] == "prior" and [made[f"samples{k}"]["samples"] for k in (1, 16)] == [
+        1,
+        16,
+    ]
     assert len({m["weights"] for m in made.values()}) == 1, "all start from the same M0"
-    assert rows["gold"]["train_tokens"] > rows["raw_tokens"]["train_tokens"] and rows["M1"]["e_step"]["sampled_tokens"] == made[""]["sampled_tokens"]
+    assert (
+        rows["gold"]["train_tokens"] > rows["raw_tokens"]["train_tokens"]
+        and rows["M1"]["e_step"]["sampled_tokens"] == made[""]["sampled_tokens"]
+    )
     compared = {(t["a"], t["b"]) for t in report["tests"]}
     assert {("M1", "M0"), ("M1", "warm_flops"), ("M1", "uniform/M1"), ("M1", "samples1/M1")} <= compared
-    assert "train " not in out and (tmp_path / "two/seed0/uniform/M1.log").stat().st_size > 0 and "uniform/M1: done in" in out
+    assert (
+        "train " not in out
+        and (tmp_path / "two/seed0/uniform/M1.log").stat().st_size > 0
+        and "uniform/M1: done in" in out
+    )
     plain = [f for f in flags if f != "--controls"]
-    script("em.py", f"--out_dir={tmp_path}/one", "--jobs=1", *plain, env={"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))})
+    script(
+        "em.py",
+        f"--out_dir={tmp_path}/one",
+        "--jobs=1",
+        *plain,
+        env={"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))},
+    )
     alone = {r["name"]: r for r in results(tmp_path / "one")["rows"]}
     for name, row in alone.items():
         assert row == without_times(rows[name]), name
@@ -244,16 +361,34 @@ def test_controls_side_by_side(digits, tmp_path):
 def test_a_stage_that_fails_ends_all(digits, tmp_path):
     flags = [f"--corpus={digits}", f"--out_dir={tmp_path}/run", "--jobs=2", *TINY, "--eval=--bound_docs=-1"]
     done = script("em.py", *flags, code=1)
-    assert "--bound_docs=-1: must be at least 0" in done.stderr and "ended with exit code" in done.stderr.splitlines()[-1]
+    assert (
+        "--bound_docs=-1: must be at least 0" in done.stderr
+        and "ended with exit code" in done.stderr.splitlines()[-1]
+    )
     assert "Traceback" not in done.stderr and not (tmp_path / "run/results.json").exists()
-    assert not (tmp_path / "run/seed0/E2").exists(), "an evaluation of M0 that fails ends the loop, not only itself"
+    assert not (tmp_path / "run/seed0/E2").exists(), (
+        "an evaluation of M0 that fails ends the loop, not only itself"
+    )
     left = subprocess.run(["pgrep", "-f", f"out_dir={tmp_path}"], capture_output=True, text=True).stdout
     assert left == ""
 
 
 def test_settings_are_compared_by_value():
-    assert stages.same(-1e9, "-inf") and stages.same(0.0, "0") and stages.same("uniform", "uniform") and stages.same(64, "64") and stages.same(True, "true") and stages.same(False, "0")
-    assert not stages.same(0.0, "-inf") and not stages.same(0.5, "x") and not stages.same(64, "65") and not stages.same("a", "b") and not stages.same(True, "false")
+    assert (
+        stages.same(-1e9, "-inf")
+        and stages.same(0.0, "0")
+        and stages.same("uniform", "uniform")
+        and stages.same(64, "64")
+        and stages.same(True, "true")
+        and stages.same(False, "0")
+    )
+    assert (
+        not stages.same(0.0, "-inf")
+        and not stages.same(0.5, "x")
+        and not stages.same(64, "65")
+        and not stages.same("a", "b")
+        and not stages.same(True, "false")
+    )
 
 
 def test_slots_let_the_first_in_order_in():
@@ -282,16 +417,26 @@ def test_sign_flips_are_exact():
     sums = [abs(sum(s * x for s, x in zip(signs, d))) for signs in itertools.product((1, -1), repeat=4)]
     assert sign_flip(d) == pytest.approx(np.mean([x >= sum(d) - 1e-9 for x in sums]))
     rng = np.random.default_rng(0)
-    assert np.mean([sign_flip(rng.normal(size=10)) < 0.05 for _ in range(400)]) == pytest.approx(0.05, abs=0.03)
+    assert np.mean([sign_flip(rng.normal(size=10)) < 0.05 for _ in range(400)]) == pytest.approx(
+        0.05, abs=0.03
+    )
     assert 0 < sign_flip(rng.normal(size=40) + 2) < 0.001
 
 
 def test_comparisons_pair_the_seeds():
-    rows = [{"name": name, "seed": seed, "accuracy": a, "accuracy_sampled": a / 2} for name, each in
-            (("M0", (0.1, 0.5, 0.3)), ("M1", (0.2, 0.7, 0.6)), ("uniform/M1", (0.3, 0.6))) for seed, a in enumerate(each)]  # fmt: skip
+    accuracies = {"M0": (0.1, 0.5, 0.3), "M1": (0.2, 0.7, 0.6), "uniform/M1": (0.3, 0.6)}
+    rows = [
+        {"name": name, "seed": seed, "accuracy": a, "accuracy_sampled": a / 2}
+        for name, each in accuracies.items()
+        for seed, a in enumerate(each)
+    ]
     tests = {(t["a"], t["b"], t["figure"]): t for t in comparisons(rows, "M1", em.ARMS)}
     first = tests["M1", "M0", "accuracy"]
-    assert first["difference"] == pytest.approx(0.2) and first["se"] == pytest.approx(0.1 / 3**0.5) and (first["above"], first["n"]) == (3, 3)
+    assert (
+        first["difference"] == pytest.approx(0.2)
+        and first["se"] == pytest.approx(0.1 / 3**0.5)
+        and (first["above"], first["n"]) == (3, 3)
+    )
     assert first["p"] == 0.25 and tests["M1", "uniform/M1", "accuracy"]["n"] == 2, "only seeds that both have"
     assert tests["M1", "M0", "accuracy_sampled"]["difference"] == pytest.approx(0.1)
     summary = {r["name"]: r for r in summarise(rows)}
@@ -300,20 +445,39 @@ def test_comparisons_pair_the_seeds():
 
 @pytest.mark.slow
 def test_plain_text_through_the_loop(digits, tmp_path):
-    """The paper's own case: a corpus without questions. No accuracy; likelihood by iteration is the result."""
+    """The paper's own case: a corpus without questions.
+
+    There is no accuracy; likelihood by iteration is the result.
+    """
     tok = open_corpus(digits / "warm").tokenizer
     for part in ("warm", "raw", "heldout"):
         corpus = open_corpus(digits / part)
-        texts = [[tok.decode(corpus.chunk(i)) for i in range(a, b)] for a, b in zip(corpus.docs, corpus.docs[1:])]
-        write_corpus(tmp_path / "text" / part, [[(text, False) for text in document] for document in texts], tok, {})
-    warm, thoughts = open_corpus(tmp_path / "text/warm"), open_thoughts(digits / "warm_thoughts", open_corpus(digits / "warm"))
+        texts = [
+            [tok.decode(corpus.chunk(i)) for i in range(a, b)] for a, b in zip(corpus.docs, corpus.docs[1:])
+        ]
+        write_corpus(
+            tmp_path / "text" / part, [[(text, False) for text in document] for document in texts], tok, {}
+        )
+    warm, thoughts = (
+        open_corpus(tmp_path / "text/warm"),
+        open_thoughts(digits / "warm_thoughts", open_corpus(digits / "warm")),
+    )
     spans = [thoughts.span(i) if i % 2 else thoughts.span(i + 1)[:2] for i in range(warm.n_chunks)]
     write_thoughts(tmp_path / "text/warm_thoughts", warm, spans, {})
-    flags = [f"--corpus={tmp_path}/text", f"--out_dir={tmp_path}/run", "--iterations=1", *SMALL, "--eval=--bound_docs=10"]
+    flags = [
+        f"--corpus={tmp_path}/text",
+        f"--out_dir={tmp_path}/run",
+        "--iterations=1",
+        *SMALL,
+        "--eval=--bound_docs=10",
+    ]
     out = script("em.py", *flags).stdout
     rows = {r["name"]: r for r in results(tmp_path / "run")["rows"]}
     assert list(rows) == ["raw_tokens", "raw_flops", "M0", "M1"] and "accuracy" not in rows["M1"]
-    assert rows["M1"]["nll_bound_document"]["16"] > 0 and rows["M1"]["nll_thoughtless_document"] > 0 < rows["raw_flops"]["nll_document"]
+    assert (
+        rows["M1"]["nll_bound_document"]["16"] > 0
+        and rows["M1"]["nll_thoughtless_document"] > 0 < rows["raw_flops"]["nll_document"]
+    )
     assert "M1 IWAE-16 - raw_flops nll" in out and (tmp_path / "run/curves.png").exists()
 
 
@@ -322,11 +486,15 @@ def test_a_benchmark_and_two_devices(digits, tmp_path):
     """Stages start by torchrun on two devices (here: gloo on a CPU), and each model answers a benchmark."""
     problem = {"question": "Start at 3. Add 4.", "answer": "#### 7"}
     (tmp_path / "few.jsonl").write_text((json.dumps(problem) + "\n") * 3)
-    flags = [f"--corpus={digits}", f"--out_dir={tmp_path}/run", "--iterations=1", *SMALL, "--device=cpu", "--devices=2",
-             f"--benchmark={tmp_path}/few.jsonl", "--benchmark_eval=--max_new=40", "--eval=--bound_docs=3 --limit=3"]  # fmt: skip
+    flags = [f"--corpus={digits}", f"--out_dir={tmp_path}/run", "--iterations=1", *SMALL]
+    flags += ["--device=cpu", "--devices=2", f"--benchmark={tmp_path}/few.jsonl"]
+    flags += ["--benchmark_eval=--max_new=40", "--eval=--bound_docs=3 --limit=3"]
     out = script("em.py", *flags, env={"OMP_NUM_THREADS": "1"}).stdout
     assert out.count("$ torchrun --standalone --nproc_per_node=2 train.py") == 4
-    assert out.count("$ torchrun --standalone --nproc_per_node=2 infer_thoughts.py") == 1 and out.count("$ python eval_math.py") == 8
+    assert (
+        out.count("$ torchrun --standalone --nproc_per_node=2 infer_thoughts.py") == 1
+        and out.count("$ python eval_math.py") == 8
+    )
     for row in results(tmp_path / "run")["rows"]:
         answered = json.loads((tmp_path / f"run/seed0/{row['name']}/benchmark/results.json").read_text())
         assert answered["n"] == 3 and answered["too_long"] == 0 and row["benchmark"] == answered["accuracy"]

@@ -87,4 +87,4 @@ def em(seed: int) -> tuple[float, float]:
 def test_m1_is_better_than_m0():
     """M1 has learned what the warm documents do not tell, from thoughts that M0 inferred for the raw ones."""
     of_m0, of_m1 = em(seed=0)
-    assert of_m1 > of_m0 + 1, "on seeds 0 to 7 it gains 2.2 to 4.2 nats"
+    assert of_m1 > of_m0 + 1, "on seeds 0 to 7 it gains 2.0 to 3.6 nats"

@@ -53,7 +53,7 @@ def respond(engine, tok, problems, s, one_line=False):
     return Responder(engine, tok, s, None, one_line).respond(problems, GREEDY)
 
 
-# ------------------------------------------------------------------- reading problems
+# ------------------------------------- reading problems
 
 
 def test_rows_of_all_benchmarks_are_read():
@@ -169,7 +169,7 @@ def test_prompts_leave_room_in_2048_tokens(name, file):
         assert max(len(p.prompt) for p in problems) <= 2048 - 512 - 32
 
 
-# ------------------------------------------------------------------- prompts
+# ------------------------------------- prompts
 
 SHOTS = [Item("What is 2 + 3?", "2 + 3 = 5.", "5", {}), Item("What is $4 + 4$?", "It is $8$.", "8", {})]
 ASKED = Item("What is 1 + 1?", "", "2", {})
@@ -249,7 +249,7 @@ def test_problems_of_a_corpus_follow_their_question(tok):
     assert corpus_problems(settings(corpus="c"), without, 128) == ([], {"answers_too_long": 0})
 
 
-# ------------------------------------------------------------------- responses
+# ------------------------------------- responses
 
 
 class Scripted:
@@ -328,7 +328,7 @@ def test_raw_responses_stop_where_told(tok):
     )
 
 
-# ------------------------------------------------------------------- where a corpus's answers end
+# ------------------------------------- where a corpus's answers end
 
 
 def written_corpus(folder, documents, texts):
@@ -414,7 +414,7 @@ def test_a_closed_thought_is_answered_in_one_line(tok):
     assert engine.calls[1][3]["ends"](np.array(answer))
 
 
-# ------------------------------------------------------------------- scores
+# ------------------------------------- scores
 
 
 def response(right, extracted="1", **more):
@@ -486,7 +486,7 @@ def test_significance():
     assert got["difference_se"] == pytest.approx(np.std([0] * 7 + [1] * 3, ddof=1) / math.sqrt(10))
 
 
-# ------------------------------------------------------------------- likelihood
+# ------------------------------------- likelihood
 
 
 def test_text_nll_equals_the_whole_document(toy_model):
@@ -682,7 +682,7 @@ def test_paired_difference():
     assert paired_difference(b, a)[0] == pytest.approx(-1.0) and paired_difference(a[:1], b[:1]) == (1.0, 0.0)
 
 
-# ------------------------------------------------------------------- end to end
+# ------------------------------------- end to end
 
 
 @pytest.fixture(scope="module")

@@ -160,9 +160,11 @@ REPORTED_RIGHT = [
     # times of day
     ("3:00 p.m.", "15:00"),
     ("3 p.m.", "3:00 PM"),
+    ("12:30 am", "0:30"),
 ]  # fmt: skip
 REPORTED_WRONG = [
     ("3:00 p.m.", "9:00 p.m."),
+    ("15", "3:00 p.m."),
     (r"\boxed{y>3}", "x>3"),
     (r"\boxed{y \in (1,2)}", r"x\in(1,2)"),
     (r"\boxed{y=1,2}", "x=1,2"),

@@ -610,7 +610,10 @@ def newest_checkpoint(out) -> str:
     return max((path.name for path in checkpoint.checkpoints(out)), default="")
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+SIGINT = pytest.param(signal.SIGINT, marks=pytest.mark.slow)  # what SIGTERM does
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, SIGINT, signal.SIGTERM])
 def test_killed_runs_end_in_the_same_weights(digits, undisturbed, tmp_path, how):
     out = tmp_path / "killed"
     for n in (1, 2):  # kill after the first checkpoints of each run

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, script
+from conftest import SHARED, inside
 
 import train
 from data.lib import model_folder
@@ -51,9 +51,11 @@ def new_model(tok=TOK, **change) -> train.Llama:
 @torch.no_grad()
 def gap(ours: train.Llama, theirs, ids: torch.Tensor) -> float:
     """Largest difference of logits between our model and transformers' (or another of ours)."""
-    reference = (
-        theirs.logits(theirs(ids)) if isinstance(theirs, train.Llama) else theirs(ids).logits
-    )
+    hidden_or_output = theirs(ids)
+    if isinstance(theirs, train.Llama):
+        reference = theirs.logits(hidden_or_output)
+    else:
+        reference = hidden_or_output.logits
     return (ours.logits(ours(ids)) - reference).abs().max().item()
 
 
@@ -125,10 +127,8 @@ def family(name: str, seed=0):
     is 0, attention is not flat."""
     kind, change = FAMILIES[name]
     config = getattr(transformers, f"{kind}Config")(**SIZES | change)
-    model, generator = (
-        getattr(transformers, f"{kind}ForCausalLM")(config),
-        torch.Generator().manual_seed(seed),
-    )
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         noise = torch.randn(p.shape, generator=generator)
         p.data = 1.5 * noise / p.shape[1] ** 0.5 if p.ndim == 2 else 0.5 * noise + p.data
@@ -139,11 +139,9 @@ def old_style(folder: Path) -> None:
     """The same config.json as transformers 4 spelled it."""
     raw = json.loads((folder / "config.json").read_text())
     rope = raw.pop("rope_parameters")
-    scaling = (
-        None
-        if rope["rope_type"] == "default"
-        else {k: v for k, v in rope.items() if k != "rope_theta"}
-    )
+    scaling = None
+    if rope["rope_type"] != "default":
+        scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
     raw |= {
         "torch_dtype": raw.pop("dtype"),
         "rope_theta": rope["rope_theta"],
@@ -186,9 +184,8 @@ def test_our_folders_open_there_with_equal_logits_and_settings(name, tmp_path):
         "dtype",
         "head_dim",
     }
-    assert after["head_dim"] == getattr(
-        theirs.model.layers[0].self_attn, "head_dim", None
-    ) and after["dtype"] in ("float32", torch.float32)
+    assert after["head_dim"] == getattr(theirs.model.layers[0].self_attn, "head_dim", None)
+    assert after["dtype"] in ("float32", torch.float32)
     assert model_folder.read_config(tmp_path / "ours") == model_folder.read_config(
         tmp_path / "theirs"
     )
@@ -216,13 +213,12 @@ def test_each_weight_and_setting_of_a_family_matters(name, tmp_path):
         other, _ = open_model(tmp_path)
         for k, p in other.named_parameters():
             if k.endswith(key):
-                p.data = (
-                    torch.ones_like(p)
-                    if "norm" in k
-                    else torch.zeros_like(p)
-                    if p.ndim == 1
-                    else p.data.roll(1, 0)
-                )
+                if "norm" in k:
+                    p.data = torch.ones_like(p)
+                elif p.ndim == 1:
+                    p.data = torch.zeros_like(p)
+                else:
+                    p.data = p.data.roll(1, 0)
         assert key.endswith("k_proj.bias") or gap(other, ours, IDS) > 0.01, key
 
 
@@ -239,16 +235,12 @@ def test_what_a_run_writes_opens_in_transformers(tmp_path):
         model = new_model(**change)
         save(tmp_path / f"{i}", model)
         again, tok = train.load_model(tmp_path / f"{i}")
-        assert (
-            gap(model, their_model(tmp_path / f"{i}"), IDS[:, :64]) <= 1e-4
-            and gap(model, again, IDS[:, :64]) == 0
-        )
+        assert gap(model, their_model(tmp_path / f"{i}"), IDS[:, :64]) <= 1e-4
+        assert gap(model, again, IDS[:, :64]) == 0
         assert again.config == model.config and tok.sha256 == TOK.sha256
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / f"{i}")
-        assert (
-            theirs.encode("Add 8. é", add_special_tokens=False) == TOK.encode("Add 8. é")
-            and theirs.eos_token_id == TOK.eos
-        )
+        assert theirs.encode("Add 8. é", add_special_tokens=False) == TOK.encode("Add 8. é")
+        assert theirs.eos_token_id == TOK.eos
 
 
 @pytest.mark.parametrize("style", ["new", "old"])
@@ -269,9 +261,8 @@ def test_half_precision_is_read_exactly_and_kept(dtype, style, tmp_path):
         tok,
     )
     saved = safetensors_torch.load_file(tmp_path / "kept/model.safetensors")
-    assert {t.dtype for t in saved.values()} == {
-        torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    }  # fp32 holds fp16 exactly
+    kept = torch.bfloat16 if dtype == "bfloat16" else torch.float32  # fp32 holds fp16 exactly
+    assert {t.dtype for t in saved.values()} == {kept}
     assert all(torch.equal(saved[k].float(), p.float()) for k, p in theirs.state_dict().items())
 
 
@@ -324,9 +315,8 @@ def test_markers_get_random_rows_or_those_of_words(unmarked, tmp_path):
                 assert torch.equal(after[name][-4:], t[words])
     after = read_safetensors(tmp_path / "random/model.safetensors")
     random_rows = [after[name][-4:] for name in ("lm_head.weight", "model.embed_tokens.weight")]
-    assert all(
-        r.abs().max() == 3 / 16 and 0.058 < r.std() < 0.066 for r in random_rows
-    ) and not torch.equal(*random_rows)
+    assert all(r.abs().max() == 3 / 16 and 0.058 < r.std() < 0.066 for r in random_rows)
+    assert not torch.equal(*random_rows)
     assert model_folder.read_config(tmp_path / "words")["n_vocab"] == tok.n_vocab
 
 
@@ -340,11 +330,9 @@ def test_markers_take_rows_that_pad_the_embedding(unmarked, tmp_path):
     safetensors_torch.save_file(padded, unmarked / "model.safetensors")
     edit_json(unmarked / "config.json", vocab_size=tok.n_base + 50)
     after = add_markers(unmarked, tmp_path / "out")["model.embed_tokens.weight"]
-    assert (
-        len(after) == tok.n_base + 50
-        and (after[tok.n_vocab :] == 7).all()
-        and after[tok.n_base : tok.n_vocab].abs().max() <= 3 / 16
-    )
+    assert len(after) == tok.n_base + 50
+    assert (after[tok.n_vocab :] == 7).all()
+    assert after[tok.n_base : tok.n_vocab].abs().max() <= 3 / 16
     train.load_model(tmp_path / "out")
 
 
@@ -354,9 +342,8 @@ def test_markers_are_added_once(unmarked, tmp_path):
     add_markers(unmarked, tmp_path / "once")
     add_markers(tmp_path / "once", tmp_path / "twice")
     for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / "once" / name).read_bytes() == (
-            tmp_path / "twice" / name
-        ).read_bytes(), name
+        once, twice = (tmp_path / which / name for which in ("once", "twice"))
+        assert once.read_bytes() == twice.read_bytes(), name
 
 
 # --------------------------------------------------------------------------------------------- bad inputs
@@ -658,18 +645,10 @@ def test_bad_folders_are_refused_by_name(damage, good, tmp_path):
 def test_the_command_refuses_bad_folders_in_one_line(damage, good, tmp_path):
     shutil.copytree(good, tmp_path / "m")
     DAMAGES[damage][0](tmp_path / "m")
-    done = script(
-        "train.py",
-        f"--init_from={tmp_path}/m",
-        "--max_steps=0",
-        f"--out_dir={tmp_path}/out",
-        code=1,
-    )
-    assert (
-        done.stderr.count("\n") == 1
-        and DAMAGES[damage][1] in done.stderr
-        and not (tmp_path / "out/config.json").exists()
-    )
+    flags = [f"--init_from={tmp_path}/m", "--max_steps=0", f"--out_dir={tmp_path}/out"]
+    done = inside(train, *flags, code=1)
+    assert done.stderr.count("\n") == 1 and DAMAGES[damage][1] in done.stderr
+    assert not (tmp_path / "out/config.json").exists()
 
 
 def test_spellings_that_are_fine_are_accepted(good, tmp_path):
@@ -714,16 +693,8 @@ def test_sizes_that_are_not_the_folders_are_refused(flag, part, good):
         train.extend_config(
             train.Settings(init_from=str(good), **{"max_steps": 0} | flag), folder_config, tok
         )
-    same = train.Settings(
-        init_from=str(good),
-        n_layer=2,
-        n_embd=32,
-        n_head=4,
-        n_kv_head=2,
-        n_hidden=96,
-        max_steps=1,
-        seq_len=64,
-    )
+    sizes = {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_kv_head": 2, "n_hidden": 96}
+    same = train.Settings(init_from=str(good), **sizes, max_steps=1, seq_len=64)
     assert train.extend_config(same, folder_config, tok) == folder_config
 
 
@@ -766,9 +737,9 @@ def test_damaged_bytes_are_refused_or_harmless(file, good, tmp_path):
         finally:
             signal.alarm(0)
     assert 0 < loaded < 150
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 200_000 * (
-        1 if sys.platform == "linux" else 1024
-    )  # 200 MB
+    unit = 1 if sys.platform == "linux" else 1024
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
+    assert grown < 200_000 * unit  # 200 MB
 
 
 # ---------------------------------------------------------------------------------------------- the writer
@@ -790,32 +761,22 @@ def test_shards_are_hugging_faces_and_open_in_its_library(tie, shard_bytes, tmp_
     held = {}
     for path in sorted((tmp_path / "ours").glob("*.safetensors")):
         part = safetensors_torch.load_file(path)
-        assert (
-            int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
-        )  # so that the values are aligned
+        n_header = int.from_bytes(path.read_bytes()[:8], "little")
+        assert n_header % 8 == 0  # so that the values are aligned
         assert len(part) == 1 or sum(t.nbytes for t in part.values()) <= shard_bytes
         held |= part
     expected = {
         (k if k == "lm_head.weight" else f"model.{k}"): p for k, p in model.named_parameters()
     }
-    assert held.keys() == expected.keys() and all(
-        t.dtype == torch.bfloat16 and torch.equal(t, expected[k]) for k, t in held.items()
-    )
+    assert held.keys() == expected.keys()
+    assert all(t.dtype == torch.bfloat16 and torch.equal(t, expected[k]) for k, t in held.items())
     if len(ours) > 1:
         a, b = (json.loads((tmp_path / who / INDEX).read_text()) for who in ("ours", "theirs"))
-        assert (
-            a["weight_map"].keys() == b["weight_map"].keys()
-            and a["metadata"]["total_size"] == b["metadata"]["total_size"]
-        )
+        assert a["weight_map"].keys() == b["weight_map"].keys()
+        assert a["metadata"]["total_size"] == b["metadata"]["total_size"]
         assert sorted(set(a["weight_map"].values())) == sorted(set(b["weight_map"].values()))
-    assert (
-        gap(
-            train.load_model(tmp_path / "ours")[0],
-            train.load_model(tmp_path / "theirs")[0],
-            IDS[:, :64],
-        )
-        == 0
-    )
+    ours, theirs = (train.load_model(tmp_path / who)[0] for who in ("ours", "theirs"))
+    assert gap(ours, theirs, IDS[:, :64]) == 0
 
 
 def test_files_in_any_order_and_alignment_are_read(tmp_path):
@@ -854,12 +815,9 @@ def test_files_in_any_order_and_alignment_are_read(tmp_path):
     for path in tmp_path.iterdir():
         ours, theirs = read_safetensors(path), safetensors_torch.load_file(path)
         assert ours.keys() == theirs.keys() == held.keys()
-        assert all(
-            torch.equal(ours[k], t)
-            and ours[k].dtype == theirs[k].dtype == t.dtype
-            and torch.equal(theirs[k], t)
-            for k, t in held.items()
-        )
+        for k, t in held.items():
+            assert torch.equal(ours[k], t) and torch.equal(theirs[k], t)
+            assert ours[k].dtype == theirs[k].dtype == t.dtype
 
 
 # ------------------------------------------------------------- a real model: SmolLM2-135M
@@ -884,9 +842,7 @@ def smollm2(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def marked(smollm2) -> Path:
     """The real model with markers, added by the command."""
-    script(
-        "train.py", f"--init_from={smollm2}", "--max_steps=0", f"--out_dir={smollm2.parent}/marked"
-    )
+    inside(train, f"--init_from={smollm2}", "--max_steps=0", f"--out_dir={smollm2.parent}/marked")
     return smollm2.parent / "marked"
 
 
@@ -912,27 +868,20 @@ def test_real_model_has_transformers_logits(smollm2, questions):
 @real
 def test_real_model_keeps_its_bytes_and_gets_marker_rows(smollm2, marked):
     before, after = (read_safetensors(folder / W) for folder in (smollm2, marked))
-    assert (
-        before.keys() == after.keys()
-        and "lm_head.weight" not in after
-        and json.loads((marked / "config.json").read_text())["tie_word_embeddings"]
-    )
+    assert before.keys() == after.keys() and "lm_head.weight" not in after
+    assert json.loads((marked / "config.json").read_text())["tie_word_embeddings"]
     for name, t in before.items():
         same = after[name][: len(t)]
-        assert t.dtype == same.dtype == torch.bfloat16 and torch.equal(
-            t.view(torch.int16), same.view(torch.int16)
-        ), name
+        assert t.dtype == same.dtype == torch.bfloat16
+        assert torch.equal(t.view(torch.int16), same.view(torch.int16)), name
         assert len(after[name]) == len(t) + 4 * (name == EMBED)
     rows, sigma = after[EMBED][-4:].float(), 576**-0.5
-    assert (
-        rows.shape == (4, 576) and rows.abs().max() == torch.tensor(3 * sigma).bfloat16().float()
-    )  # cut at 3 sigma: some lie on it
+    assert rows.shape == (4, 576)
+    assert rows.abs().max() == torch.tensor(3 * sigma).bfloat16().float()  # some are cut there
     shares = [(rows.abs() < k * sigma).float().mean().item() for k in (1, 2)]
-    assert (
-        shares == pytest.approx([0.683, 0.954], abs=0.03)
-        and abs(rows.mean()) < 0.07 * sigma
-        and len(rows.unique(dim=0)) == 4
-    )
+    assert shares == pytest.approx([0.683, 0.954], abs=0.03)
+    assert abs(rows.mean()) < 0.07 * sigma
+    assert len(rows.unique(dim=0)) == 4
     assert abs(torch.corrcoef(rows) - torch.eye(4)).max() < 0.15
 
 
@@ -940,11 +889,9 @@ def test_real_model_keeps_its_bytes_and_gets_marker_rows(smollm2, marked):
 def test_real_model_with_markers_opens_in_transformers(marked, questions):
     ours, tok = train.load_model(marked)
     theirs, their_tok = their_model(marked), transformers.AutoTokenizer.from_pretrained(marked)
-    assert (
-        [their_tok.convert_tokens_to_ids(m) for m in MARKERS]
-        == [tok.sol, tok.eol, tok.pri, tok.pos]
-        == list(range(49152, 49156))
-    )
+    ids = [tok.sol, tok.eol, tok.pri, tok.pos]
+    assert [their_tok.convert_tokens_to_ids(m) for m in MARKERS] == ids
+    assert ids == list(range(49152, 49156))
     assert their_tok.encode(questions[0] + MARKERS[0]) == tok.encode(questions[0]) + [tok.sol]
     ids = torch.tensor([[tok.bos, *tok.encode(questions[0]), tok.sol, tok.pri]])
     difference = gap(ours, theirs, ids)
@@ -961,6 +908,6 @@ def test_real_model_with_markers_opens_in_transformers(marked, questions):
 
 @real
 def test_real_model_gets_markers_only_once(marked, tmp_path):
-    script("train.py", f"--init_from={marked}", "--max_steps=0", f"--out_dir={tmp_path}/again")
+    inside(train, f"--init_from={marked}", "--max_steps=0", f"--out_dir={tmp_path}/again")
     for name in (W, "config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (marked / name).read_bytes(), name

@@ -5,6 +5,7 @@ or \\boxed. Without any, it is a response that is nothing but an answer, or else
 the last formula or number. What follows a made-up next problem does not count.
 """
 
+import bisect
 import re
 
 from data.lib.equality import is_relation
@@ -74,7 +75,8 @@ GOES_ON = re.compile(
     r"""( (?: \ [a-zA-Z]+ ){0,2}? ) \s*
     (?: \( | [;–—] | :\s
       | (?: ,\s(?:in|so|not|or) | \s(?:for|with|when|if|in|as|after|is) ) \b
-        (?! .* \band\b .* \d ) )""",  # "3 for x and 4 for y" is not just 3
+        (?! .* \band\b .* \d )  # "3 for x and 4 for y" is not just 3
+    )""",
     re.VERBOSE,
 )
 REMARK = re.compile(
@@ -94,10 +96,10 @@ PUNCTUATION = re.compile(
     re.DOTALL | re.VERBOSE,
 )
 ABBREVIATION = re.compile(r"\b(?:[ap]\.m|vs|approx|i\.e)$")
+GAP = r"(?: [\s$] | \\q?quad\b | \\[\ ,;()\[\]] )*"
 BETWEEN_BOXES = re.compile(
-    r"""SPACE [,;]? SPACE (?:\\text\{)? \s* (?:and|or|,)? \s* \}? SPACE (?: [a-z]\s*=\s* )?""".replace(
-        "SPACE", r"(?: [\s$] | \\q?quad\b | \\[\ ,;()\[\]] )*"
-    ),
+    rf"""{GAP} [,;]? {GAP} (?:\\text\{{)? \s* (?:and|or|,)? \s* \}}? {GAP}
+    (?: [a-z]\s*=\s* )?""",
     re.VERBOSE,
 )
 FORMULA = re.compile(
@@ -203,13 +205,16 @@ def last_boxed(text: str, starts: list[int]) -> str | None:
                 continue
             break
         end = text.find("{", start) + len(here) + 2
+        between = text[end:after]
         if found is None:
             found = here
         elif end > after:  # a box around the other
             continue
-        elif here != found.split(", ")[0] and BETWEEN_BOXES.fullmatch(text[end:after][:80]):
+        elif here == found.split(", ")[0]:  # said again
+            break
+        elif len(between) < 80 and BETWEEN_BOXES.fullmatch(between):
             found = f"{here}, {found}"
-        else:  # said again, or another matter
+        else:
             break
         after = start
     return found
@@ -225,7 +230,7 @@ def shortened(answer: str) -> str:
 def announced(text: str, m: re.Match, boxes: list[int]) -> str:
     """The answer behind an announcement m; boxes: where those begin that may count."""
     if BOX.match(m[0]):
-        answer = last_boxed(text, [start for start in boxes if start <= m.start()]) or ""
+        answer = last_boxed(text, boxes[: bisect.bisect_right(boxes, m.start())]) or ""
     else:
         answer = sentence(text, m.end())
         answer = last_boxed(answer, [b.start() for b in BOX.finditer(answer)]) or answer

@@ -31,6 +31,7 @@ import math
 import re
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -336,7 +337,7 @@ def all_ends(texts: list[str]) -> tuple[Ints, Ints]:
     if not any(texts):
         return np.zeros(0, np.int64), np.zeros(len(texts), np.int64)
     joined = join_texts(texts)
-    formulas = np.array(joined.formulas, dtype=np.int64).reshape(-1, 2)
+    formulas = np.fromiter(chain.from_iterable(joined.formulas), np.int64).reshape(-1, 2)
     found = [*stops(joined), *line_ends(joined)]
     found.append(math_ends(joined, formulas[:, 1]))
     ends = outside_math(np.concatenate(found), formulas)

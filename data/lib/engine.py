@@ -68,7 +68,7 @@ class Shape:
     own_len: int
 
 
-# ---------------------------------------------------------------- the scheduler
+# ---------------------------------------- the scheduler
 
 
 @dataclass
@@ -227,7 +227,7 @@ class Scheduler:
             self.refill(lane)
         if step.prefill and step.prefill.last:
             for slot in step.prefill.slots.tolist():
-                # Slot 0 has no samples: it holds what the prompts share.
+                # Slot 0 holds what the prompts share, and no samples.
                 for lane in self.lanes_of(slot) if slot else ():
                     self.start(lane)
         return ended
@@ -238,15 +238,14 @@ def shared_length(prompts: list[np.ndarray]) -> int:
 
     0 where they are too few to matter, and for a single prompt.
     """
-    n = min(map(len, prompts)) - 1
-    first = prompts[0][:n]
-    for prompt in prompts[1:]:
-        differ = np.flatnonzero(prompt[:n] != first[:n])
-        n = int(differ[0]) if len(differ) else n
+    shortest = min(map(len, prompts)) - 1
+    starts = np.stack([prompt[:shortest] for prompt in prompts])
+    alike = (starts == starts[0]).all(axis=0)  # [shortest]
+    n = int(alike.cumprod().sum())
     return n if n >= 32 and len(prompts) > 1 else 0
 
 
-# ------------------------------------------------------------------- the device
+# ---------------------------------------- the device
 
 
 class Runner:
@@ -406,7 +405,7 @@ class Runner:
         uniform = keyed_uniform(self.noise[lanes], length)
         logits = self.logits(hidden)
         tokens, log_p = draw(logits, uniform, sampling.temperature, sampling.top_p)
-        # What has ended is computed until the host looks, but not counted.
+        # Samples that had ended before are not counted.
         growing = self.growing[lanes]
         self.ids[lanes, length] = tokens
         self.last_token[lanes] = tokens
@@ -493,7 +492,7 @@ class Runner:
         group = c.n_head // n_kv
         B, P, S = shape.n_slots, shape.prompt_len, shape.own_len
         C, max_new = self.layout.lanes, self.layout.max_new
-        # A sample that has ended at max_new may be computed once more.
+        # Ended samples are computed, too, until the host looks.
         length = self.length.clamp(max=max_new - 1)
         hide_prompt = self.hide(self.prompt_len[:B], P, B)
         hide_own = self.hide(length[: B * C] + 1, S, B)
@@ -534,12 +533,12 @@ class Runner:
         0 for positions below a length and -inf for the others, to be added to
         the scores.
         """
-        hidden = torch.arange(width, device=self.device) >= lengths[:, None]
+        lengths = lengths.view(n_slots, 1, -1, 1)
+        hidden = torch.arange(width, device=self.device) >= lengths
+        hidden = hidden.expand(-1, self.config.n_kv_head, -1, -1)
+        hidden = hidden.reshape(-1, 1, width)
         term = torch.zeros_like(hidden, dtype=self.dtype)
-        term = term.masked_fill_(hidden, -torch.inf)
-        term = term.unflatten(0, (n_slots, -1))[:, None]
-        term = term.expand(-1, self.config.n_kv_head, -1, -1)
-        return term.reshape(-1, 1, width)
+        return term.masked_fill_(hidden, -torch.inf)
 
 
 def side_by_side(n: int, first, second):
@@ -556,7 +555,7 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-# ------------------------------------------------------------------- the engine
+# ---------------------------------------- the engine
 
 
 class Engine:
@@ -575,7 +574,7 @@ class Engine:
         self.config = model.config
         self.device = model.embed_tokens.weight.device
         if self.device.type == "mps":
-            raise UserError("--device=mps: the engine adds up in float64, which mps lacks; take --device=cpu")
+            raise UserError("--device=mps: the engine needs float64, which mps lacks; take --device=cpu")
         self.n_rows = n_rows
         self.n_prompts = 0  # for which the cache has been planned
         self.runner = Runner(model, steps_per_sync)
@@ -583,8 +582,8 @@ class Engine:
     # ---- memory
 
     def slot_bytes(self, lanes: int, prompt_len: int, max_new: int) -> int:
-        """Bytes of one slot: keys and values, and what a step allocates for each
-        of its lanes (logits twice, scores, the widest layer)."""
+        """Bytes of one slot: its keys and values, and what a step allocates for
+        each lane (logits twice, scores, the widest layer)."""
         c = self.config
         size = self.runner.dtype.itemsize
         position = 2 * c.n_layer * c.n_kv_head * c.head_dim * size
@@ -787,7 +786,7 @@ class Engine:
         return attend
 
     def padded(self, starts, lengths) -> tuple[torch.Tensor, torch.Tensor]:
-        """Index of each token of the sequences [n, longest], and which are real."""
+        """Index [n, longest] of the tokens of sequences, and which are real."""
         column = np.arange(max(1, lengths.max()))
         real = column < lengths[:, None]
         index = np.where(real, starts[:, None] + column, 0)

@@ -41,6 +41,7 @@ COMPOUND_UNITS = {
     ("mph", 1): (("mile", 1), ("hour", -1)),
     ("kph", 1): (("kilometer", 1), ("hour", -1)),
 }
+HALVES = {("am", 1), ("pm", 1)}  # of a day
 FACTORS = {"percent": Rational(1, 100), "degree": pi / 180}
 
 
@@ -72,26 +73,25 @@ def converted(a: Reading, b: Reading) -> bool:
 
 def clock(reading: Reading) -> tuple | None:
     """A time of day as (hour up to 24, minutes ...); None for anything else."""
-    names = {name for name, _ in reading.units} & {"am", "pm"}
-    value = reading.value
-    if isinstance(value, sympy.Integer) and names:
-        value = Value("rel", (":",), (value, sympy.Integer(0)))
-    if not is_relation(value, ":") or not isinstance(value.items[0], sympy.Integer):
+    halves = HALVES & set(reading.units)
+    colon = is_relation(reading.value, ":")
+    hour, *rest = reading.value.items if colon else (reading.value, 0)
+    if not isinstance(hour, sympy.Integer) or not (colon or halves):
         return None
-    hour = value.items[0] % 12 + 12 * ("pm" in names) if names else value.items[0]
-    return hour, *value.items[1:]
+    return hour % 12 + 12 * (("pm", 1) in halves) if halves else hour, *rest
 
 
 def counted(reading: Reading) -> dict:
-    """What is counted in a list, with its number: 10 chickens and 9 rabbits. Empty for anything else."""
-    items = reading.value.items if isinstance(reading.value, Value) and reading.value.kind == "list" else ()
-    names = set(reading.words)
-    return dict(zip(reading.words, items)) if len(names) == len(reading.words) == len(items) else {}
+    """What a list counts, with its number: 10 chickens and 9 rabbits. Empty for anything else."""
+    value, _, names, _ = reading
+    if not isinstance(value, Value) or value.kind != "list":
+        return {}
+    return dict(zip(names, value.items)) if len(set(names)) == len(names) == len(value.items) else {}
 
 
 def readings_agree(a: Reading, b: Reading) -> bool:
     try:
-        if clock(a) is not None and clock(a) == clock(b):
+        if HALVES & {*a.units, *b.units} and clock(a) and clock(a) == clock(b):
             return True
         things, others = counted(a), counted(b)
         if things and things.keys() == others.keys():

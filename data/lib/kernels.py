@@ -1,5 +1,8 @@
-"""Operations of the model that are written for speed or memory: attention by torch's fused
-kernels, products joined into one, and the loss with a backward pass written by hand."""
+"""Operations of the model that are written for speed or memory.
+
+They are attention by torch's fused kernels, products joined into one, and the
+loss with a backward pass written by hand.
+"""
 
 from typing import Callable
 
@@ -8,22 +11,27 @@ import torch.nn.functional as F
 
 
 def attention(q, k, v, mask=None) -> torch.Tensor:
-    """q [B, n_head, T, d], k and v [B, n_kv_head, L, d] -> y, like q. Causal if there is no
-    mask [B or 1, 1, T, L] of what is seen."""
+    """Attention of queries q [B, n_head, T, d] to k and v [B, n_kv_head, L, d].
+
+    The result is like q. It is causal if there is no mask [B or 1, 1, T, L] of
+    what is seen.
+    """
     group = q.shape[1] // k.shape[1]
     if q.is_cuda and (mask is not None or q.dtype == torch.float32):
         # No fused kernel of a GPU takes fewer key heads in these cases.
         k = k.repeat_interleave(group, 1)
         v = v.repeat_interleave(group, 1)
         group = 1
-    causal = mask is None
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=group > 1)
+    attend = F.scaled_dot_product_attention
+    return attend(q, k, v, mask, is_causal=mask is None, enable_gqa=group > 1)
 
 
 @torch.no_grad()
 def joined(*linears: torch.nn.Linear) -> Callable:
-    """One product that takes the place of several linear layers with the same input. Their
-    weights become views of its weight, so that nothing is held twice."""
+    """One product that takes the place of linear layers with the same input.
+
+    Their weights become views of its weight, so that nothing is held twice.
+    """
     weight = torch.cat([linear.weight for linear in linears])
     bias = None
     if linears[0].bias is not None:
@@ -37,8 +45,8 @@ def joined(*linears: torch.nn.Linear) -> Callable:
 def head_loss(hidden, weight, targets) -> torch.Tensor:
     """Summed cross-entropy in nats of the logits hidden @ weight.T.
 
-    Logits of 8,192 tokens over 32,000 classes take 1 GB in fp32, and autograd would keep
-    several copies of them. Here they are computed in pieces.
+    Logits of 8,192 tokens over 32,000 classes take 1 GB in fp32, and autograd
+    would keep several copies of them. Here they are computed in pieces.
 
     hidden [B, T, n_embd], weight [n_vocab, n_embd], targets [B, T]. A target of -1 is
     not counted.
@@ -54,13 +62,16 @@ def head_loss(hidden, weight, targets) -> torch.Tensor:
 
 
 class HeadLoss(torch.autograd.Function):
-    """Cross-entropy of a linear layer in pieces, with at most KEEP bytes of logits at once.
+    """Cross-entropy of a linear layer in pieces.
 
-    forward   goes by rows of tokens: the logits of a piece -> their log-sum-exp and loss.
-    backward  goes by rows of the weight: the softmax of a piece comes from the logits,
-              which are computed again unless all of them were small enough to keep. Each
-              row of the weight's gradient is one product over all tokens, so that no
-              bf16 sum is rounded twice.
+    At most KEEP bytes of logits are there at once.
+
+    forward   goes by rows of tokens: the logits of a piece give their
+              log-sum-exp and the loss.
+    backward  goes by rows of the weight: the softmax of a piece comes from the
+              logits, which are computed again unless all of them were small
+              enough to keep. Each row of the weight's gradient is one product
+              over all tokens, so that no bf16 sum is rounded twice.
     """
 
     KEEP = 256 << 20

@@ -16,7 +16,7 @@ from data.lib.ranks import put, rank, whole
 from data.lib.safetensors import read_safetensors, write_safetensors
 from data.lib.tokenizer import Tokenizer
 
-# --------------------------------------------------------------------------- config.json
+# ---- config.json
 
 NAMES = {  # our name -> config.json's, and the kind of its value
     "n_vocab": ("vocab_size", int),
@@ -189,7 +189,7 @@ def write_config(folder: Path, c, tok: Tokenizer) -> None:
     write_json(folder / "config.json", raw)
 
 
-# ------------------------------------------------------------------------ reading weights
+# ---- reading weights
 
 
 def read_weights(folder: Path, n_layer: int) -> tuple[dict[str, torch.Tensor], Path]:
@@ -259,7 +259,7 @@ def check_weights(path: Path, c, tensors: dict, shapes: dict[str, list[int]]) ->
     return tensors
 
 
-# ------------------------------------------------------------------------ marker tokens
+# ---- marker tokens
 
 MARKER_WORDS = (" thought", " end", " before", " after")
 
@@ -286,7 +286,7 @@ def add_markers(model, tok: Tokenizer, kind: str) -> None:
             put(p, row[None], marker)
 
 
-# ------------------------------------------------------------------------ writing a folder
+# ---- writing a folder
 
 SHARD_BYTES = 5_000_000_000
 

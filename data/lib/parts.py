@@ -67,8 +67,9 @@ def agree(work: Work, settings, free: tuple, make_plan) -> dict | None:
     """
     if not work.out_dir.exists():
         work.folder.mkdir(parents=True, exist_ok=True)
-        with hold(work.folder / "lock"):
-            if not work.out_dir.exists():  # no other worker has joined the parts just now
+        with hold_if_there(work.folder / "lock") as held:
+            # Another worker may have joined the parts just now.
+            if held and not work.out_dir.exists():
                 claim(work.folder, settings, free)
                 path = work.folder / "plan.json"
                 if not path.exists():

@@ -15,7 +15,7 @@ from data.lib.stream import Stream
 
 EXPECTED_MFU = 0.4  # share of the peak arithmetic that a plan counts on
 
-# ---------------------------------------------------------------------------------- devices
+# ---- devices
 
 
 class Device(NamedTuple):
@@ -81,7 +81,7 @@ def used_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-# ------------------------------------------------------------------------- sizes of a model
+# ---- sizes of a model
 
 
 class Sizes(NamedTuple):
@@ -153,7 +153,7 @@ def memory(c, s, n_devices: int, micro_rows: int, micro_steps: int) -> dict[str,
     }
 
 
-# ---------------------------------------------------------------------- the plan of a run
+# ---- the plan of a run
 
 
 def micro_plan(s, n_devices: int) -> tuple[int, int]:
@@ -190,7 +190,7 @@ def amounts(stream: Stream, tokens: float) -> list[dict]:
             "corpus": str(corpus.folder),
             "epochs": epochs,
             "text_tokens": round(epochs * len(corpus.tokens)),
-            "thought_tokens": round(epochs * stream.thought_counts[c].tokens),
+            "thought_tokens": round(epochs * stream.thought_tokens[c]),
         })  # fmt: skip
     return rows
 
@@ -213,7 +213,8 @@ def planned_devices(s, dtype: str, device: str) -> tuple[int, Device]:
     known = known_device(name)
     if not (number or "1").isdigit() or not known:
         names = ", ".join(device.name for device in DEVICES)
-        raise UserError(f"--plan={s.plan}: expected here, or a number and one of {names}, as in 8xH100")
+        expected = f"here, or a number and one of {names}, as in 8xH100"
+        raise UserError(f"--plan={s.plan}: expected {expected}")
     n_devices = int(number or 1)
     return n_devices, known._replace(name=f"{n_devices} x {name}")
 

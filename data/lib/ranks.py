@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from data.lib.cli import UserError
 
-# ----------------------------------------------------------------------------------- ranks
+# ---- ranks
 
 
 def rank() -> int:
@@ -87,7 +87,7 @@ def worker_device(name: str) -> str:
     return device
 
 
-# ---------------------------------------------------------------------- sharded parameters
+# ---- sharded parameters
 
 
 def is_sharded(p: torch.Tensor) -> bool:

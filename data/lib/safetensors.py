@@ -1,7 +1,7 @@
-"""Reading and writing safetensors files: 8 bytes of header length, a JSON header, then
-the raw tensors end to end.
+"""Reading and writing safetensors files.
 
-A downloaded file is untrusted: its header is checked entry by entry against the file's
+They hold 8 bytes of header length, a JSON header, then the raw tensors end to end. A
+downloaded file is untrusted: its header is checked entry by entry against the file's
 size before any tensor is made. Tensors are memory-mapped, so that no rank of a sharded
 model ever holds a copy of all of them.
 """
@@ -27,8 +27,11 @@ def write_safetensors(path, shapes: dict, values, dtype: torch.dtype) -> None:
     offset = 0
     for name, shape in shapes.items():
         end = offset + math.prod(shape) * dtype.itemsize
-        entry = {"dtype": name_of[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        header[name] = entry
+        header[name] = {
+            "dtype": name_of[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)  # the tensors start at a multiple of 8
@@ -73,10 +76,12 @@ def check_entry(name: str, entry) -> None:
     """ValueError for an entry that is not {"dtype": name, "shape": [...], "data_offsets":
     [first, last]}."""
     if not name.isprintable() or not isinstance(entry, dict):
-        raise ValueError(f"{name!r:.80} is {entry!r:.80}, expected the description of a tensor")
+        expected = "the description of a tensor"
+        raise ValueError(f"{name!r:.80} is {entry!r:.80}, expected {expected}")
     dtype = entry.get("dtype")
     if dtype not in list(DTYPES):  # a list, because what was read may not be hashable
-        raise ValueError(f"{name:.80} has dtype {dtype!r:.80}; {', '.join(DTYPES)} are supported")
+        supported = ", ".join(DTYPES)
+        raise ValueError(f"{name:.80} has dtype {dtype!r:.80}; {supported} are supported")
     shape = entry.get("shape")
     if not whole_numbers(shape) or len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"{name:.80}: shape is {shape!r:.80}, expected a few whole numbers")
@@ -87,7 +92,9 @@ def check_entry(name: str, entry) -> None:
 
 def whole_numbers(value) -> bool:
     """Whether a JSON value is a list of whole numbers (true and false are none)."""
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**60 for n in value)
+    if not isinstance(value, list):
+        return False
+    return all(type(n) is int and 0 <= n < 2**60 for n in value)
 
 
 def map_tensors(path: Path, header: dict, start: int) -> dict[str, torch.Tensor]:

@@ -8,8 +8,9 @@ on, and a run's place in its data is its step number. Corpora stay memory-mapped
 of an epoch costs about 100 bytes a document.
 
     padded     a row is a document, cut off at seq_len          [BOS x x x x EOS  .  .  .]
-    packed     documents end to end, cut into full rows         [.. x EOS BOS x x x x x x]  [x x EOS BOS x ..]
-               each row also has the first token of the next, as the target of its last
+    packed     documents end to end, cut into full rows         [.. x EOS BOS x x x x x x]
+               each row also has the first token of the next,   [x x EOS BOS x ..
+               as the target of its last
 """
 
 import bisect
@@ -74,19 +75,6 @@ class Epoch(NamedTuple):
     starts: np.ndarray  # first token of each document, from the start of the epoch
 
 
-class ThoughtCount(NamedTuple):
-    """How many thoughts a corpus has, and of how many tokens."""
-
-    thoughts: int
-    tokens: int
-
-
-def count_thoughts(thoughts: Thoughts | None) -> ThoughtCount:
-    if thoughts is None:
-        return ThoughtCount(0, 0)
-    return ThoughtCount(int((np.diff(thoughts.chunks) > 0).sum()), len(thoughts.tokens))
-
-
 class Stream:
     """The training stream, as a function of (seed, position) alone.
 
@@ -114,7 +102,8 @@ class Stream:
         self.rows = rows
         self.seq_len = rows.seq_len
         self.attention = rows.attention
-        self.thought_counts = [count_thoughts(t) for t in thoughts]
+        self.n_thoughts = [int((np.diff(t.chunks) > 0).sum()) if t else 0 for t in thoughts]
+        self.thought_tokens = [len(t.tokens) if t else 0 for t in thoughts]
         self.takes = self.documents_of_an_epoch(weights)
         self.firsts = [0]  # packed: the first token of each epoch, as far as known
         # Caches that belong to this stream and go away with it.
@@ -137,10 +126,10 @@ class Stream:
         """Expected tokens of a document of corpus c: BOS and EOS, text, and thoughts with
         their markers."""
         corpus = self.corpora[c]
-        count = self.thought_counts[c]
         markers = marker_count([PRIOR, POSTERIOR]).mean()
-        thought_tokens = (1 - self.rows.bare) * (count.tokens + markers * count.thoughts)
-        return 2 + (len(corpus.tokens) + thought_tokens) / corpus.n_docs
+        carried = self.thought_tokens[c] + markers * self.n_thoughts[c]
+        n_tokens = len(corpus.tokens) + (1 - self.rows.bare) * carried
+        return 2 + n_tokens / corpus.n_docs
 
     def mean_document(self) -> float:
         """Expected tokens of a document of the mix."""
@@ -313,11 +302,13 @@ class Stream:
         if self.attention == "padded":
             lengths = [self.row_length(row) for row in rows.tolist()]
             rows = rows[np.argsort(lengths, kind="stable")]
-        return [self.micro_batch(group.tolist()) for group in np.array_split(rows, groups)[mine]]
+        split = np.array_split(rows, groups)
+        return [self.micro_batch(group.tolist()) for group in split[mine]]
 
     def micro_batch(self, rows: list[int]) -> Batch:
         if not rows:  # there are more ranks than rows, but all must take part under FSDP
-            return Batch(torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), -1), None)
+            nothing = torch.full((1, 1), -1)
+            return Batch(torch.zeros_like(nothing), nothing, None)
         if self.attention == "padded":
             ids, targets = pad([self.padded_row(row) for row in rows])
             return Batch(ids, targets, None)
@@ -374,8 +365,8 @@ def open_stream(
     shares = read_shares(weights, len(folders))
     if len(spans) != len(folders) or shares is None:
         raise UserError(
-            f"--thoughts={thoughts} --weights={weights}: expected nothing, or one a corpus "
-            f"({len(folders)}), weights above 0"
+            f"--thoughts={thoughts} --weights={weights}: expected nothing, or "
+            f"one a corpus ({len(folders)}), weights above 0"
         )
     opened = []
     for folder in folders:
@@ -392,8 +383,10 @@ def open_stream(
             "--loss=completion: needs --attention=padded, and corpora with questions "
             "(questions.npy), for instance data/gsm8k.py's"
         )
-    found = [open_thoughts(span, corpus) if span else None for span, corpus in zip(spans, opened)]
-    return Stream(opened, found, tok, rows, shares)
+    carried = []
+    for span, corpus in zip(spans, opened):
+        carried.append(open_thoughts(span, corpus) if span else None)
+    return Stream(opened, carried, tok, rows, shares)
 
 
 def read_shares(weights: str, n: int) -> list[float] | None:
