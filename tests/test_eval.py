@@ -163,9 +163,8 @@ def test_prompts_leave_room_in_2048_tokens(name, file):
     for mode in ("raw", "latent"):
         s = settings(benchmark=name, file=str(SHARED / "data" / file), mode=mode, max_new=512)
         problems, counts = benchmark_problems(s, tok, 2048)
-        assert counts["dropped_shots"] == counts["too_long"] == 0 and counts["n_shots"] == {"gsm8k": 8}.get(
-            name, 4
-        )
+        assert counts["dropped_shots"] == counts["too_long"] == 0
+        assert counts["n_shots"] == {"gsm8k": 8}.get(name, 4)
         assert max(len(p.prompt) for p in problems) <= 2048 - 512 - 32
 
 
@@ -229,7 +228,9 @@ def test_prompts_that_do_not_fit_are_refused_or_lose_examples(tok, tmp_path):
         benchmark_problems(s, tok, both + 7)
     problems, counts = benchmark_problems(replace(s, drop_shots=True), tok, both + 7)
     assert problems[0].about["n_shots"] == 1 and len(problems[0].prompt) == one
-    assert counts["dropped_shots"] == 1 + 2 and counts["too_long"] == 1 and len(problems[1].prompt) == 0
+    assert counts["dropped_shots"] == 1 + 2
+    assert counts["too_long"] == 1
+    assert len(problems[1].prompt) == 0
     assert benchmark_problems(replace(s, limit=1), tok, both + 8)[1]["dropped_shots"] == 0
 
 
@@ -273,7 +274,7 @@ class Scripted:
 
 
 def test_latent_responses_and_budget_forcing(tok):
-    """A thought that ends; one that is cut off or closed at the budget; a problem that did not fit."""
+    """A thought that ends, one that is cut off or closed, a problem that did not fit."""
     thought, answer = tok.encode("2 + 3 = 5."), tok.encode("The final answer is 5.")
     good, endless, n = [tok.bos, 1], [tok.bos, 2], len(tok.encode("2 + 3 = 5."))
     said = {tuple(good): [*thought, tok.eol, *answer, tok.eos], tuple(endless): thought * 50}
@@ -321,11 +322,9 @@ def test_raw_responses_stop_where_told(tok):
     )
     assert r == {"response": tok.decode(text), "tokens": len(text), "cut_off": False, "forced": False}
     ends = engine.calls[0][3]["ends"]
-    assert (
-        ends(np.array(text))
-        and ends(np.array(tok.encode("so.\n\nProblem: next")))
-        and not ends(np.array(tok.encode("The final answer is 5")))
-    )
+    assert ends(np.array(text))
+    assert ends(np.array(tok.encode("so.\n\nProblem: next")))
+    assert not ends(np.array(tok.encode("The final answer is 5")))
 
 
 # ------------------------------------- where a corpus's answers end
@@ -389,23 +388,24 @@ def test_a_response_that_runs_on_is_cut_where_its_answer_ends(mode, tmp_path):
     judge = SimpleNamespace(ask=lambda name, *args: getattr(grader, name)(*args))
     records = answer_block(Responder(engine, tok, s, judge, one_line=True), problems)
     got = [r["responses"][0] for r in records]
-    assert [x["response"] for x in got] == [p.gold for p in problems] and all(x["correct"] for x in got)
+    assert [x["response"] for x in got] == [p.gold for p in problems]
+    assert all(x["correct"] for x in got)
     assert not any(x["cut_off"] for x in got)
     ends = engine.calls[0][3]["ends"]
     last, start = tok.encode(problems[0].gold), tok.encode("\nSt")
-    assert ends(np.array([*thought, *last, *start])) and not ends(np.array([*thought, *last]))
+    assert ends(np.array([*thought, *last, *start]))
+    assert not ends(np.array([*thought, *last]))
     assert not ends(np.array([*thought, *tok.encode("\n The last")]))
     assert mode == "raw" or not ends(
         np.array(tok.encode(" 3 + 4 = 7.\n 7"))
     )  # a line end in a thought ends nothing
     without = answer_block(Responder(engine, tok, s, judge), problems)
-    assert engine.calls[-1][3]["ends"] is None and not any(
-        r["responses"][0]["correct"] for r in without if r["gold"][-2] != "5"
-    )
+    assert engine.calls[-1][3]["ends"] is None
+    assert not any(r["responses"][0]["correct"] for r in without if r["gold"][-2] != "5")
 
 
 def test_a_closed_thought_is_answered_in_one_line(tok):
-    """--max_thought on a corpus: a forced answer ends where others do, in generation and in grading."""
+    """--max_thought on a corpus: a forced answer ends where others do."""
     thought, s = (tok.encode("2 + 3 = 5."), settings(corpus="c", max_new=8, max_thought=4, max_answer=40))
     answer = tok.encode(" It is 5.\nWhat is 4 + 4?")
     engine = Scripted({(tok.bos, 1): thought * 50, (tok.bos, 1, *thought[:4], tok.eol): answer})
@@ -453,7 +453,9 @@ def test_scores_of_a_known_table():
     ] == pytest.approx(0.5)  # sd .707 / sqrt 2
     assert (got["n"], got["cut_off"], got["no_answer"], got["not_graded"]) == (2, 1, 1, 0)
     sampled = got["sampled"]
-    assert sampled["accuracy"] == 0.25 and sampled["pass@1"] == 0.25 and sampled["pass@4"] == 0.5
+    assert sampled["accuracy"] == 0.25
+    assert sampled["pass@1"] == 0.25
+    assert sampled["pass@4"] == 0.5
     assert sampled["pass@2"] == pytest.approx(
         (1 - 1 / 6) / 2
     )  # two wrong of two wrong ones among four: 1 of 6 pairs
@@ -462,7 +464,7 @@ def test_scores_of_a_known_table():
 
 
 def test_pass_at_is_unbiased():
-    """The mean of pass_at over all ways to draw n responses equals the chance that one of k is right."""
+    """Its mean over all draws of n responses is the chance that one of k is right."""
     p, n = 0.3, 6
     for k in (1, 2, 5):
         mean = sum(math.comb(n, c) * p**c * (1 - p) ** (n - c) * pass_at(n, c, k) for c in range(n + 1))
@@ -470,19 +472,15 @@ def test_pass_at_is_unbiased():
 
 
 def test_significance():
-    assert (
-        sign_test(0, 0) == 1.0
-        and sign_test(5, 5) == 1.0
-        and sign_test(0, 6) == pytest.approx(2 / 64)
-        and sign_test(6, 0) == sign_test(0, 6)
-    )
+    assert sign_test(0, 0) == 1.0
+    assert sign_test(5, 5) == 1.0
+    assert sign_test(0, 6) == pytest.approx(2 / 64)
+    assert sign_test(6, 0) == sign_test(0, 6)
     a, b = {str(i): i < 5 for i in range(10)}, {str(i): i < 8 for i in range(10)}
     got = paired(a, b)
-    assert (
-        got["difference"] == pytest.approx(0.3)
-        and (got["only_first"], got["only_second"]) == (0, 3)
-        and got["p"] == 0.25
-    )
+    assert got["difference"] == pytest.approx(0.3)
+    assert (got["only_first"], got["only_second"]) == (0, 3)
+    assert got["p"] == 0.25
     assert got["difference_se"] == pytest.approx(np.std([0] * 7 + [1] * 3, ddof=1) / math.sqrt(10))
 
 
@@ -506,7 +504,7 @@ LETTERS = SimpleNamespace(**vars(TOY), n_bytes=len, decode=decode_letters)  # a 
 
 
 def toy_corpus(long: int = 0):
-    """Documents of question and answer, one or two of each; `long`: one more with so long an answer."""
+    """Documents of questions and answers; `long`: one more with so long an answer."""
     rng = np.random.default_rng(5)
     documents = []
     for n in (1, 2, 1, 2, 2, 1):
@@ -540,10 +538,8 @@ def test_raw_and_latent_models_are_scored_alike(toy_model):
         text_nll(Engine(toy_model), corpus, numbers, Limits(3, 4, toy_model.config.seq_len)).sum()
     )
     for arrays in (of_raw, of_latent):
-        assert (
-            arrays["doc"].tolist() == list(range(6))
-            and arrays["bytes"].tolist() == [3, 6, 3, 6, 6, 3] == arrays["tokens"].tolist()
-        )
+        assert arrays["doc"].tolist() == list(range(6))
+        assert arrays["bytes"].tolist() == [3, 6, 3, 6, 6, 3] == arrays["tokens"].tolist()
     assert of_raw.keys() == {"doc", "bytes", "tokens", "nll", "questions"}
     assert of_latent.keys() == {
         "doc",
@@ -556,9 +552,8 @@ def test_raw_and_latent_models_are_scored_alike(toy_model):
         "bound_16",
         "questions",
     }
-    assert of_raw["nll"].sum() == pytest.approx(raw["nll_document"] * 6) and of_raw[
-        "questions"
-    ].sum() == pytest.approx(raw["nll_questions"] * 18)
+    assert of_raw["nll"].sum() == pytest.approx(raw["nll_document"] * 6)
+    assert of_raw["questions"].sum() == pytest.approx(raw["nll_questions"] * 18)
     for k in ("1", "4", "16"):
         assert (
             of_latent[f"bound_{k}"].sum()
@@ -569,7 +564,7 @@ def test_raw_and_latent_models_are_scored_alike(toy_model):
 
 
 def test_no_cut_off_improves_a_bound(toy_model):
-    """Short limits cut off more thoughts: the same samples, weight 0. Bounds stay finite and get worse."""
+    """The same samples, some with weight 0: bounds stay finite and get worse."""
     corpus, got = toy_corpus(), {}
     for max_new in (6, 4, 3, 2, 1):
         got[max_new] = measure(toy_model, corpus, max_new=max_new)
@@ -577,11 +572,9 @@ def test_no_cut_off_improves_a_bound(toy_model):
     assert shares == sorted(shares) and shares[-1] > shares[0] + 0.5
     for k in ("1", "4", "16"):
         bounds = [figures["nll_bound"][k] for figures, _ in got.values()]
-        assert (
-            np.isfinite(bounds).all()
-            and all(a <= b + 1e-6 for a, b in zip(bounds, bounds[1:]))
-            and bounds[-1] > bounds[0]
-        )
+        assert np.isfinite(bounds).all()
+        assert all(a <= b + 1e-6 for a, b in zip(bounds, bounds[1:]))
+        assert bounds[-1] > bounds[0]
     bounds = [got[1][0]["nll_bound"][k] for k in ("1", "4", "16")]
     assert bounds[0] >= bounds[1] >= bounds[2]
 
@@ -602,29 +595,28 @@ def test_chunks_with_all_thoughts_cut_off_count_as_the_mixture_says(toy_model, m
     by_hand = -np.log(np.exp(got.log_alone) + NO_THOUGHT * np.exp(got.log_sol + got.log_none)).sum()
     for k in (1, 4, 16):
         assert arrays[f"bound_{k}"].sum() == pytest.approx(by_hand)
-        assert (
-            figures["nll_bound"][str(k)] > figures["nll_thoughtless"]
-            and (arrays[f"bound_{k}"] > arrays["thoughtless"]).all()
-        )
-    assert figures["cut_off_share"] == figures["no_pick_share"] == 1 and figures["ess"] == 0
+        assert figures["nll_bound"][str(k)] > figures["nll_thoughtless"]
+        assert (arrays[f"bound_{k}"] > arrays["thoughtless"]).all()
+    assert figures["cut_off_share"] == figures["no_pick_share"] == 1
+    assert figures["ess"] == 0
 
 
 def test_chunks_that_the_e_step_refuses_are_left_out_and_counted(toy_model):
     """The E-step's rule, around its edge: raw and latent, likelihood and accuracy leave out the same."""
     corpus, seq_len = toy_corpus(long=70), toy_model.config.seq_len
-    assert can_think(corpus, 4, 80).sum() == 10 and can_think(corpus, 5, 80).sum() == 9
+    assert can_think(corpus, 4, 80).sum() == 10
+    assert can_think(corpus, 5, 80).sum() == 9
     max_new = seq_len - 6 - 69  # one token too many for the long answer
     for mode in ("raw", "latent"):
         problems, counts = corpus_problems(settings(corpus="c", mode=mode, max_new=max_new), corpus, seq_len)
         assert len(problems) == 9 and counts == {"answers_too_long": 1}
         figures, arrays = measure(toy_model, corpus, mode=mode, context="thoughts", max_new=max_new)
-        assert (
-            figures["bound_chunks"] == 9
-            and (figures["too_long"], figures["docs_left_out"]) == (1, 1)
-            and arrays["doc"].tolist() == list(range(6))
-        )
+        assert figures["bound_chunks"] == 9
+        assert (figures["too_long"], figures["docs_left_out"]) == (1, 1)
+        assert arrays["doc"].tolist() == list(range(6))
         figures, arrays = measure(toy_model, corpus, mode=mode, context="thoughts", max_new=max_new - 1)
-        assert figures["bound_chunks"] == 10 and (figures["too_long"], figures["docs_left_out"]) == (0, 0)
+        assert figures["bound_chunks"] == 10
+        assert (figures["too_long"], figures["docs_left_out"]) == (0, 0)
     asked = corpus_of([[[0] * 40, [1]]], questions=[True, False])
     asked.tokenizer = LETTERS
     for seq, n in (
@@ -642,7 +634,7 @@ def test_chunks_that_the_e_step_refuses_are_left_out_and_counted(toy_model):
 
 
 def test_one_run_gives_all_bounds_under_the_same_contexts(toy_model, monkeypatch):
-    """With thoughts in the context, too: one E-step of max(--samples, 16), with its picks in all contexts."""
+    """With thoughts in the context, too: one E-step, with its picks in all contexts."""
     calls, corpus = [], toy_corpus()
 
     def watch(name):
@@ -660,7 +652,9 @@ def test_one_run_gives_all_bounds_under_the_same_contexts(toy_model, monkeypatch
         figures, _ = measure(toy_model, corpus, context="thoughts", samples=samples, min_gain=-0.5)
         assert [name for name, _, _ in calls] == ["infer", "text_nll"]
         e_step, picked = calls[0][1][3:5]
-        assert e_step.samples == K and e_step.min_gain == -0.5 and e_step.context == "thoughts"
+        assert e_step.samples == K
+        assert e_step.min_gain == -0.5
+        assert e_step.context == "thoughts"
         assert calls[1][1][4] is picked and len(picked) > 0
         assert 1 <= figures["ess"] <= samples
         bounds = [figures["nll_bound"][k] for k in ("1", "4", "16")]
@@ -679,7 +673,8 @@ def test_the_gain_rule_holds_for_the_groups_picks(toy_model):
 def test_paired_difference():
     a, b = np.array([1.0, 2.0, 4.0]), np.array([2.0, 2.0, 6.0])
     assert paired_difference(a, b) == (pytest.approx(1.0), pytest.approx(1 / math.sqrt(3)))
-    assert paired_difference(b, a)[0] == pytest.approx(-1.0) and paired_difference(a[:1], b[:1]) == (1.0, 0.0)
+    assert paired_difference(b, a)[0] == pytest.approx(-1.0)
+    assert paired_difference(a[:1], b[:1]) == (1.0, 0.0)
 
 
 # ------------------------------------- end to end
@@ -727,12 +722,19 @@ def test_learned_documents_are_answered(digits, models, tmp_path):
     inside(eval_math, *flags, f"--model={models}/latent", f"--out_dir={tmp_path}/l", *every_pick)
     inside(eval_math, *flags, f"--model={models}/raw", f"--out_dir={tmp_path}/r", "--mode=raw")
     latent, raw = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("l", "r"))
-    assert latent["accuracy"] > 0.9 and raw["accuracy"] > 0.9 and latent["n"] == raw["n"] == 40
-    assert latent["sampled"]["accuracy"] > 0.5 and latent["sampled"]["pass@2"] >= latent["sampled"]["pass@1"]
-    assert latent["pick_right"] > 0.8 and latent["nll_bound"].keys() == {"1", "4", "16"} and "nll" in raw
+    assert latent["accuracy"] > 0.9
+    assert raw["accuracy"] > 0.9
+    assert latent["n"] == raw["n"] == 40
+    assert latent["sampled"]["accuracy"] > 0.5
+    assert latent["sampled"]["pass@2"] >= latent["sampled"]["pass@1"]
+    assert latent["pick_right"] > 0.8
+    assert latent["nll_bound"].keys() == {"1", "4", "16"}
+    assert "nll" in raw
     bounds = [latent["nll_bound"][k] for k in ("1", "4", "16")]
     assert bounds[0] > bounds[1] > bounds[2] > 0
-    assert latent["nll_thoughtless"] > 0 and latent["nll_alone"] > 0 and latent["nll_questions"] > 0
+    assert latent["nll_thoughtless"] > 0
+    assert latent["nll_alone"] > 0
+    assert latent["nll_questions"] > 0
     counts = ("bound_docs", "bound_chunks", "bytes", "tokens", "question_bytes", "too_long", "until")
     assert {k: raw[k] for k in counts} == {k: latent[k] for k in counts}
     assert raw["bound_docs"] == raw["bound_chunks"] == 40
@@ -746,7 +748,8 @@ def test_learned_documents_are_answered(digits, models, tmp_path):
             == pytest.approx(a_document * raw["bound_docs"])
         )
     lines = [json.loads(line) for line in (tmp_path / "l/responses.jsonl").read_text().splitlines()]
-    assert len(lines) == 40 and sum(r["responses"][0]["correct"] for r in lines) == latent["accuracy"] * 40
+    assert len(lines) == 40
+    assert sum(r["responses"][0]["correct"] for r in lines) == latent["accuracy"] * 40
     assert all(
         "->" in r["responses"][0]["thought"] and "digit" in r["responses"][0]["response"]
         for r in lines
@@ -787,37 +790,32 @@ def test_a_benchmark_in_both_modes_and_their_comparison(sums, models, tmp_path):
         "--show=1",
         "--max_thought=40",
     )
-    assert (
-        "12 problems, 2 examples, prompts of" in done.stdout
-        and "tokens, 2 examples; gold:" in done.stdout
-        and done.stdout.count("<|PRIOR_PREFIX|>") == 3
-    )
+    assert "12 problems, 2 examples, prompts of" in done.stdout
+    assert "tokens, 2 examples; gold:" in done.stdout
+    assert done.stdout.count("<|PRIOR_PREFIX|>") == 3
     inside(
         eval_math, *flags, f"--model={models}/raw,{models}/latent", "--mode=raw", f"--out_dir={tmp_path}/r"
     )
     results = json.loads((tmp_path / "l/results.json").read_text())
-    assert (
-        results["n"] == 12
-        and results["n_shots"] == 2
-        and set(results["by_level"]) == {"0", "1"}
-        and results["until"]
-        and len(results["prompt_hash"]) == 16
-    )
+    assert results["n"] == 12
+    assert results["n_shots"] == 2
+    assert set(results["by_level"]) == {"0", "1"}
+    assert results["until"]
+    assert len(results["prompt_hash"]) == 16
     assert {
         "exact_match,flexible-extract",
         "exact_match_stderr,flexible-extract",
         "exact_match,strict-match",
         "exact_match_stderr,strict-match",
     } <= set(results)
-    assert (tmp_path / "r/compare.json").exists() and (tmp_path / "r/raw/results.json").exists()
+    assert (tmp_path / "r/compare.json").exists()
+    assert (tmp_path / "r/raw/results.json").exists()
     done = inside(eval_math, f"--compare={tmp_path}/l,{tmp_path}/r/raw", f"--out_dir={tmp_path}/c")
     compared = json.loads((tmp_path / "c/compare.json").read_text())
-    assert (
-        len(compared["runs"]) == 2
-        and 0 < compared["pairs"][0]["p"] <= 1
-        and "| latent | 12 | 2 |" in done.stdout
-        and "p = " in done.stdout
-    )
+    assert len(compared["runs"]) == 2
+    assert 0 < compared["pairs"][0]["p"] <= 1
+    assert "| latent | 12 | 2 |" in done.stdout
+    assert "p = " in done.stdout
     inside(eval_math, *flags, "--limit=5", f"--model={models}/raw", "--mode=raw", f"--out_dir={tmp_path}/few")
     assert (
         "asked other problems"
@@ -906,7 +904,7 @@ def tuning_flags(sums, models, mode: str, n_seeds: int) -> list[str]:
 
 @pytest.mark.parametrize("mode", ["raw", "latent"])
 def test_training_problems_as_a_corpus(sums, models, mode, tmp_path):
-    """What --finetune trains on: the solution is the answer's thought, or in raw mode its beginning."""
+    """The solution is the answer's thought, or in raw mode its beginning."""
     values = {"benchmark": f"{sums}/test.jsonl", "train_file": f"{sums}/train.jsonl"}
     s = settings(**values, mode=mode, model=f"{models}/{mode}", epochs=2)
     items = training_problems(s)
@@ -926,12 +924,16 @@ def test_training_problems_as_a_corpus(sums, models, mode, tmp_path):
 
 def assert_tuned(folder, mode: str, n_seeds: int) -> None:
     results = json.loads((folder / "results.json").read_text())
-    assert len(results["mean of k samples"]["seeds"]) == n_seeds and results["n"] == 12
+    assert len(results["mean of k samples"]["seeds"]) == n_seeds
+    assert results["n"] == 12
     assert (results["greedy"]["sd"] is None) == (n_seeds == 1)
     training = json.loads((folder / "seed0/model/settings.json").read_text())
-    assert training["loss"] == "completion" and training["seed"] == 0 and training["lr"] == 1e-3
+    assert training["loss"] == "completion"
+    assert training["seed"] == 0
+    assert training["lr"] == 1e-3
     corpus = open_corpus(folder / "data/corpus")
-    assert corpus.n_docs == 28 and corpus.questions.tolist() == [True, False] * 28
+    assert corpus.n_docs == 28
+    assert corpus.questions.tolist() == [True, False] * 28
     solution_in_text = "->" in corpus.tokenizer.decode(corpus.chunk(1))
     assert solution_in_text == (mode == "raw")
 
@@ -970,7 +972,9 @@ def test_fine_tuning_of_a_raw_model(sums, models, tmp_path):
 )
 def test_wrong_flags_end_in_one_line(flags, said, tmp_path):
     stderr = inside(eval_math, *flags, f"--out_dir={tmp_path}/e", code=1).stderr
-    assert said in stderr and len(stderr.strip().splitlines()) == 1 and "Traceback" not in stderr
+    assert said in stderr
+    assert len(stderr.strip().splitlines()) == 1
+    assert "Traceback" not in stderr
 
 
 def test_a_wrong_flag_at_the_command_line(tmp_path):
@@ -991,15 +995,13 @@ def test_a_corpus_without_questions_has_a_likelihood_only(models, tmp_path):
     assert "no question with an answer" in done.stdout
     inside(eval_math, *flags, f"--model={models}/latent", f"--out_dir={tmp_path}/l", "--samples=2")
     latent, raw = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("l", "r"))
-    assert (
-        not {"accuracy", "n", "sampled"} & (latent.keys() | raw.keys())
-        and not (tmp_path / "l/responses.jsonl").exists()
-    )
-    assert (
-        raw["bound_chunks"] == latent["bound_chunks"] == 24
-        and raw["nll_questions"] is latent["nll_questions"] is None
-    )
-    assert raw["nll"] > 0 and latent["nll_bound"].keys() == {"1", "4", "16"} and latent["nll_thoughtless"] > 0
+    assert not {"accuracy", "n", "sampled"} & (latent.keys() | raw.keys())
+    assert not (tmp_path / "l/responses.jsonl").exists()
+    assert raw["bound_chunks"] == latent["bound_chunks"] == 24
+    assert raw["nll_questions"] is latent["nll_questions"] is None
+    assert raw["nll"] > 0
+    assert latent["nll_bound"].keys() == {"1", "4", "16"}
+    assert latent["nll_thoughtless"] > 0
     done = inside(eval_math, f"--compare={tmp_path}/r,{tmp_path}/l", f"--out_dir={tmp_path}/c")
     assert "| r NLL |" in done.stdout and "l IWAE-16 - r NLL: " in done.stdout
     write_corpus(tmp_path / "other", documents[:4], tok, {})
@@ -1015,7 +1017,8 @@ def test_a_corpus_without_questions_has_a_likelihood_only(models, tmp_path):
     assert "measured on another corpus" in done.stderr
     (tmp_path / "o/likelihood.npz").write_bytes((tmp_path / "r/likelihood.npz").read_bytes()[:300])
     done = inside(eval_math, f"--compare={tmp_path}/r,{tmp_path}/o", f"--out_dir={tmp_path}/c2", code=1)
-    assert "o/likelihood.npz: damaged" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert "o/likelihood.npz: damaged" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.long

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from data.lib.cli import UserError
 from data.lib.corpus import DRAW, hash_state
@@ -305,7 +306,7 @@ class Runner:
         self.ids = zeros(n_lanes, layout.max_new + 1)
         self.layout = layout
 
-    def put(self, array) -> torch.Tensor:
+    def put(self, array) -> Tensor:
         return torch.as_tensor(array, device=self.device)
 
     # ---- what the host sends and what it gets back
@@ -387,7 +388,7 @@ class Runner:
     # ---- the model on flat tokens
 
     def decode(self, shape: Shape, sampling: Sampling, chunk=None) -> None:
-        """Sample a token in each of the first lanes; prefill a chunk beside them.
+        """Sample a token in each of the first lanes, and prefill a chunk.
 
         Nothing comes back from the device.
         """
@@ -422,7 +423,7 @@ class Runner:
         attend = self.attend_prefill(chunk)
         return self.put(chunk.ids).flatten(), positions.repeat(B), attend
 
-    def forward(self, ids, positions, attend) -> torch.Tensor:
+    def forward(self, ids, positions, attend) -> Tensor:
         """ids [N], positions [N] -> hidden [N, n_embd].
 
         attend(layer, q, k, v) computes attention: q [N, n_head, head_dim],
@@ -435,7 +436,7 @@ class Runner:
 
         return self.model(ids[None], positions[None], flat)[0]
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, n_embd] -> fp32 [n, n_vocab], also added up in fp32."""
         if self.on_cuda and hidden.dtype != torch.float32:
             return torch.mm(hidden, self.head.T, out_dtype=torch.float32)
@@ -443,10 +444,10 @@ class Runner:
 
     # ---- attention
 
-    def attention(self, q, k, v, mask=None) -> torch.Tensor:
-        """q [B, n_head, T, head_dim], k, v [B, n_kv_head, L, head_dim] -> like q.
+    def attention(self, q, k, v, mask=None) -> Tensor:
+        """q [B, n_head, T, head_dim], k, v [B, n_kv_head, L, head_dim] -> as q.
 
-        mask [B or 1, 1, T, L]: what is seen. Without a mask it is causal.
+        mask [B or 1, 1, T, L]: what is seen; causal without a mask.
         """
         group = q.shape[1] // k.shape[1]
         # Here CUDA has no fused kernel for fewer heads of keys.
@@ -481,7 +482,7 @@ class Runner:
 
         return attend
 
-    def attend_decoding(self, lanes: torch.Tensor, shape: Shape):
+    def attend_decoding(self, lanes: Tensor, shape: Shape):
         """attend() of one new token in each of `lanes` [n].
 
         Queries are laid out by slot, so that the products read the keys of a
@@ -527,7 +528,7 @@ class Runner:
 
         return attend
 
-    def hide(self, lengths, width: int, n_slots: int) -> torch.Tensor:
+    def hide(self, lengths, width: int, n_slots: int) -> Tensor:
         """lengths [n_slots * m] -> [n_slots * n_kv_head * m, 1, width].
 
         0 for positions below a length and -inf for the others, to be added to
@@ -785,7 +786,7 @@ class Engine:
 
         return attend
 
-    def padded(self, starts, lengths) -> tuple[torch.Tensor, torch.Tensor]:
+    def padded(self, starts, lengths) -> tuple[Tensor, Tensor]:
         """Index [n, longest] of the tokens of sequences, and which are real."""
         column = np.arange(max(1, lengths.max()))
         real = column < lengths[:, None]
