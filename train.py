@@ -256,13 +256,11 @@ def rope_frequencies(c: Config) -> torch.Tensor:
     return (1 - keep) * frequency / factor + keep * frequency
 
 
-def rope_table(positions: torch.Tensor, c: Config) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_table(positions, frequency, dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin for positions [B or 1, T], each [B or 1, 1, T, head_dim]; both halves are
     alike (Hugging Face's order)."""
-    frequency = rope_frequencies(c).to(positions.device, non_blocking=True)
     angle = positions[:, None, :, None].float() * frequency  # [B, 1, T, head_dim / 2]
     angle = torch.cat((angle, angle), dim=-1)
-    dtype = getattr(torch, c.dtype)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
@@ -280,6 +278,7 @@ class Llama(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.config = c
+        self.frequency = None  # of rope; on the device from the first forward on
         # Values come later. To draw some on the meta device torch would import its
         # compiler, which takes seconds.
         values = torch.empty(c.n_vocab, c.n_embd)
@@ -308,8 +307,11 @@ class Llama(nn.Module):
             causal = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
             same = documents[:, :, None] == documents[:, None, :]  # [B, T, T]
             mask = (same & causal)[:, None]  # [B, 1, T, T]
-        x = self.embed_tokens(ids).to(getattr(torch, self.config.dtype))
-        rope = rope_table(positions, self.config)
+        dtype = getattr(torch, self.config.dtype)
+        if self.frequency is None:  # a captured CUDA graph must not copy from the host
+            self.frequency = rope_frequencies(self.config).to(ids.device)
+        x = self.embed_tokens(ids).to(dtype)
+        rope = rope_table(positions, self.frequency, dtype)
         for layer in self.layers:
             x = layer(x, rope, mask, attend)
         x = self.norm(x)

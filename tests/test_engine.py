@@ -261,7 +261,7 @@ def gsm8k_prompts(tok, n: int) -> list:
     ]  # short ones and long ones
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_smollm2_decodes_as_transformers(smollm2):
     """50 GSM8K prompts of mixed length, batched: the same greedy tokens as transformers one by one, and
     log_q within 1e-3 nats a token."""
@@ -295,7 +295,7 @@ def test_smollm2_decodes_as_transformers(smollm2):
     assert worst < 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_stays_within_the_plan(smollm2):
     """64 thoughts of a 2,048-token prompt: the peak beyond the weights is below the planned figure."""
     import subprocess

@@ -875,7 +875,7 @@ def test_killed_and_resumed_gives_the_same_files(sums, models, tmp_path):
     assert_same_results(cut, tmp_path / "whole")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_ten_times_gives_the_same_files(sums, models, tmp_path):
     """At random moments, while it imports, loads, samples and writes."""
     flags = resumable_flags(sums, models)

@@ -212,7 +212,7 @@ def test_flags_that_would_do_nothing_are_refused(tmp_path):
         )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compare_side_by_side_and_again(digits, tmp_path):
     """Every method on the same number of tokens; the second run does nothing, another budget
     is refused; half a minute on two quiet cores.

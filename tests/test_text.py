@@ -721,7 +721,7 @@ def test_killed_three_times(tok, tmp_path):
     kill_and_go_on(tok, tmp_path, 3, 5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_twenty_times(tok, tmp_path):
     kill_and_go_on(tok, tmp_path, 20, 60)
 
