@@ -83,7 +83,7 @@ class Settings:
     seeds: int = opt(1, "runs, with --seed and the numbers behind it", low=1)
     # more flags for the stages
     train: str = opt("", 'for every train.py, as in --train="--n_layer=6 --lr=1e-3"')
-    warm_train: str = opt("", "for the warm start, which win over --train's; none: TOY_WARM for digits")
+    warm_train: str = opt("", "for the warm start, which win over --train's; none: TOY_WARM for made digits")
     infer: str = opt("", "for every infer_thoughts.py")
     eval: str = opt("", "for every eval_math.py on the held-out documents")
     benchmark_eval: str = opt("", "for every eval_math.py on the benchmark")
@@ -93,7 +93,7 @@ class Settings:
     device: str = opt("", "cpu, cuda, mps; none: the best there is")
 
 
-# M0 is at its plateau with these in nine seeds of ten, see README.
+# With these M0 is at its plateau in nine seeds of ten, see tests/README.md.
 TOY_WARM = "--max_steps=1800 --weight_decay=0.3"
 
 # An E-step's flags that make a control of the loop. They win over --infer's.

@@ -24,7 +24,8 @@ The same text without a thought, in the two ways in which training writes it:
     none:   BOS c c c  SOL EOL  x x x x      alone:  BOS c c c  x x x x
                                [log_none]                      [log_alone]
 
-Behind c the model chooses whether SOL comes or the text: log_sol scores SOL.
+One marker is scored, for the bounds alone: log_sol is log p(SOL | c), for behind c
+the model chooses whether SOL comes or the text.
 
 As K grows, the pick tends to a sample of the exact posterior p(z | c, x). A
 thought that was cut off at --max_new tokens has no EOL, so its weight is 0. A
@@ -38,15 +39,15 @@ paper has no such rule (--min_gain=-inf). RLP (arXiv 2510.01265) has the same
 difference as its reward.
 
 What the bounds bound. A text shows no markers, so there are three ways to
-write it. With e = NO_THOUGHT their probabilities add up to
+write it. With e = NO_THOUGHT = 0.01 their probabilities add up to
 
     p_text(x | c)  =  p(x | c)                               alone
                    +  p(SOL | c) (1 - e) p(x | c, SOL PRI)   behind a thought
                    +  p(SOL | c)    e    p(x | c, SOL EOL)   none
 
 The mean weight is an unbiased estimate of p(x, |z| < max_new | c, SOL PRI):
-only thoughts that end in time. It stands for p(x | c, SOL PRI), which is never
-less. So by Jensen's inequality the log of the sum is in expectation at most
+only thoughts that end in time. It replaces p(x | c, SOL PRI), which is at
+least as large. So by Jensen's inequality the log of the sum is in expectation at most
 log p_text: the ELBO at K = 1, tighter with every K (IWAE, Burda et al. 2016).
 It is finite whatever is cut off, and each cut-off makes it worse.
 
@@ -122,7 +123,7 @@ class Settings:
     )
     before: int = opt(3, "chunks before the chunk that are given", low=0)
     proposal: Literal["posterior", "prior"] = opt(
-        "posterior", "who thinks: q(z | c, x), or p(z | c), which has not read x"
+        "posterior", "what thoughts are drawn from: q(z | c, x), or p(z | c)"
     )
     seed: int = opt(0, "sampling noise and picks")
     # how one is picked

@@ -1,8 +1,11 @@
 """The whole method on one screen: EM by the slow reference alone, one sequence at a time. Read this first.
 
 A document is a question c = [a, b] and an answer x = [(f(a) + h(b)) mod 3]. Nobody says what f and h are; a
-thought z = [f(a), h(b)] does. The warm documents have thoughts, but only know the first 8 of 12 values of a
-and of b. The raw documents have all values and no thoughts: what they have is inferred.
+thought z = [f(a), h(b)] does. The warm documents have thoughts, but contain only 8 of the 12 values of a and
+of b. The raw documents contain all values and have no thoughts: those are inferred.
+
+em.py does the same in three rounds. Its M-steps start from M0 and train on the raw documents alone, those
+without a pick included, and a pick must also make its text likelier than no thought does.
 """
 
 from types import SimpleNamespace
@@ -33,7 +36,7 @@ def make_documents(rng) -> tuple[list, list, list]:
 
 
 def e_step(model, documents, seed: int) -> tuple[list, float]:
-    """(documents with the picked thoughts, mean bound of log p(x | c) in nats); reads c and x only."""
+    """(documents with picked thoughts, mean IWAE-4 bound of log p(x | c, SOL PRI) in nats)."""
     log_w, thoughts = np.full((len(documents), K), -np.inf), {}
     sampling = Sampling(max_new=3, stop=frozenset({TOK.eol}), seed=seed)
     for i, (c, _, x) in enumerate(documents):
@@ -41,13 +44,18 @@ def e_step(model, documents, seed: int) -> tuple[list, float]:
         for k in range(K):
             z, ended, log_q = sample_slowly(model, prompt, sampling, key=i, sample=k)
             if ended:  # a thought that was cut off keeps weight 0
-                thoughts[i, k] = z[:-1]
+                thoughts[i, k] = z[:-1]  # without its EOL
                 ids, parts = layout(TOK, [c, x], [(), z[:-1]], [RAW, PRIOR])  # BOS c SOL PRI z EOL x EOS
-                log_p = score_slowly(model, ids, parts[1].thought[0], parts[1].chunk[1])
+                start, end = parts[1].thought[0], parts[1].chunk[1]  # z, its EOL, and x
+                log_p = score_slowly(model, ids, start, end)
                 log_w[i, k] = log_p - log_q
     uniform = hash_uniform(seed, np.arange(len(documents)))
-    picks = choose("resample", log_w, np.zeros_like(log_w), -np.inf, uniform)
-    picked = [(c, thoughts[i, k], x) for i, (k, (c, _, x)) in enumerate(zip(picks, documents)) if k >= 0]
+    no_rule = {"gain": np.zeros_like(log_w), "min_gain": -np.inf}
+    picks = choose("resample", log_w, **no_rule, uniform=uniform)  # by weight
+    picked = []
+    for i, (c, _, x) in enumerate(documents):
+        if picks[i] >= 0:
+            picked.append((c, thoughts[i, picks[i]], x))
     bounds = np.logaddexp.reduce(log_w, axis=1) - np.log(K)  # -inf where all were cut off
     return picked, float(bounds.clip(-20).mean())
 
