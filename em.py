@@ -57,7 +57,7 @@ from pathlib import Path
 import numpy as np
 
 from data.digits import true_nats
-from data.lib.cli import UserError, duration, opt, read_json, run, write_json
+from data.lib.cli import LEAST, UserError, duration, opt, read_json, run, write_json
 from data.lib.corpus import open_corpus
 from data.lib.pictures import compare_table, plot, table, test_lines
 from data.lib.results import comparisons, in_order, likelihood_gaps, make_row, summarise
@@ -98,10 +98,10 @@ TOY_WARM = "--max_steps=1800 --weight_decay=0.3"
 
 # An E-step's flags that make a control of the loop. They win over --infer's.
 ARMS = {
-    "uniform": {"select": "uniform", "min_gain": -1e9},
+    "uniform": {"select": "uniform", "min_gain": LEAST},
     "samples1": {"samples": 1},
     "samples16": {"samples": 16},
-    "weights": {"min_gain": -1e9},
+    "weights": {"min_gain": LEAST},
     "gain": {"select": "uniform"},
     "prior": {"proposal": "prior"},
 }

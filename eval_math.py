@@ -73,7 +73,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from data.lib.cli import UserError, claim, opt, read_json, replacing, run, write_json
+from data.lib.cli import LEAST, UserError, claim, opt, read_json, replacing, run, write_json
 from data.lib.compare import compare, print_nats, print_results
 from data.lib.corpus import (
     PICK,
@@ -755,7 +755,7 @@ def check_flags(s: Settings) -> None:
 
 
 def main(s: Settings) -> None:
-    s = replace(s, min_gain=max(s.min_gain, -1e9))  # JSON has no infinity
+    s = replace(s, min_gain=max(s.min_gain, LEAST))
     check_flags(s)
     models = s.model.split(",")
     if s.compare:

@@ -85,7 +85,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from data.lib.cli import UserError, opt, read_json, replacing, run, write_json
+from data.lib.cli import LEAST, UserError, claim, opt, read_json, replacing, run, write_json
 from data.lib.corpus import (
     CHECK,
     CONTEXT_FORM,
@@ -105,7 +105,7 @@ from data.lib.engine import Engine, Sampling
 from data.lib.model_folder import fingerprint
 from data.lib.parts import Work, agree, finish, helpers, read_parts, split_parts, timing
 from data.lib.ranks import worker_device
-from data.lib.thoughts_report import LEAST, describe, report, show
+from data.lib.thoughts_report import describe, report, show
 from train import Llama, load_model
 
 
@@ -524,7 +524,8 @@ def check(model: Llama, corpus: Corpus, numbers, got: Samples, e_step: EStep, pi
     """[2, 2]: largest errors of [log_q, log_p] of all thoughts, in nats.
 
     Each is a sum's difference from score_slowly's, divided by the number n of
-    its tokens in the first row, and by sqrt(n) in the second.
+    its tokens in the first row, and by sqrt(n) in the second. Both sides run
+    train.Llama, whose packed products tests/test_engine.py checks.
     """
     worst = np.zeros((2, 2))
     for row, i in enumerate(numbers):
@@ -734,6 +735,9 @@ def survey(corpus: Corpus, chosen: np.ndarray, limits: Limits) -> tuple[dict, in
     return counts, longest
 
 
+FREE = ("device", "workers", "show")  # may differ between runs that fill one folder
+
+
 def main(s: Settings) -> None:
     s = replace(s, min_gain=max(s.min_gain, LEAST))
     device = worker_device(s.device)
@@ -743,6 +747,10 @@ def main(s: Settings) -> None:
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     model, tok = load_model(s.model, device, dtype)
     corpus = open_corpus(s.corpus, tok)
+    if Path(s.out_dir).exists():
+        claim(s.out_dir, s, FREE)
+        print(f"{s.out_dir}: complete")
+        return show(s.out_dir, s.show)
     limits = Limits(s.before, s.max_new, model.config.seq_len)
     chosen = np.flatnonzero(can_think(corpus, s.max_new, limits.seq_len))
     counts, longest = survey(corpus, chosen, limits)
@@ -761,9 +769,8 @@ def main(s: Settings) -> None:
 
     def make_plan() -> dict:
         """One plan for all workers: shapes decide the last bits of every sum."""
-        n_prompts = max(map(len, parts))
-        plan = engine.plan(s.samples, longest, s.max_new, n_prompts, n_workers)
-        slots, lanes, n_bytes, free = plan
+        size = max(map(len, parts))
+        slots, lanes, n_bytes, free = engine.plan(s.samples, longest, s.max_new, size, n_workers)
         print(
             f"plan: {slots * lanes} thoughts side by side, prompts of up to "
             f"{longest} tokens: {n_bytes / 1e9:.2f} GB a worker beside the weights, "
@@ -771,9 +778,8 @@ def main(s: Settings) -> None:
         )
         return {"rows": slots * lanes, "threads": max(1, threads // n_workers)}
 
-    plan = agree(work, s, ("device", "workers", "show"), make_plan)
-    if plan is None:
-        print(f"{s.out_dir}: complete")
+    plan = agree(work, s, FREE, make_plan)
+    if plan is None:  # another worker has just joined the parts
         return show(s.out_dir, s.show)
     said = ", ".join(f"{name[2:]} {n}" for name, n in counts.items())  # no "n_"
     print("chunks: " + said.replace("_", " "), flush=True)

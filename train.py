@@ -70,7 +70,7 @@ class Settings:
     thoughts: str = opt("", "a thoughts folder for each corpus; none: plain text")
     weights: str = opt("", "share of the tokens from each corpus, as in 0.7,0.3; none: by size")
     init_from: str = opt("", "model folder to start from; none: new weights")
-    marker_rows: Literal["random", "words"] = opt("random", "added markers' embeddings: drawn, or copies of four words'")
+    marker_rows: Literal["random", "words"] = opt("random", "added markers: drawn rows, or those of words")
     out_dir: str = opt("", "model folder to write")
     bare: float = opt(0.0, "share of chunks written without their thought, for --context=bare", low=0)
     val_corpus: str = opt("", "corpus folder for the validation loss")
@@ -190,7 +190,7 @@ class Attention(nn.Module):
 
     def project(self, x):
         """x [B, T, n_embd] -> q [B, T, n_head, head_dim], k and v [B, T, n_kv_head, head_dim]."""
-        if self.qkv_proj:
+        if self.qkv_proj and not torch.is_grad_enabled():
             qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
             return qkv.split(self.heads, dim=2)
         products = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
@@ -216,7 +216,7 @@ class MLP(nn.Module):
         self.gate_up_proj = None  # the first two projections as one, see Llama.pack
 
     def forward(self, x):
-        if self.gate_up_proj:
+        if self.gate_up_proj and not torch.is_grad_enabled():
             gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
@@ -308,7 +308,8 @@ class Llama(nn.Module):
             same = documents[:, :, None] == documents[:, None, :]  # [B, T, T]
             mask = (same & causal)[:, None]  # [B, 1, T, T]
         dtype = getattr(torch, self.config.dtype)
-        if self.frequency is None:  # a captured CUDA graph must not copy from the host
+        if self.frequency is None or self.frequency.device != ids.device:
+            # Once, for a captured CUDA graph must not copy from the host.
             self.frequency = rope_frequencies(self.config).to(ids.device)
         x = self.embed_tokens(ids).to(dtype)
         rope = rope_table(positions, self.frequency, dtype)
@@ -696,40 +697,40 @@ class Run:
         return self.stream.micro_batches(step * size, size, micro_steps * world(), mine)
 
 
-def training_loop(run: Run, position: Position, interrupt: Interrupt) -> Position:
+def training_loop(job: Run, position: Position, interrupt: Interrupt) -> Position:
     """All steps from a position on; where they ended. An interrupt saves and exits."""
-    s, model, optimizers = run.s, run.model, run.optimizers
+    s, model, optimizers = job.s, job.model, job.optimizers
     out_dir = Path(s.out_dir)
-    log = Log(s, model.config, run.device, run.steps, position)
+    log = Log(s, model.config, job.device, job.steps, position)
     tokens = position.tokens
-    batches = run.batches(position.step)
-    for step in range(position.step, run.steps):
+    batches = job.batches(position.step)
+    for step in range(position.step, job.steps):
         done = step + 1
         # Nothing draws from this generator, but a dropout that you add resumes exactly.
         torch.manual_seed((s.seed << 32) + step * world() + rank() & 2**63 - 1)
-        share = schedule(step, run.steps, s.warmup, s.final_lr, s.schedule)
+        share = schedule(step, job.steps, s.warmup, s.final_lr, s.schedule)
         for group in parameter_groups(optimizers):
             group["lr"] = group["peak"] * share
-        n_targets = run.stream.n_targets(step * s.batch_size, s.batch_size)
-        loss, norm = train_step(model, optimizers, batches, n_targets, s, run.device)
+        n_targets = job.stream.n_targets(step * s.batch_size, s.batch_size)
+        loss, norm = train_step(model, optimizers, batches, n_targets, s, job.device)
         tokens += n_targets
         if s.attention == "padded":
             tokens += s.batch_size  # a document's first token is no target, but is read
         begin = time.time()
-        batches = run.batches(done)  # while a GPU still works on this step
+        batches = job.batches(done)  # while a GPU still works on this step
         log.data_seconds += time.time() - begin
         loss, stop = add_up(loss.item(), interrupt.signal)  # each rank has a part of the mean
         norm = float(norm)
         log.step(done, loss, norm, share, tokens)
-        if run.validation and (done % s.val_every == 0 or done == run.steps):
+        if job.validation and (done % s.val_every == 0 or done == job.steps):
             _, micro_rows = micro_plan(s, world())
-            val_loss = validate(model, run.validation, micro_rows, run.device)
+            val_loss = validate(model, job.validation, micro_rows, job.device)
             log.write({"step": done, "val_loss": val_loss})
-        if done < run.steps and (stop or done % s.save_every == 0):
+        if done < job.steps and (stop or done % s.save_every == 0):
             save_checkpoint(out_dir, model, optimizers, Position(done, tokens, log.seconds()))
-        if done < run.steps and stop:
+        if done < job.steps and stop:
             interrupt.leave(done)
-    return Position(run.steps, tokens, log.seconds())
+    return Position(job.steps, tokens, log.seconds())
 
 
 def train(s: Settings, device: str) -> None:
@@ -767,9 +768,9 @@ def train(s: Settings, device: str) -> None:
     if steps:
         for row in amounts(stream, steps * step_tokens):
             print(describe(row))
-    run = Run(s, device, steps, model, optimizers, stream, validation)
+    job = Run(s, device, steps, model, optimizers, stream, validation)
     with Interrupt() as interrupt:
-        end = training_loop(run, start, interrupt)
+        end = training_loop(job, start, interrupt)
         if rank() == 0:
             write_report(s, stream, end, n_params)
         model_folder.save_model(out_dir, model, tok)

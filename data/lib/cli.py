@@ -30,6 +30,7 @@ import typing
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]  # the folder of the scripts
+LEAST = -1e9  # what --min_gain=-inf is in files: JSON has no infinity
 
 
 class UserError(Exception):
@@ -261,7 +262,7 @@ def hold(path, wait: bool = True):
         yield True
         return
     with open(path, "a") as f:
-        held = f.fileno()
+        held = f.fileno() or True  # 0 where the standard input was closed
         try:
             fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

@@ -31,6 +31,7 @@ from torch import Tensor
 from data.lib.cli import UserError
 from data.lib.corpus import DRAW, hash_state
 from data.lib.drawing import draw, keyed_uniform
+from data.lib.kernels import attention
 
 
 @dataclass(frozen=True)
@@ -444,20 +445,6 @@ class Runner:
 
     # ---- attention
 
-    def attention(self, q, k, v, mask=None) -> Tensor:
-        """q [B, n_head, T, head_dim], k, v [B, n_kv_head, L, head_dim] -> as q.
-
-        mask [B or 1, 1, T, L]: what is seen; causal without a mask.
-        """
-        group = q.shape[1] // k.shape[1]
-        # Here CUDA has no fused kernel for fewer heads of keys.
-        if self.on_cuda and (mask is not None or q.dtype == torch.float32):
-            k = k.repeat_interleave(group, 1)
-            v = v.repeat_interleave(group, 1)
-            group = 1
-        options = dict(is_causal=mask is None, enable_gqa=group > 1)
-        return F.scaled_dot_product_attention(q, k, v, mask, **options)
-
     def lower_triangle(self, rows: int, columns: int, diagonal: int = 0):
         ones = torch.ones(rows, columns, dtype=torch.bool, device=self.device)
         return ones.tril(diagonal)
@@ -478,7 +465,7 @@ class Runner:
             cache[1, slots, :, start:stop] = v
             if start:
                 k, v = cache[:, slots, :, :stop]
-            return self.attention(q, k, v, mask).transpose(1, 2).flatten(0, 1)
+            return attention(q, k, v, mask).transpose(1, 2).flatten(0, 1)
 
         return attend
 

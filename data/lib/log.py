@@ -48,6 +48,7 @@ class Interrupt:
         name = os.path.basename(sys.argv[0])
         told = f"interrupted; saved step {step}, the same command goes on from here"
         print(f"\n{name}: {told}", file=sys.stderr)
+        self.handlers.clear()  # a second signal must not disturb the end
         sys.exit(128 + (self.signal or signal.SIGTERM))  # another rank may have had it
 
 

@@ -75,6 +75,8 @@ def agree(work: Work, settings, free: tuple, make_plan) -> dict | None:
                 if not path.exists():
                     write_json(path, make_plan())
                 return read_json(path)
+    if not work.out_dir.exists():
+        raise UserError(f"{work.folder}: was removed while it was in use; run the command again")
     claim(work.out_dir, settings, free)
     shutil.rmtree(work.folder, ignore_errors=True)
     return None

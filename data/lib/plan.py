@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import sys
 import time
 from typing import NamedTuple
@@ -211,7 +212,7 @@ def planned_devices(s, dtype: str, device: str) -> tuple[int, Device]:
         return world(), here._replace(flops=flops)
     number, _, name = s.plan.rpartition("x")
     known = known_device(name)
-    if not (number or "1").isdigit() or not known:
+    if not re.fullmatch(r"[1-9][0-9]*|", number) or not known:
         names = ", ".join(device.name for device in DEVICES)
         expected = f"here, or a number and one of {names}, as in 8xH100"
         raise UserError(f"--plan={s.plan}: expected {expected}")

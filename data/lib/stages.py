@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.lib.cli import ROOT, UserError, duration, hold, read_json, start
+from data.lib.cli import LEAST, ROOT, UserError, duration, hold, read_json, start
 
 
 @contextlib.contextmanager
@@ -177,13 +177,13 @@ def read_words(flags: str) -> dict[str, str]:
 def same(made_by, flag: str) -> bool:
     """Whether a stored setting is what a flag says: 0.0 is --min_gain=0, and True is true.
 
-    JSON has no infinity, so -inf is stored as -1e9.
+    JSON has no infinity, so -inf is stored as LEAST.
     """
     if isinstance(made_by, bool):
         return made_by == (flag.lower() in ("true", "1"))
     if isinstance(made_by, float):
         with contextlib.suppress(ValueError):
-            return made_by == max(float(flag), -1e9)
+            return made_by == max(float(flag), LEAST)
     return str(made_by) == flag
 
 

@@ -3,9 +3,8 @@
 import math
 from pathlib import Path
 
+from data.lib.cli import LEAST
 from data.lib.corpus import Corpus
-
-LEAST = -1e9  # what --min_gain=-inf is in files: JSON has no infinity
 
 
 def describe(corpus: Corpus, i: int, got, row: int, weights, ess) -> str:
