@@ -756,7 +756,6 @@ class Engine:
         seen = in_prefix[owner][:, None].expand(-1, T, -1)
         causal = self.runner.lower_triangle(T, T).expand(R, -1, -1)
         seen = torch.cat((seen, causal), dim=2)[:, None]
-        attention = self.runner.attention
 
         def attend(layer, q, k, v):
             y = torch.empty_like(q)
