@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
+
+# Two workers with two threads each crawl on two cores. Torch reads this when it is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
+
+import torch
 
 import train
 from data.lib.cli import run
@@ -28,8 +34,6 @@ def script(
     name: str, *flags: str, env: dict | None = None, code: int = 0, timeout: int = 300
 ) -> subprocess.CompletedProcess:
     """Run one of the scripts as a user would; the exit code must be `code`."""
-    import os
-
     done = subprocess.run(
         [sys.executable, str(ROOT / name), *flags],
         capture_output=True,
