@@ -53,7 +53,7 @@ class Interrupt:
 
 
 class Log:
-    """One line on the terminal and one in metrics.jsonl for each step.
+    """One line on the terminal for each step, and a thousand or so in metrics.jsonl.
 
     Speed is measured from this start of the run; `seconds` include the time before an
     interruption.
@@ -66,6 +66,8 @@ class Log:
         self.begin = time.time() - position.seconds
         self.first_tokens = position.tokens
         self.data_seconds = 0.0  # spent on waiting for batches
+        self.steps = steps
+        self.every = max(1, steps // 1000)  # steps between lines of metrics.jsonl
         self.peak = this_device(device).flops
         self.flops = flops_per_token(config, s.seq_len)
 
@@ -97,6 +99,8 @@ class Log:
             mem=f"{memory / 1e9:.1f}GB",
             data=f"{data:.0%}",
         )
+        if done % self.every and done < self.steps:
+            return
         record = {
             "step": done,
             "loss": loss,
