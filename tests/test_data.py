@@ -3,6 +3,8 @@
 import importlib
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -424,3 +426,11 @@ def test_help_names_every_setting(name):
         line.split(":")[0].strip() for line in source.splitlines() if ": " in line and "= opt(" in line
     ]
     assert settings and all(f"--{s}=" in text for s in settings) and f"python {name}" in text
+
+
+def test_a_lock_is_held_where_standard_input_is_closed(tmp_path):
+    """Then the lock's file has the number 0, which must not be taken for "not held"."""
+    code = "import os; os.close(0)\nfrom data.lib.cli import hold\n"
+    code += f"with hold({str(tmp_path / 'lock')!r}, wait=False) as held: print(bool(held))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr

@@ -440,3 +440,14 @@ def test_a_sample_ends_by_what_it_says():
             assert ids.tolist() == all_ids[:length].tolist() and finished == (length < 40)
             stopped += finished
     assert 0 < stopped < 16
+
+
+def test_a_packed_model_can_still_be_trained():
+    """The joined products are for sampling alone: with gradients the layers' own are used."""
+    model = random_model()
+    plain = model(torch.tensor([[1, 2, 3]]))
+    Engine(model)
+    hidden = model(torch.tensor([[1, 2, 3]]))
+    assert torch.allclose(hidden, plain, atol=1e-6)
+    hidden.sum().backward()
+    assert all(p.grad is not None for p in model.layers.parameters())
