@@ -22,7 +22,9 @@ p(z | x) by importance sampling, and the M-step maximises log p(z, x) + log q(z 
     python em.py --samples=1 --iterations=1    # one round without a choice of thoughts
     python em.py --corpus=C --train="--n_layer=6 --n_embd=192" --warm_train=--max_steps=900
     python em.py --corpus=C --base=M --benchmark=gsm8k      # from a pretrained model
+    python em.py --preset=word-problems --corpus=C --base=M # SmolLM2-135M on a laptop, hours
     python em.py --compare --seeds=2   # no loop: the methods of data/methods.py
+    python em.py --report=out/digits   # nothing runs: report.html of an old run, made anew
 
 With several GPUs the stages start by torchrun. The controls (ARMS and Seed.run) all
 use the same data and the same M0:
@@ -44,8 +46,9 @@ reads, samples or scores. They add up along a row.
 Each stage is a command that is printed as it starts: copy it, edit it, run it by
 hand. A complete stage is skipped, and one that was cut off goes on, so the same em.py
 command can be repeated at any time. Everything of a seed lies in OUT_DIR/seedN;
-results.json and curves.png (or compare.json and compare.png) in OUT_DIR. This script
-reads the numbers that the stages wrote; it imports no model code.
+results.json and curves.png (or compare.json and compare.png) in OUT_DIR, and
+report.html, to look at. This script reads the numbers that the stages wrote; it
+imports no model code.
 """
 
 import os
@@ -53,6 +56,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -60,22 +64,28 @@ from data.digits import true_nats
 from data.lib.cli import LEAST, UserError, duration, opt, read_json, run, write_json
 from data.lib.corpus import open_corpus
 from data.lib.pictures import compare_table, plot, table, test_lines
-from data.lib.results import comparisons, in_order, likelihood_gaps, make_row, summarise
+from data.lib.presets import EM_PRESETS
+from data.lib.report import write_report
+from data.lib.results import comparisons, in_order, likelihood_gaps, make_row, note_run, summarise
 from data.lib.side_by_side import run_methods
 from data.lib.stages import Stages, count_devices, only_run, peak_memory
 
 
 @dataclass(kw_only=True)
 class Settings:
+    preset: Literal[tuple(EM_PRESETS)] = opt("toy", "defaults for a corpus and its recipe")
     # the data and the loop
     corpus: str = opt("", "folder with warm, warm_thoughts, raw and heldout; none: makes digits")
     out_dir: str = opt("", "where everything goes; none: out/CORPUS, or out/CORPUS-compare")
+    report: str = opt("", "an old run's folder: make its report.html anew, and nothing else")
     base: str = opt("", "model folder that all models start from; none: M-steps start from M0")
+    m_steps_from: Literal["base", "M0"] = opt("base", "with --base: where M-steps start")
     iterations: int = opt(3, "EM iterations", low=1)
     samples: int = opt(4, "thoughts sampled a chunk in the E-step (K)", low=1)
     max_new: int = opt(64, "longest thought in tokens", low=1)
     # what is compared
     controls: bool = opt(False, "run the controls, too")
+    only: str = opt("", "with --controls: just these, with commas between; none: all")
     compare: bool = opt(False, "no loop: a model for each method of data/methods.py and seed")
     tokens: int = opt(1_000_000, "with --compare: training tokens of each model", low=1)
     benchmark: str = opt("", "a benchmark of eval_math.py for each model, too")
@@ -105,6 +115,7 @@ ARMS = {
     "gain": {"select": "uniform"},
     "prior": {"proposal": "prior"},
 }
+CONTROLS = ("warm_flops", "warm_x4", *ARMS, "gold")
 
 
 # ---------------------------------------------------------------------------------------------------- loop
@@ -144,13 +155,14 @@ class Seed:
         """Train a model on a part of the corpus.
 
         Each M-step starts from the same weights, and only its thoughts are better.
-        They are the base model's, as in the paper; the toy has no base model, so M0
-        takes its place.
+        They are the base model's, as in the paper, or M0's: the toy has no base model,
+        and from M0 an M-step takes fewer steps (--m_steps_from).
         """
         s = self.s
         m_step = corpus == "raw" and thoughts
         flags = {"corpus": self.data / corpus, "thoughts": thoughts}
-        flags["init_from"] = s.base or (self.folder / "M0" if m_step else "")
+        from_m0 = m_step and (not s.base or s.m_steps_from == "M0")
+        flags["init_from"] = self.folder / "M0" if from_m0 else s.base
         given = s.train
         if corpus == "warm":
             toy = not (s.warm_train or s.corpus or s.base)
@@ -224,7 +236,7 @@ class Seed:
         """A model that is trained once and evaluated."""
         model = self.train(name, corpus, thoughts, more, order)
         spent = spent_on(model)
-        if name == "gold" and not self.s.base:
+        if name == "gold" and (not self.s.base or self.s.m_steps_from == "M0"):
             spent += spent_on(self.folder / "M0")
         self.evaluate(name, "latent" if thoughts else "raw", spent, None, order)
 
@@ -236,8 +248,8 @@ class Seed:
         model = self.train("M0", "warm", self.data / "warm_thoughts")
         start = spent_on(model)
         self.evaluate("M0", "latent", start, None, 0)
-        if self.s.controls:
-            for order, arm in enumerate(ARMS, 4):
+        for order, arm in enumerate(ARMS, 4):
+            if wanted(self.s, arm):
                 chains.append(submit(self.loop, arm, model, rounds, start, order))
         first, spent = self.loop("", model, rounds[:1], start, 0)
         chains.append(submit(self.loop, "", first, rounds[1:], spent, 0))
@@ -246,8 +258,7 @@ class Seed:
         # not wait for its last round.
         budget = f"--max_tokens={round(start + len(rounds) * (spent - start))}"
         chains.append(submit(self.single, "raw_flops", "raw", "", budget))
-        if self.s.controls:
-            chains += self.single_controls(start, budget)
+        chains += self.single_controls(start, budget)
         for chain in chains:
             chain.result()
         for evaluation in self.evals:
@@ -258,13 +269,19 @@ class Seed:
         submit = self.pool.submit
         warm, truth = self.data / "warm_thoughts", self.data / "raw_truth"
         four_times = f"--max_tokens={round(4 * start)}"
-        chains = [
-            submit(self.single, "warm_flops", "warm", warm, budget, 3),
-            submit(self.single, "warm_x4", "warm", warm, four_times, 9),
-        ]
-        if truth.exists():
-            chains.append(submit(self.single, "gold", "raw", truth, "", 7))
-        return chains
+        chains = {
+            "warm_flops": ("warm", warm, budget, 3),
+            "warm_x4": ("warm", warm, four_times, 9),
+            "gold": ("raw", truth, "", 7),
+        }
+        if not truth.exists():
+            chains.pop("gold")
+        return [submit(self.single, n, *how) for n, how in chains.items() if wanted(self.s, n)]
+
+
+def wanted(s: Settings, control: str) -> bool:
+    """Whether --controls and --only ask for a control."""
+    return s.controls and control in (s.only.split(",") if s.only else CONTROLS)
 
 
 def find_data(s: Settings, seed: int, folder: Path, stages: Stages, **more) -> Path:
@@ -377,15 +394,22 @@ def written(rows: list[dict], s: Settings, path: Path, picture: str) -> str:
 
 def check_settings(s: Settings) -> None:
     """UserError for a flag that does nothing beside the others."""
+    if s.report and s != Settings(report=s.report):
+        raise UserError("--report: makes a page of an old run; leave out the other settings")
     of_loop = "iterations samples infer controls benchmark base warm_train jobs".split()
     for flag in of_loop if s.compare else ["tokens"]:
         if getattr(s, flag) != getattr(Settings, flag):
             how = "with" if s.compare else "without"
             raise UserError(f"--{flag}: does nothing {how} --compare; leave it out")
+    for control in filter(None, s.only.split(",")):
+        if control not in CONTROLS or not s.controls:
+            raise UserError(f"--only={control}: with --controls, expected {', '.join(CONTROLS)}")
 
 
 def main(s: Settings) -> None:
     check_settings(s)
+    if s.report:
+        return print(write_report(Path(s.report)))
     begin = time.time()
     name = Path(s.corpus).name if s.corpus else "digits"
     out_dir = Path(s.out_dir or f"out/{name}{'-compare' if s.compare else ''}")
@@ -393,14 +417,17 @@ def main(s: Settings) -> None:
     alone = gpu or devices > 1 or s.corpus or s.compare
     jobs = s.jobs or (1 if alone else os.cpu_count() or 1)
     config = asdict(s)
-    for free in ("out_dir", "device", "jobs"):
+    for free in ("out_dir", "report", "device", "jobs"):
         config.pop(free)
     with only_run(out_dir) as lock:
         stages = Stages(jobs, devices, lock)
         rows = (run_compare if s.compare else run_seeds)(s, out_dir, stages)
         text = (report_compare if s.compare else report_loop)(s, rows, out_dir, config)
-    print(f"\n{text}\nin {duration(time.time() - begin)}{peak_memory()}")
+        seconds, memory = time.time() - begin, peak_memory()
+        print(f"\n{text}\nin {duration(seconds)}{memory}", flush=True)
+        note_run(out_dir, seconds, memory)
+        print(write_report(out_dir))
 
 
 if __name__ == "__main__":
-    run(main, Settings)
+    run(main, Settings, EM_PRESETS)

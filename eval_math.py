@@ -160,8 +160,10 @@ class Settings:
 # ------------------------------------- prompts
 
 # Where a response to a problem ends, for results.json and as a pattern.
-UNTIL = ("Problem:", "Question:", "a line's end after \"The final answer is\"")
-END = re.compile(r"Problem:|Question:|[Tt]he final answer is[^\n]*\n")
+UNTIL = ('a line with "Problem:" or "Question:"', 'the end of what follows "The final answer is"')
+SHOWN = r"(?:\$\$|\\\[|\\begin\{)[\s\S]*?(?:\$\$|\\\]|\\end\{\w+\*?\})[^\n]*"  # over several lines
+ANSWER = rf"[Tt]he final answer is[\s:*]*+(?:{SHOWN}|(?!\$\$|\\\[|\\begin)[^\n]+)\n"
+END = re.compile(rf"\n[ \t#*]*(?:Problem|Question):|{ANSWER}")
 
 
 @dataclass
@@ -188,13 +190,14 @@ def few_shot_prompt(tok, shots: list[Item], item: Item, mode: str) -> np.ndarray
         texts = [x.question_text + x.solution + x.answer_text for x in shots]
         text = "\n\n".join([*texts, item.question_text])
         return np.array([tok.bos, *tok.encode(text)], dtype=np.int64)
-    chunks, thoughts = [], []
+    pieces, thoughts = [], []
     for x in shots:
-        chunks.append(tok.encode(x.question_text))
-        chunks.append(tok.encode(x.answer_text + "\n\n"))
-        thoughts += [[], tok.encode(x.solution)]
-    chunks += [tok.encode(item.question_text), []]
+        pieces += [x.question_text, x.answer_text + "\n\n"]
+        thoughts += [[], tok.encode_thought(x.solution)]
+    pieces += [item.question_text, ""]
     thoughts += [[], None]
+    ids, lengths, _ = tok.encode_documents([pieces])
+    chunks = np.split(ids, np.cumsum(lengths)[:-1])
     forms = [RAW, PRIOR] * (len(shots) + 1)
     return layout(tok, chunks, thoughts, forms, end=False)[0]
 
@@ -258,8 +261,7 @@ def corpus_problems(s: Settings, corpus: Corpus, seq_len: int, picked=NOTHING) -
             prompt = ids[: part.chunk[0]]
         question, answer = corpus.chunk(i - 1), corpus.chunk(i)
         about = {"question": digest(question.tobytes() + answer.tobytes())}
-        gold = corpus.tokenizer.decode(answer)
-        problems.append(Problem(int(i), prompt, gold, about))
+        problems.append(Problem(int(i), prompt, corpus.text(i), about))
     return problems[: s.limit or None], {"answers_too_long": too_long}
 
 
@@ -386,13 +388,14 @@ class Responder:
 
     def answer_ends(self, ids: np.ndarray) -> bool:
         if self.one_line:
-            text = self.tok.decode(ids.tolist())
+            text = self.tok.decode(ids.tolist(), first=False)
             return first_line(text) != text
-        return bool(END.search(self.tok.decode(ids[-48:].tolist())))
+        start = "\n" * (len(ids) <= 48)  # a response can begin with another problem
+        return bool(END.search(start + self.tok.decode(ids[-48:].tolist())))
 
     def read_answer(self, ids: list[int], finished: bool) -> tuple[str, bool]:
         """(text, whether it ended), in both modes and behind closed thoughts."""
-        text = self.tok.decode(ids)
+        text = self.tok.decode(ids, first=False)
         kept = first_line(text) if self.one_line else text
         return kept, finished or kept != text
 
@@ -402,7 +405,7 @@ class Responder:
         if self.latent:
             ended = self.tok.eol in ids[: self.thought_limit]
             end = ids.index(self.tok.eol) if ended else self.thought_limit
-            record["thought"] = self.tok.decode(ids[:end])
+            record["thought"] = self.tok.decode(ids[:end], first=False)
             answer = ids[end + 1 :] if ended else []
             text, _ = self.read_answer(answer, finished)
         else:
@@ -620,14 +623,11 @@ def finetune(s: Settings) -> None:
         run_train(model, flags | {"seed": seed}, s.train)
         evaluate(replace(s, model=str(model), out_dir=str(folder), seed=seed))
         rows.append(read_json(folder / "results.json"))
-    greedy = [r["accuracy"] for r in rows]
     sampled = [r["sampled"]["accuracy"] for r in rows]
     figures = {
-        "greedy": sum_up("greedy", greedy),
+        "greedy": sum_up("greedy", [r["accuracy"] for r in rows]),
         "mean of k samples": sum_up("mean of k samples", sampled),
-        "k": s.k,
-        "temperature": s.temperature,
-        "top_p": s.top_p,
+        **{name: getattr(s, name) for name in ("k", "temperature", "top_p")},
         "n": rows[0]["n"],
         "steps": flags["max_steps"],
     }
@@ -659,8 +659,7 @@ def evaluate(s: Settings) -> None:
         responder = Responder(Engine(model, s.rows), tok, s, grader)
         results, timing = part(responder, out_dir)
     finally:
-        if grader.process:  # none, if the last question was too much for it
-            grader.stop()
+        grader.stop()
     timing |= {"seconds": time.time() - begin, "killed": grader.killed}
     write_json(out_dir / "timing.json", timing)
     settings = {name: getattr(s, name) for name in REPEATED.split()}

@@ -24,8 +24,7 @@ The same text without a thought, in the two ways in which training writes it:
     none:   BOS c c c  SOL EOL  x x x x      alone:  BOS c c c  x x x x
                                [log_none]                      [log_alone]
 
-One marker is scored, for the bounds alone: log_sol is log p(SOL | c), for behind c
-the model chooses whether SOL comes or the text.
+One marker is scored, for the bounds: log_sol is log p(SOL | c), SOL or the text.
 
 As K grows, the pick tends to a sample of the exact posterior p(z | c, x). A
 thought that was cut off at --max_new tokens has no EOL, so its weight is 0. A
@@ -36,7 +35,10 @@ of them mislead, one is picked nevertheless, and p learns to expect thoughts
 that do not fit their text. So a pick that gains fewer than --min_gain nats
 over log_none is dropped, and its chunk is trained on without a thought. The
 paper has no such rule (--min_gain=-inf). RLP (arXiv 2510.01265) has the same
-difference as its reward.
+difference as its reward. Where thoughts can say the answer ("3 + 2 = 1"), all
+gain. With --gain_by=evidence the chunk is asked instead, and p(z | c) counts, too:
+
+    log (1/K) sum w  -  log_none  <  --min_gain
 
 What the bounds bound. A text shows no markers, so there are three ways to
 write it. With e = NO_THOUGHT = 0.01 their probabilities add up to
@@ -66,8 +68,8 @@ document's summed bounds bound the log of a probability of documents.
     torchrun --nproc_per_node=8 infer_thoughts.py --model=M0 ...  # eight GPUs
 
 The thoughts folder (data/lib/corpus.py) also holds samples.npz (see OF_SAMPLES
-and OF_CHUNKS), meta.json (counts, gains, bounds) and examples.txt. The work is
-done in parts, shared by any number of these commands: see data/lib/parts.py.
+and OF_CHUNKS), meta.json (counts, gains, bounds), examples.txt and shown.npz. The
+work is done in parts, shared by any number of these commands: see data/lib/parts.py.
 
 Every random number is keyed by (seed, chunk, sample, position), so batches,
 order, workers and restarts change no sample. But products of other shapes round
@@ -105,7 +107,7 @@ from data.lib.engine import Engine, Sampling
 from data.lib.model_folder import fingerprint
 from data.lib.parts import Work, agree, finish, helpers, read_parts, split_parts, timing
 from data.lib.ranks import worker_device
-from data.lib.thoughts_report import describe, report, show
+from data.lib.thoughts_report import for_people, report, show, write_for_people
 from train import Llama, load_model
 
 
@@ -130,9 +132,8 @@ class Settings:
     select: Literal["resample", "argmax", "uniform"] = opt(
         "resample", "by weight, the heaviest, any that ended"
     )
-    min_gain: float = opt(
-        0.0, "drop picks that gain fewer nats for their text; -inf: none", low=-math.inf
-    )
+    min_gain: float = opt(0.0, "drop picks that gain fewer nats; -inf: none", low=-math.inf)
+    gain_by: Literal["text", "evidence"] = opt("text", "the pick, or the mean weight of all")
     # the machine
     part_size: int = opt(0, "chunks a part; 0: 500 on a CPU, 20000 on a GPU", low=0)
     rows: int = opt(0, "most thoughts side by side; 0: what memory allows", low=0)
@@ -258,6 +259,7 @@ class EStep:
     proposal: int = POSTERIOR  # whose thoughts are sampled; or PRIOR
     select: str = "resample"  # see choose
     min_gain: float = -math.inf  # see choose
+    gain_by: str = "text"  # or "evidence", see Samples
     seed: int = 0
     purpose: int = DRAW  # the first key of the noise
 
@@ -284,6 +286,13 @@ class Samples:
         """[n, K] nats by which each thought makes its text likelier."""
         return self.log_x - self.log_none[:, None]
 
+    @property
+    def evidence(self) -> np.ndarray:
+        """[n, K] nats by which all thoughts together do, the same for each of a chunk."""
+        total = np.logaddexp.reduce(self.log_w, axis=1, keepdims=True)
+        mean = total - np.log(self.log_w.shape[1]) - self.log_none[:, None]
+        return np.broadcast_to(mean, self.log_w.shape)
+
     def chosen(self, row: int):
         """The picked thought of a chunk; None: it has none."""
         k = self.pick[row]
@@ -294,9 +303,7 @@ class Samples:
         return Samples(**{name: x[rows] for name, x in vars(self).items()})
 
 
-def infer(
-    engine: Engine, corpus: Corpus, numbers, e_step: EStep, picked=None, on_tokens=None
-) -> Samples:
+def infer(engine: Engine, corpus: Corpus, numbers, e_step: EStep, picked=None, on_tokens=None) -> Samples:
     """Sample, weigh and pick among K thoughts for the chunks `numbers`.
 
     With thoughts in the context, documents advance side by side, one chunk of
@@ -345,7 +352,8 @@ def infer_side_by_side(
     got = weigh(engine, corpus, numbers, contexts, drawn, picked)
     got.computed += np.array(list(map(len, prompts)), dtype=np.int64)
     uniform = hash_uniform(PICK, e_step.seed, numbers)
-    got.pick = choose(e_step.select, got.log_w, got.gain, e_step.min_gain, uniform)
+    gain = got.gain if e_step.gain_by == "text" else got.evidence
+    got.pick = choose(e_step.select, got.log_w, gain, e_step.min_gain, uniform)
     return got
 
 
@@ -361,9 +369,7 @@ def remember(picked: dict, numbers, got: Samples, seed: int) -> None:
             picked[int(i)] = thought, PRIOR if coin < 0.5 else POSTERIOR
 
 
-def weigh(
-    engine: Engine, corpus: Corpus, numbers, contexts, drawn, picked
-) -> Samples:
+def weigh(engine: Engine, corpus: Corpus, numbers, contexts, drawn, picked) -> Samples:
     """What Engine.generate has drawn for these chunks, weighed; none is picked.
 
     UserError for a log-probability that is not finite.
@@ -563,20 +569,16 @@ OF_SAMPLES = ("log_q", "log_p", "log_x", "log_w", "length", "finished")  # [n, K
 OF_CHUNKS = ("log_none", "log_alone", "log_sol", "computed", "pick")  # [n]
 # What samples.npz says of a chunk for which nothing was inferred; else NaN.
 BLANK = {"length": 0, "finished": False, "pick": -1}
-EXAMPLES = 50  # chunks of the first part that are written out in full
 
 
-def run_part(
-    path: Path, numbers, engine: Engine, corpus: Corpus, s: Settings, on_tokens
-) -> dict:
+def run_part(path: Path, numbers, engine: Engine, corpus: Corpus, s: Settings, on_tokens) -> dict:
     """Infer one part and write it whole; its line for metrics.jsonl."""
     begin = time.time()
     is_first = path.stem == "000000"
     limits = Limits(s.before, s.max_new, engine.config.seq_len)
     proposal = PRIOR if s.proposal == "prior" else POSTERIOR
-    how = proposal, s.select, s.min_gain, s.seed
-    e_step = EStep(limits, s.samples, s.context, *how)
-    picked = {}
+    how = proposal, s.select, s.min_gain, s.gain_by, s.seed
+    e_step, picked = EStep(limits, s.samples, s.context, *how), {}
     got = infer(engine, corpus, numbers, e_step, picked, on_tokens)
 
     checked = np.flatnonzero(hash_uniform(CHECK, s.seed, numbers) < 0.01)
@@ -587,20 +589,18 @@ def run_part(
     refuse_errors(worst, engine.config.dtype)
 
     nothing = np.zeros(0, dtype=np.int64)
-    chosen = [got.chosen(row) for row in range(len(numbers))]
+    chosen = map(got.chosen, range(len(numbers)))
     spans = [nothing if thought is None else thought for thought in chosen]
-    shown = range(len(numbers))[: EXAMPLES if is_first else 0]
     weights, sizes = normalise(got.log_w), ess(got.log_w)
-    examples = [describe(corpus, numbers[k], got, k, weights, sizes) for k in shown]
     arrays = {name: getattr(got, name) for name in OF_SAMPLES + OF_CHUNKS}
     arrays |= {
         "numbers": numbers,
         "ids": np.concatenate([nothing, *spans]),
         "sizes": np.array([len(span) for span in spans]),
-        "examples": np.array(examples, dtype=str),
         "check": worst[None],
         "n_checked": np.array([len(checked)]),
     }
+    arrays |= for_people(engine.model, corpus, numbers, got, weights, sizes, is_first)
     with replacing(path) as temporary, open(temporary, "wb") as f:
         np.savez(f, **arrays)
     return {
@@ -635,11 +635,11 @@ def join(paths: list[Path], corpus: Corpus, s: Settings, counts: dict) -> None:
         samples[name] = np.full(shape, BLANK.get(name, np.nan))
         samples[name][numbers] = arrays[name]
 
-    settings = "model samples max_new seed proposal min_gain context before"
+    settings = "model samples max_new seed proposal min_gain gain_by context before"
     how = {name: getattr(s, name) for name in settings.split()}
     how |= {"temperature": 1.0, "selection": s.select}
     how["weights"] = fingerprint(s.model)
-    n_bytes = sum(corpus.tokenizer.n_bytes(corpus.chunk(i)) for i in numbers)
+    n_bytes = sum(len(corpus.raw(i)) for i in numbers)
     found = figures(SimpleNamespace(**arrays), n_bytes)
     worst = arrays["check"].max(axis=0).ravel().tolist()
     checked = {"chunks": int(arrays["n_checked"].sum())}
@@ -647,9 +647,8 @@ def join(paths: list[Path], corpus: Corpus, s: Settings, counts: dict) -> None:
     meta = how | counts | found | {"checked": checked}
 
     write_json(work / "timing.json", timing(work))
-    examples = "\n\n".join(arrays["examples"].tolist()) + "\n"
-    (work / "examples.txt").write_text(examples, encoding="utf-8")
-    names = "settings.json", "timing.json", "metrics.jsonl", "examples.txt"
+    write_for_people(work, arrays)
+    names = "settings.json timing.json metrics.jsonl examples.txt shown.npz".split()
     files = [work / name for name in names if (work / name).exists()]
     write_thoughts(s.out_dir, corpus, spans, meta, samples, files)
 
@@ -724,7 +723,7 @@ def survey(corpus: Corpus, chosen: np.ndarray, limits: Limits) -> tuple[dict, in
         context = context_of(corpus, i, limits)
         n_short += len(context) < len(corpus.before(i, limits.before))
         longest = max(longest, AROUND + int(sizes[[*context, i]].sum()))
-    too_long = ~fits(corpus, limits.max_new, limits.seq_len)
+    too_long = ~fits(corpus, limits.max_new, limits.seq_len) & (sizes > 0)
     counts = {
         "n_inferred": len(chosen),
         "n_questions": int(corpus.questions.sum()),

@@ -8,7 +8,8 @@ thought z is written in one of two forms, by a coin flip drawn anew in each epoc
     posterior  before SOL EOL x SOL POS z EOL      teaches q(z | before, x): read, then recover z
 
 A chunk without a thought is written as x alone. The loss is the mean cross-entropy of all
-tokens (--loss=completion: of those that answer a question).
+tokens (--loss=completion: of those that answer a question). All parameters decay, as in the
+paper's code and torchtitan; nanoGPT and Hugging Face's Trainer spare norms and biases.
 
     # the toy, on a CPU
     python train.py --corpus=out/digits/warm --thoughts=out/digits/warm_thoughts --out_dir=out/M0
@@ -99,7 +100,7 @@ class Settings:
     optimizer: Literal["muon", "adamw"] = opt("muon", "for the blocks' matrices; AdamW has the rest")
     lr: float = opt(1e-2, "peak learning rate of AdamW", low=0)
     muon_lr: float = opt(0.02, "peak learning rate of Muon", low=0)
-    weight_decay: float = opt(0.1, "decoupled weight decay", low=0)
+    weight_decay: float = opt(0.1, "decoupled, of all parameters, norms and embeddings too", low=0)
     schedule: Literal["cosine", "wsd"] = opt("cosine", "wsd: warm-up, stable, decay")
     warmup: int = opt(10, "steps of linear warm-up", low=0)
     final_lr: float = opt(0.0, "end of the schedule, as a share of the peak", low=0)
@@ -574,8 +575,7 @@ def extend_config(s: Settings, c: Config, tok: Tokenizer) -> Config:
                 "leave sizes to --init_from, or take its preset"
             )
     if s.max_steps and s.seq_len > c.seq_len:
-        most = f"{s.init_from} was made for {c.seq_len} tokens at most"
-        raise UserError(f"--seq_len={s.seq_len}: {most}")
+        raise UserError(f"--seq_len={s.seq_len}: {s.init_from} was made for {c.seq_len} tokens at most")
     dtype = c.dtype if s.dtype == "auto" else s.dtype
     return replace(c, n_vocab=max(c.n_vocab, tok.n_vocab), dtype=dtype)
 

@@ -32,7 +32,7 @@ if not __package__:  # run as `python data/benchmarks.py`: the package is the fo
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from data.lib.cli import UserError, opt, replacing, run
-from data.lib.problems import fault, read_rows
+from data.lib.problems import checked, read_rows
 from data.lib.sources import from_hub
 
 # Where each is published, and which files of it are wanted; how many problems it has.
@@ -86,10 +86,8 @@ def natural(path: Path) -> list:
 
 
 def stem_row(row: dict, place: Path) -> dict | None:
-    """A row of MMLU with its subject, or None if that is not one of STEM.
-
-    Of csv files, only the names tell the subject.
-    """
+    """A row of MMLU with its subject, or None if that is not one of STEM. Of csv files, only the names
+    tell the subject."""
     subject = row.get("subject") or row.get("type")
     if not subject:
         subject = next((name for name in STEM if name in place.as_posix()), "")
@@ -97,19 +95,9 @@ def stem_row(row: dict, place: Path) -> dict | None:
     return row if str(subject).lower().replace(" ", "_") in STEM else None
 
 
-def checked_rows(path: Path) -> list[dict]:
-    rows = read_rows(path)
-    for number, row in enumerate(rows, 1):
-        if why := fault(row):
-            raise UserError(f"{path}:{number}: {why}; mend it or take it out")
-    return rows
-
-
 def collect(name: str, root: Path, split: str) -> tuple[dict[str, list[dict]], Counter]:
-    """({split: rows} of a file or folder, counts of what was left out).
-
-    split: "train" or "test", or "" where the names of the files tell it.
-    """
+    """({split: rows} of a file or folder, counts of what was left out). split: "train" or "test", or ""
+    where the names of the files tell it."""
     files = [root]
     if not root.is_file():
         files = [path for path in root.rglob("*") if path.suffix in SUFFIXES]
@@ -124,7 +112,7 @@ def collect(name: str, root: Path, split: str) -> tuple[dict[str, list[dict]], C
                 raise UserError(f"{path}: its name says neither train nor test; {say}")
             left_out["files of neither split"] += 1
             continue
-        rows = checked_rows(path)
+        rows = read_rows(path, checked)
         if name == "mmlu_stem":
             kept = [stem_row(row, place) for row in rows]
             rows = [row for row in kept if row]
@@ -132,9 +120,8 @@ def collect(name: str, root: Path, split: str) -> tuple[dict[str, list[dict]], C
         if rows:
             found.setdefault(file_split, []).extend(rows)
     if not found:
-        if root.exists():
-            raise UserError(f"{root}: holds no problem of {name}")
-        raise UserError(f"{root}: no such file or folder")
+        why = f"holds no problem of {name}" if root.exists() else "no such file or folder"
+        raise UserError(f"{root}: {why}")
     return found, left_out
 
 
@@ -147,8 +134,7 @@ def write(path: Path, rows: list[dict], published: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_bytes(text)
-    all_there = len(rows) == published
-    beside = "as published" if all_there else f"{published:,} were published"
+    beside = "as published" if len(rows) == published else f"{published:,} were published"
     print(f"{path}: {len(rows):,} problems, {beside}")
 
 

@@ -167,7 +167,7 @@ def true_nats(corpus: Corpus) -> np.ndarray:
     max_ops = corpus.meta["source"]["max_ops"]
     nats = np.zeros(corpus.n_docs)
     for i in np.flatnonzero(corpus.questions):
-        question = corpus.tokenizer.decode(corpus.chunk(i))
+        question = corpus.text(i)
         n = question.count(".") - 1  # "Start at 3." comes before the first operation
         nats[corpus.doc_of(i)] += math.log(max_ops - n + 1)
     return nats

@@ -10,8 +10,11 @@ in "#### 72". Written to --out_dir:
 
     warm/  warm_thoughts/   the first --warm training documents of a seeded
                             shuffle, with their solutions as thoughts
-    raw/                    the others, without: their solutions are not written
+    raw/                    the others, without, and those of --raw_more
     heldout/                the test file
+    raw_truth/  heldout_truth/    with --truth: their solutions, which no stage of
+                            the loop reads; for the control `gold`, and to count
+                            the picks that are what the author wrote
 
 With --questions_and_solutions instead, raw/ and heldout/ hold plain text with the
 solution in it (question, solution, answer), and there is no warm start: the corpus
@@ -49,6 +52,8 @@ class Settings:
     raw: int = opt(0, "how many of the others to use; 0: all", low=0)
     heldout: int = opt(0, "how many test documents to use; 0: all", low=0)
     questions_and_solutions: bool = opt(False, "plain text with the solutions, no thoughts")
+    raw_more: str = opt("", "another such file; its problems are raw, and need no solution")
+    truth: bool = opt(False, "also write raw_truth and heldout_truth")
     skip_bad: bool = opt(False, "leave out lines that cannot be used, and count them")
     tokenizer: str = opt("", "a tokenizer.json; none: learn one from what is trained on")
     n_vocab: int = opt(1024, "text tokens of the learned tokenizer; 256: plain bytes", low=256)
@@ -85,13 +90,15 @@ def split_problems(s: Settings) -> dict[str, list[Problem]]:
     train = read_problems(s.train, s.skip_bad)
     test = read_problems(s.test, s.skip_bad)
     random.Random(s.seed).shuffle(train)
+    n_train = len(train)
+    train += read_problems(s.raw_more, s.skip_bad) if s.raw_more else []
     tested = {question for question, _, _ in test}
     kept = [problem for problem in train if problem[0] not in tested]
     n_tested = len(train) - len(kept)
     if n_tested:
         print(f"{n_tested} training problems are also test problems: left out")
     n_warm = 0 if s.questions_and_solutions else s.warm
-    if n_warm >= len(kept):
+    if n_warm >= len(kept) - len(train) + n_train:
         there = f"{s.train} has {len(kept)} problems that are not tested"
         raise UserError(f"--warm={s.warm}: {there}; leave some for raw")
     return {
@@ -104,7 +111,7 @@ def split_problems(s: Settings) -> dict[str, list[Problem]]:
 def write_document(problem: Problem, in_plain_text: bool) -> list[tuple[str, str, str]]:
     """A document of one problem: its question, thought and answer."""
     question, solution, answer = problem
-    thought = f"\n{solution}"
+    thought = f"\n{solution}" if solution else ""
     answer = f"\nThe answer is {answer}."
     if in_plain_text:
         return [(question, "", thought + answer)]
@@ -122,6 +129,8 @@ def texts_to_learn_from(documents: dict[str, list]):
 def main(s: Settings) -> None:
     parts = split_problems(s)
     thoughts = {"warm": "warm_thoughts"}
+    if s.truth:
+        thoughts |= {"raw": "raw_truth", "heldout": "heldout_truth"}
     if s.questions_and_solutions:
         del parts["warm"]
         thoughts = {}

@@ -117,17 +117,12 @@ class Problem(NamedTuple):
 
 
 def understand(text: str) -> Problem:
-    """What a problem's text says, and the steps that it leaves out.
-
-    UserError for a text that the teacher cannot follow.
-    """
+    """What a problem's text says, and the steps that it leaves out; UserError for other texts."""
     text = text.strip()
     found = PROBLEM.fullmatch(text)
     if not found:
-        raise UserError(
-            f"{text[:80]!r}: not a problem of data/digits.py; for other text: "
-            "data/teacher.py with --style=wrap and wrap-cot"
-        )
+        advice = "for other text: data/teacher.py with --style=wrap and wrap-cot"
+        raise UserError(f"{text[:80]!r}: not a problem of data/digits.py; {advice}")
     start, told, modulus, answer = found.groups()
     signs = {word: sign for sign, word in digits.OPERATIONS.items()}
     pairs = re.findall(r"([A-Z][a-z ]+) (\d+)\.", told)
@@ -139,16 +134,8 @@ def understand(text: str) -> Problem:
     return Problem(int(start), operations, asked, steps, result)
 
 
-def think(problem: Problem) -> str:
-    return digits.write_thought(problem.steps)
-
-
 def rewrite(problem: Problem, style: str, with_steps: bool) -> str:
-    """A paraphrase.
-
-    Steps stand behind the operations that they carry out, or, in a style that asks a
-    question, behind the question.
-    """
+    """A paraphrase. Steps stand behind their operations, or, where it asks a question, behind that."""
     words = STYLES[style]
     told = [words.operations[sign].format(operand) for sign, operand in problem.operations]
     steps = [f"{value} {sign} {operand} = {result}." for value, sign, operand, result in problem.steps]
@@ -165,18 +152,11 @@ def rewrite(problem: Problem, style: str, with_steps: bool) -> str:
 
 
 def read_documents(folder: str) -> tuple[dict, list[tuple[str, str]]]:
-    """meta.json of a corpus of data/digits.py, and its (question, answer) documents.
-
-    UserError for any other corpus.
-    """
+    """meta.json of a corpus of data/digits.py, and its (question, answer) documents."""
     corpus = open_corpus(folder)
-    maker = corpus.meta["source"].get("maker")
-    if maker != "data/digits.py" or corpus.n_chunks != 2 * corpus.n_docs:
-        raise UserError(
-            f"{folder}: expected documents of one problem each by data/digits.py; "
-            "the scripted teacher knows no other, data/teacher.py does"
-        )
-    texts = [corpus.tokenizer.decode(corpus.chunk(i)) for i in range(corpus.n_chunks)]
+    if corpus.n_chunks != 2 * corpus.n_docs:
+        raise UserError(f"{folder}: expected documents of one problem each, by data/digits.py")
+    texts = [corpus.text(i) for i in range(corpus.n_chunks)]
     return corpus.meta, list(zip(texts[::2], texts[1::2]))
 
 
@@ -191,18 +171,14 @@ def draw_fresh(recipe: dict, known: set[str], tok, tokens: float, seed: int) -> 
     known, misses = set(known), 0
     while tokens > 0:
         question, _, answer = digits.write_problem(digits.draw_problem(rng, s), s.modulus)
-        if question in known:
-            misses += 1
-            if misses == 1000:
-                raise UserError(
-                    f"raw-fresh: {len(known)} problems are used up; "
-                    "lower --tokens, or make the corpus with a higher --max_ops"
-                )
-            continue
-        misses = 0
-        known.add(question)
-        tokens -= 2 + len(tok.encode_array(question)) + len(tok.encode_array(answer))
-        yield question, answer
+        misses = misses + 1 if question in known else 0
+        if misses == 1000:
+            advice = "lower --tokens, or make the corpus with a higher --max_ops"
+            raise UserError(f"raw-fresh: {len(known)} problems are used up; {advice}")
+        if not misses:
+            known.add(question)
+            tokens -= 2 + len(tok.encode_documents([[question, answer]])[0])
+            yield question, answer
 
 
 def begin_answer(question: str, answer: str) -> tuple[str, str]:
@@ -249,7 +225,7 @@ def main(s: Settings) -> None:
     out = claim(s.out_dir, s)
     wrap = [rewrite(p, style, with_steps=False) for style in STYLES for p in problems]
     worked = [rewrite(p, style, with_steps=True) for style in STYLES for p in problems]
-    latent = [q + a + think(p) for (q, a), p in zip(raw[:200], problems)]
+    latent = [q + a + digits.write_thought(p.steps) for (q, a), p in zip(raw[:200], problems)]
     some = [text for kind in (latent, wrap, worked) for text in kind[:: max(1, len(kind) // 200)]]
     tok = make_tokenizer(some, s.n_vocab)
     known = {question for question, _ in raw + heldout}
@@ -268,7 +244,7 @@ def main(s: Settings) -> None:
         # A document's last chunk is to be learned, what stands before it is given.
         chunks = ([(text, i < len(d) - 1) for i, text in enumerate(d)] for d in documents)
         write_corpus(out / name, chunks, tok, source | {"part": name})
-    spans = (span for p in problems for span in ([], tok.encode_array(think(p))))
+    spans = (span for p in problems for span in ([], tok.encode_thought(digits.write_thought(p.steps))))
     made_by = {"source": source | {"teacher": "scripted"}}
     write_thoughts(out / "latent_thoughts", open_corpus(out / "raw"), spans, made_by)
     methods = [

@@ -3,6 +3,7 @@
     python data/show.py out/digits/warm --n=3
     python data/show.py out/digits/warm out/digits/warm_thoughts
     python data/show.py CORPUS THOUGHTS --check
+    python data/show.py CORPUS E1 E2 E3 --html=look.html    # 30 chunks, for a browser
 
 Shown are counts, lengths, and random documents in full, in colour on a
 terminal unless NO_COLOR is set. Texts come from anywhere, so characters that
@@ -14,8 +15,6 @@ import hashlib
 import os
 import random
 import sys
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +25,8 @@ import numpy as np
 
 from data.lib.cli import UserError, opt, read_json, run
 from data.lib.corpus import Corpus, Thoughts, open_corpus, open_thoughts
+from data.lib.report import write_page
+from data.lib.thoughts_report import read_npz
 
 BOLD, DIM, CYAN = 1, 2, 36
 BLOCK = 1 << 22  # tokens that are checked at once
@@ -33,10 +34,11 @@ BLOCK = 1 << 22  # tokens that are checked at once
 
 @dataclass(kw_only=True)
 class Settings:
-    folders: list = opt(help="a corpus folder, and, if wanted, a thoughts folder for it")
+    folders: list = opt(help="a corpus folder, and, if wanted, a thoughts folder for it; several with --html")
     n: int = opt(3, "random documents to show", low=0)
     seed: int = opt(0, "which ones")
     check: bool = opt(False, "verify hashes, offsets and ids instead")
+    html: str = opt("", "write a page of chunks and their thoughts into this file instead")
 
 
 # -------------------- showing
@@ -102,9 +104,9 @@ def document(corpus: Corpus, thoughts: Thoughts | None, d: int) -> str:
         lines.append(colour(f"--- chunk {i}{kind}, {len(chunk)} tokens", DIM))
         thought = thoughts.span(i) if thoughts else ()
         if len(thought):
-            text = printable(tok.decode(thought).strip())
+            text = printable(tok.decode(thought, first=False).strip())
             lines.append(colour(f"[thought, {len(thought)} tokens: {text}]", CYAN))
-        lines.append(printable(tok.decode(chunk)).strip("\n"))
+        lines.append(printable(corpus.text(i)).strip("\n"))
     return "\n".join(lines)
 
 
@@ -146,13 +148,8 @@ def check_thoughts(corpus: Corpus, thoughts: Thoughts) -> None:
     asked = has & corpus.questions
     what = f"chunk {first(asked)} is a question and has a thought"
     expect(not asked.any(), folder / "chunks.npy", what)
-    path = folder / "samples.npz"
-    rows = {}  # a teacher's thoughts have none
-    try:
-        if path.exists():
-            rows = {name: len(x) for name, x in np.load(path, allow_pickle=False).items()}
-    except (ValueError, EOFError, OSError, TypeError, zipfile.BadZipFile, zlib.error) as e:
-        raise UserError(f"{path}: damaged ({e}); make the folder again") from None
+    path = folder / "samples.npz"  # a teacher's thoughts have none
+    rows = {name: len(x) for name, x in read_npz(path).items()}
     good = set(rows.values()) <= {corpus.n_chunks}
     expect(good, path, f"rows {rows}, expected {corpus.n_chunks} of each")
 
@@ -213,7 +210,13 @@ def open_folders(folders: list[str]) -> tuple[Corpus, Thoughts | None]:
 
 def main(s: Settings) -> None:
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters
-    corpus, thoughts = open_folders(s.folders)
+    corpus, thoughts = open_folders(s.folders[:2] if s.html else s.folders)
+    if s.html:
+        folders = [Path(folder) for folder in s.folders[1:]]
+        if not folders:
+            raise UserError("--html: shows thoughts; name CORPUS THOUGHTS")
+        write_page(Path(s.html), f"{corpus.folder.name}: chunks and thoughts", corpus, folders)
+        return print(s.html)
     if s.check:
         check(corpus, thoughts)
         parts = [corpus, thoughts] if thoughts else [corpus]

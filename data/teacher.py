@@ -9,9 +9,8 @@ Where the thoughts can come from:
 
     --base_url=URL           any server of OpenAI's chat completions; one of your own
                              (vLLM, llama.cpp): --base_url=http://localhost:8000/v1
-    --batch_out=FILE         batch files to hand in; later --batch_in=FILE,FILE
-    --given=FILE             lines of {"chunk": 7, "thought": "..."}, or {"doc": 2,
-                             "index": 1, "thought": ...}, the chunk of the document
+    --batch_out=NAME         batch files to hand in; later --batch_in=FILE,FILE
+    --given=FILE             lines of {"chunk": 7, "thought": "..."}
 
 A model folder, in plain PyTorch, answers questions that are written and read like
 batch files. It continues the prompt, to a blank line at most. The last response to a
@@ -32,12 +31,11 @@ chunk's number and a hash of the request, and is never asked for again: the same
 command goes on where a run was killed, stopped or out of budget. The output folder
 appears when every chunk has an answer; --partial writes it with what is there.
 
-An answer that is empty, a refusal, cut off at --max_tokens or longer than --longest
-is counted and left out: the chunk has no thought. A request without an answer (server
-errors, dropped connections, unreadable answers) is tried again, --retries times. The
-budget counts all runs on one --out_dir. Near its end requests go one at a time, so
-that it is passed by one request at most. A request that broke off and may have been
-paid for is counted at the most that it can cost.
+An answer that is empty, a refusal, cut off at --max_tokens or far too long is counted
+and left out: the chunk has no thought. A request without an answer is tried again,
+--retries times. The budget counts all runs on one --out_dir, and a request that broke
+off at the most that it can cost. Near its end requests go one at a time, so that it is
+passed by one request at most.
 """
 
 import asyncio
@@ -58,20 +56,10 @@ if not __package__:  # run as `python data/teacher.py`: the package is the folde
 
 import numpy as np
 
-from data.lib.cli import (
-    Progress,
-    UserError,
-    claim,
-    hold,
-    new_folder,
-    opt,
-    read_json,
-    replacing,
-    run,
-    write_json,
-)
+from data.lib.cli import Progress, UserError, claim, hold, new_folder, opt, read_json, run, write_json
 from data.lib.corpus import Corpus, open_corpus, write_thoughts
-from data.lib.endpoint import Answers, Endpoint, Trouble, price, read_answer, read_key, read_url, tokens_about
+from data.lib.endpoint import Answers, Endpoint, Trouble, most_tokens, price, read_answer, read_host, read_key
+from data.lib.sources import read_jsonl
 
 PROMPT = """\
 Below is a passage of a document, and the text that comes before it. \
@@ -115,16 +103,11 @@ WRAP_COT = (
     "work out each step, calculation and argument that it leaves out. " + ONLY_TEXT
 )
 
-# What OpenAI takes in one batch file.
-BATCH_REQUESTS = 50_000
-BATCH_BYTES = 190_000_000
+BATCH_REQUESTS = 10_000  # in a file, far below the 50,000 and the 200 MB that OpenAI takes
 
 REFUSAL = re.compile(
     r"""\W*(?:
-        i['\u2019]?m[ ]sorry
-      | i[ ]am[ ]sorry
-      | sorry,[ ]
-      | as[ ]an[ ]ai\b
+        (?:i['\u2019]?m|i[ ]am)[ ]sorry | sorry,[ ] | as[ ]an[ ]ai\b
       | (?:unfortunately,[ ])?
         i[ ](?:can['\u2019]?t|cannot|can[ ]not|won['\u2019]?t|am[ ]unable[ ]to|'m[ ]unable[ ]to)
         [ ](?:help|assist|comply|provide|fulfil|continue|answer|do[ ]that|write)
@@ -153,8 +136,6 @@ class Settings:
     # how it answers
     temperature: float = opt(0.7, "of the sampling; 0: the likeliest tokens", low=0)
     max_tokens: int = opt(2048, "longest answer, in the model's tokens", low=1)
-    extra: str = opt("", 'JSON merged into each request, as {"top_p": 0.9}; null removes a field')
-    longest: int = opt(0, "longest answer used, in the corpus's tokens; 0: 1000 + 5 x the passage's", low=0)
     partial: bool = opt(False, "write the output though some chunks have no answer")
     # how fast, and at what price
     concurrency: int = opt(8, "requests in flight", low=1)
@@ -162,18 +143,16 @@ class Settings:
     backoff: float = opt(1.0, "seconds before the second attempt; doubled for each further one", low=0)
     timeout: float = opt(180.0, "seconds that a request may take", low=0.01)
     rpm: float = opt(0.0, "requests a minute, at most; 0: no limit", low=0)
-    tpm: float = opt(0.0, "tokens a minute, in and out, at most; 0: no limit", low=0)
     budget_tokens: int = opt(0, "tokens, in and out, after which no request is sent; 0: no limit", low=0)
     budget_usd: float = opt(0.0, "money after which no request is sent; 0: no limit", low=0)
     usd_in: float = opt(0.0, "price of a million tokens of prompts", low=0)
     usd_out: float = opt(0.0, "price of a million tokens of answers", low=0)
 
 
-# What may change between two runs on one out_dir. What decides an answer is part of its key.
+# What may change between two runs on one out_dir.
 FREE = (
-    *("base_url", "key_env", "batch_out", "batch_form", "batch_in"),
-    *("longest", "partial"),
-    *("concurrency", "retries", "backoff", "timeout", "rpm", "tpm"),
+    *("base_url", "key_env", "batch_out", "batch_form", "batch_in", "partial"),
+    *("concurrency", "retries", "backoff", "timeout", "rpm"),
     *("budget_tokens", "budget_usd", "usd_in", "usd_out"),
 )
 
@@ -181,24 +160,20 @@ FREE = (
 def check_settings(s: Settings) -> None:
     ways = ("given", "base_url", "batch_out", "batch_in")
     given = [f"--{name}" for name in ways if getattr(s, name)]
-    if not given:
-        raise UserError("--base_url, --batch_out, --batch_in or --given is required: who writes thoughts")
-    if len(given) > 1:
-        raise UserError(f"{', '.join(given)}: give one at a time")
-    if s.given and (s.model or s.extra or s.style != "thoughts"):
-        raise UserError(f"--given={s.given}: goes with no --model, --extra and --style")
+    if len(given) != 1:
+        raise UserError(f"{', '.join(given) or 'nobody writes'}: give one of --base_url, --batch_out, "
+                        "--batch_in and --given")
+    if s.given and (s.model or s.style != "thoughts"):
+        raise UserError(f"--given={s.given}: goes with no --model and --style")
     if not s.given and not s.model:
         raise UserError(f"{given[0]}: needs --model=NAME, the model that answers")
-    has_budget = s.budget_usd or s.budget_tokens
-    if has_budget and not s.base_url:
+    if (s.budget_usd or s.budget_tokens) and not s.base_url:
         raise UserError("--budget_usd, --budget_tokens: only for --base_url; --batch_out prints a price")
     if s.budget_usd and not (s.usd_in and s.usd_out):
         needed = "--usd_in and --usd_out, in dollars a million tokens"
         raise UserError(f"--budget_usd={s.budget_usd}: needs {needed}")
-    if s.timeout > 86400:
-        raise UserError(f"--timeout={s.timeout}: expected at most 86400 seconds, a day")
     if s.base_url:
-        read_url(s.base_url)
+        read_host(s.base_url)
         read_key(s.key_env)
 
 
@@ -226,19 +201,13 @@ class Job(NamedTuple):
 
     def size(self) -> tuple[int, int]:
         """About the most tokens that it takes, in and out: set aside until the true numbers come."""
-        limits = [self.request.get(name) for name in ("max_tokens", "max_completion_tokens")]
-        longest = max((n for n in limits if type(n) is int and n > 0), default=4096)
-        return tokens_about(self.prompt), longest
+        return most_tokens(self.prompt), self.request["max_tokens"]
 
 
 def fill(template: str, before: str, passage: str) -> str:
     """Fill the template's two places in one pass, so that a text that spells out a place is left alone."""
     texts = {"{before}": before, "{passage}": passage}
     return re.sub(r"\{before\}|\{passage\}", lambda place: texts[place[0]], template)
-
-
-def text_of(corpus: Corpus, chunks) -> str:
-    return "".join(corpus.tokenizer.decode(corpus.chunk(i)) for i in chunks)
 
 
 class Task:
@@ -248,22 +217,21 @@ class Task:
         self.s = s
         self.corpus = corpus
         self.template = read_prompt(s)
-        self.extra = read_extra(s)
         if s.style == "thoughts":
             self.unit = "chunks"
-            self.wanted = (np.diff(corpus.chunks) > 0) & ~corpus.questions
+            wanted = (np.diff(corpus.chunks) > 0) & ~corpus.questions
+            self.numbers = np.flatnonzero(wanted).tolist()
         else:
             self.unit = "documents"
-            self.wanted = np.ones(corpus.n_docs, dtype=bool)
-        self.numbers = np.flatnonzero(self.wanted).tolist()
+            self.numbers = list(range(corpus.n_docs))
 
-    def wants(self, n: int) -> bool:
-        return n < len(self.wanted) and bool(self.wanted[n])
+    def text(self, chunks) -> str:
+        return "".join(self.corpus.text(i) for i in chunks)
 
     def passage(self, n: int) -> str:
         if self.s.style == "thoughts":
-            return text_of(self.corpus, [n])
-        return text_of(self.corpus, range(self.corpus.docs[n], self.corpus.docs[n + 1]))
+            return self.text([n])
+        return self.text(range(self.corpus.docs[n], self.corpus.docs[n + 1]))
 
     def style(self, passage: str) -> str:
         if self.s.style != "wrap" or self.template:
@@ -275,76 +243,52 @@ class Task:
         passage = self.passage(n)
         before = ""
         if self.s.style == "thoughts":
-            before = text_of(self.corpus, self.corpus.before(n, self.s.before))
+            before = self.text(self.corpus.before(n, self.s.before))
         built_in = {"thoughts": PROMPT, "wrap-cot": WRAP_COT} | STYLES
         template = self.template or built_in[self.style(passage)]
         prompt = fill(template, before or NOTHING_BEFORE, passage)
+        # Arguments of the openai package's chat.completions.create(); add others here.
         request = {
             "model": self.s.model,
             "messages": [{"role": "user", "content": prompt}],
             "temperature": self.s.temperature,
             "max_tokens": self.s.max_tokens,
         }
-        request |= self.extra
-        request = {name: value for name, value in request.items() if value is not None}
         digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode())
         return Job(n, digest.hexdigest()[:16], request)
 
-    def job_of(self, name: str) -> Job | None:
-        """The job of this id; None when it is of no request, or of another command's."""
-        found = re.fullmatch(r"([0-9]{1,12})-[0-9a-f]{16}", name)
-        if not found or not self.wants(int(found[1])):
-            return None
-        job = self.job(int(found[1]))
-        return job if job.id == name else None
-
-    def jobs(self, answers: Answers):
-        """The jobs without an answer, in order."""
-        return (job for job in map(self.job, self.numbers) if not answers.has(job))
+    def missing(self, answers: Answers) -> list[int]:
+        """The numbers without an answer."""
+        return [n for n in self.numbers if not answers.has(self.job(n))]
 
 
 def read_prompt(s: Settings) -> str:
     if not s.prompt_file:
         return ""
-    flag = f"--prompt_file={s.prompt_file}"
     try:
         text = Path(s.prompt_file).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{flag}: no such file") from None
     except UnicodeDecodeError:
-        raise UserError(f"{flag}: not UTF-8 text") from None
+        raise UserError(f"{s.prompt_file}: not UTF-8 text") from None
     if "{passage}" not in text:
-        raise UserError(f"{flag}: lacks {{passage}}, the place where the passage goes")
+        raise UserError(f"{s.prompt_file}: lacks {{passage}}, the place where the passage goes")
     return text
 
 
-def read_extra(s: Settings) -> dict:
-    try:
-        extra = json.loads(s.extra or "{}")
-    except ValueError:
-        extra = None
-    if not isinstance(extra, dict) or {"model", "messages", "n", "stream"} & set(extra):
-        raise UserError("--extra: expected a JSON object without model, messages, n and stream")
-    return extra
-
-
-def judge(record: dict, passage: str, tok, s: Settings) -> tuple[str, str]:
+def judge(record: dict, passage: str, tok, given: bool) -> tuple[str, str]:
     """(its text, "") for an answer that can be used, else ("", why not).
 
     Special tokens that it spells out are removed, so that they are not learned as text.
     """
     spelled_out = "|".join(map(re.escape, tok.special))
     text = re.sub(spelled_out, " ", record["text"].encode(errors="replace").decode())
-    if not s.given:
-        text = text.strip()
-    if record["finish"] == "refusal" or (REFUSAL.match(text) and not s.given):
+    text = text if given else text.strip()
+    if record["finish"] == "refusal" or (REFUSAL.match(text) and not given):
         return "", "refused"
     if record["finish"] == "length":
         return "", "cut off"
     if not text.strip():
         return "", "empty"
-    longest = s.longest or 1000 + 5 * len(tok.encode_array(passage))
-    if len(tok.encode_array(text)) > longest:
+    if len(tok.encode_thought(text)) > 1000 + 5 * len(tok.encode_array(passage)):
         return "", "too long"
     return text, ""
 
@@ -358,17 +302,12 @@ def ask_endpoint(s: Settings, task: Task, answers: Answers) -> tuple[collections
     Returns how many jobs have none, by reason, and what ended the run before its end.
     """
     # A long search for them, with requests in flight, would make these run out of time.
-    missing = [job.number for job in task.jobs(answers)]
+    missing = task.missing(answers)
     if not missing:
         return collections.Counter(), ""
-    endpoint = Endpoint(s, answers.spent)
+    endpoint = Endpoint(s, answers)
     done = len(task.numbers) - len(missing)
     progress = Progress("ask", len(task.numbers), task.unit, done=done)
-
-    def store(job: Job, record: dict) -> None:
-        nonlocal done
-        answers.add(job.record(record))
-        done += "text" in record
 
     def tick() -> None:
         tokens_in, tokens_out = answers.spent
@@ -377,9 +316,9 @@ def ask_endpoint(s: Settings, task: Task, answers: Answers) -> tuple[collections
             figures["failed"] = endpoint.failed.total()
         if usd := price(s, answers.spent):
             figures["cost"] = f"${usd:.4f}"
-        progress.update(min(done, progress.total - 1), **figures)
+        progress.update(min(done + endpoint.n_answered, progress.total - 1), **figures)
 
-    asyncio.run(endpoint.ask_all(map(task.job, missing), store, tick))
+    asyncio.run(endpoint.ask_all(map(task.job, missing), tick))
     if progress.live:
         print()
     return endpoint.failed, endpoint.meter.why
@@ -395,46 +334,28 @@ def batch_line(s: Settings, job: Job) -> bytes:
     return json.dumps(line).encode() + b"\n"
 
 
-def batch_files(lines):
-    """Lists of lines, each of a size that OpenAI takes in one file."""
-    held, size = [], 0
-    for line in lines:
-        if held and (len(held) == BATCH_REQUESTS or size + len(line) > BATCH_BYTES):
-            yield held
-            held, size = [], 0
-        held.append(line)
-        size += len(line)
-    if held:
-        yield held
-
-
 def write_batch(s: Settings, task: Task, answers: Answers) -> None:
-    """The requests that are still to be answered, in files of the size that OpenAI takes."""
+    """The requests that are still to be answered, in files of BATCH_REQUESTS."""
     name = s.batch_out.removesuffix(".jsonl")
     paths = (Path(f"{name}-{number:03d}.jsonl") for number in itertools.count())
-    sizes = []
-
-    def lines():
-        for job in task.jobs(answers):
-            sizes.append(job.size())
-            yield batch_line(s, job)
-
-    n_files = 0
-    for held in batch_files(lines()):
-        with replacing(next(paths)) as temporary:
-            temporary.write_bytes(b"".join(held))
-        n_files += 1
+    missing = task.missing(answers)
+    tokens = np.zeros(2, dtype=int)
+    for first in range(0, len(missing), BATCH_REQUESTS):
+        with open(next(paths), "wb") as f:
+            for job in map(task.job, missing[first : first + BATCH_REQUESTS]):
+                f.write(batch_line(s, job))
+                tokens += job.size()
     # Files of an earlier run: if they were handed in again, their requests would be paid for twice.
     for old in itertools.takewhile(Path.exists, paths):
         old.unlink()
-    tokens = np.array(sizes or [(0, 0)]).sum(axis=0)
     cost = f", ${price(s, tokens):.2f}" if price(s, tokens) else ""
     most = f"at most about {tokens[0]:,} tokens in, {tokens[1]:,} out{cost}"
-    print(f"{len(sizes)} requests in {n_files} files {name}-000.jsonl ...: {most}")
+    n_files = -(-len(missing) // BATCH_REQUESTS)
+    print(f"{len(missing)} requests in {n_files} files {name}-000.jsonl ...: {most}")
 
 
 def read_result(line: dict) -> dict:
-    """The answer in a line of OpenAI's batch files, or of responses.jsonl.
+    """The answer in a line of OpenAI's batch files, or of eval_math.py's responses.jsonl.
 
     Trouble when the line has none.
     """
@@ -451,25 +372,34 @@ def read_local_result(line: dict) -> dict:
 
     It ends at a blank line, since a base model goes on and on.
     """
-    responses = line.get("responses")
-    last = responses[-1] if isinstance(responses, list) and responses else None
-    if not isinstance(last, dict) or not isinstance(last.get("response"), str):
-        raise Trouble("a line without a response")
-    text, blank_line, _ = last["response"].strip().partition("\n\n")
+    try:
+        last = line["responses"][-1]
+        text, blank_line, _ = last["response"].strip().partition("\n\n")
+    except (AttributeError, IndexError, KeyError, TypeError):
+        raise Trouble("a line without a response") from None
     finish = "length" if last.get("cut_off") and not blank_line else "stop"
     return {"text": text, "finish": finish, "in": None, "out": None}
 
 
+def read_object(line: str) -> dict | None:
+    """A line of a jsonl file, None for a blank one; ValueError when it is no JSON object."""
+    value = json.loads(line) if line.strip() else None
+    if not isinstance(value, dict | None):
+        raise ValueError("expected a JSON object")
+    return value
+
+
 def read_batch(s: Settings, task: Task, answers: Answers) -> collections.Counter:
-    """Store the answers of batch files; how many lines brought none, and why."""
+    """Keep the answers of batch files; how many lines brought none, and why."""
     failed = collections.Counter()
+    numbers = {task.job(n).id: n for n in task.numbers}
     for path in s.batch_in.split(","):
-        for _, line in read_lines(path, "--batch_in"):
+        for line in filter(None, read_jsonl(path, read_object, None)):
             name = str(line.get("custom_id", line.get("gold")))
-            job = task.job_of(name)
-            if job is None:
+            if name not in numbers:
                 failed["answer to another request than this command's"] += 1
                 continue
+            job = task.job(numbers[name])
             if answers.has(job):
                 continue
             try:
@@ -477,56 +407,30 @@ def read_batch(s: Settings, task: Task, answers: Answers) -> collections.Counter
             except Trouble as t:
                 failed[t.why] += 1
                 continue
-            likely = {"in": tokens_about(job.prompt), "out": tokens_about(answer["text"])}
+            likely = {"in": most_tokens(job.prompt), "out": most_tokens(answer["text"])}
             told = {key: value for key, value in answer.items() if value is not None}
             answers.add(job.record(likely | told))
     return failed
 
 
-def read_lines(path: str, flag: str):
-    """(line number, JSON object) of a jsonl file."""
-    number = 0
-    try:
-        with open(path, "rb") as f:
-            for number, line in enumerate(f, 1):
-                value = json.loads(line) if line.strip() else None
-                if not isinstance(value, dict | None):
-                    raise ValueError("expected a JSON object")
-                if value is not None:
-                    yield number, value
-    except FileNotFoundError:
-        raise UserError(f"{flag}={path}: no such file") from None
-    except (ValueError, RecursionError) as e:  # also UnicodeDecodeError
-        raise UserError(f"{path}:{number}: {e}; mend it") from None
-
-
-def chunk_number(line: dict, corpus: Corpus) -> int | None:
-    """The chunk that a line of --given names; None if it names none."""
-    number, doc, index = (line.get(name) for name in ("chunk", "doc", "index"))
-    if number is not None:
-        return number if type(number) is int and 0 <= number < corpus.n_chunks else None
-    if type(doc) is not int or type(index) is not int or not 0 <= doc < corpus.n_docs:
-        return None
-    first, end = corpus.docs[doc], corpus.docs[doc + 1]
-    return int(first) + index if 0 <= index < end - first else None
-
-
 def read_given(s: Settings, task: Task) -> dict[int, dict]:
     """The thoughts of --given by chunk."""
-    given = {}
-    for number, line in read_lines(s.given, "--given"):
-        where = f"{s.given}:{number}"
-        i = chunk_number(line, task.corpus)
-        if i is None or not isinstance(line.get("thought"), str):
-            last = task.corpus.n_chunks - 1
-            form = f'{{"chunk": 0 to {last}, "thought": text}}'
-            raise UserError(f'{where}: expected {form}, or "doc" and "index" for the chunk')
-        if not task.wants(i):
-            why = f"chunk {i} is a question or empty, and takes no thought"
-            raise UserError(f"{where}: {why}; leave it out")
+    given, wanted = {}, set(task.numbers)
+
+    def read(text: str) -> None:
+        line = read_object(text)
+        if line is None:
+            return
+        i, thought = line.get("chunk"), line.get("thought")
+        if type(i) is not int or not isinstance(thought, str):
+            raise ValueError('expected {"chunk": number, "thought": text}')
+        if i not in wanted:
+            raise ValueError(f"chunk {i} takes no thought: a question, empty, or not in the corpus")
         if i in given:
-            raise UserError(f"{where}: chunk {i} has a thought already; leave one out")
-        given[i] = {"text": line["thought"], "finish": "stop"}
+            raise ValueError(f"chunk {i} has a thought already")
+        given[i] = {"text": thought, "finish": "stop"}
+
+    read_jsonl(s.given, read, None)
     return given
 
 
@@ -536,18 +440,18 @@ def obtain(s: Settings, task: Task, answers: Answers) -> None:
         failed, why = read_batch(s, task, answers), ""
     else:
         failed, why = ask_endpoint(s, task, answers)
-    missing = sum(1 for _ in task.jobs(answers))
+    missing, total = len(task.missing(answers)), len(task.numbers)
     if not missing:
         return
     reasons = [why] if why else []
     reasons += [f"{n} x {reason}" for reason, n in failed.most_common()]
     why_not = "; ".join(reasons) or "not in the files"
-    said = f"{missing} of {len(task.numbers)} have no answer ({why_not})"
-    if s.partial and missing < len(task.numbers):
+    said = f"{missing} of {total} have no answer ({why_not})"
+    if s.partial and missing < total:
         print(said)
         return
     advice = "raise the budget to go on" if "budget" in why else "the same command goes on"
-    if missing < len(task.numbers):
+    if missing < total:
         advice += ", --partial writes what is there"
     raise UserError(f"{s.out_dir}: not written, {said}; {advice}")
 
@@ -555,56 +459,43 @@ def obtain(s: Settings, task: Task, answers: Answers) -> None:
 # ------------------------------------------------------------------------------ the output
 
 
-class Output:
-    """Writes the output folder. find(number): the record of a chunk's answer, or None."""
+def usable(s: Settings, task: Task, find, counts: collections.Counter):
+    """(number, text) of each answer that can be used; counts: how many, and why others cannot.
 
-    def __init__(self, s: Settings, task: Task, find):
-        self.s = s
-        self.task = task
-        self.find = find
-        self.counts = collections.Counter()
-
-    def texts(self):
-        """(number, text) of each chunk that takes a thought; "" for an answer that cannot be used."""
-        for n in self.task.numbers:
-            text, bad = "", "unanswered"
-            if record := self.find(n):
-                passage = self.task.passage(n)
-                text, bad = judge(record, passage, self.task.corpus.tokenizer, self.s)
-            self.counts[bad or "used"] += 1
+    find(number): the record of the answer, or None.
+    """
+    for n in task.numbers:
+        text, bad = "", "unanswered"
+        if record := find(n):
+            text, bad = judge(record, task.passage(n), task.corpus.tokenizer, bool(s.given))
+        counts[bad or "used"] += 1
+        if text:
             yield n, text
 
-    def spans(self):
-        """The thought of each chunk of the corpus as ids."""
-        texts = self.texts()
-        for i in range(self.task.corpus.n_chunks):
-            text = next(texts)[1] if self.task.wants(i) else ""
-            yield self.task.corpus.tokenizer.encode_array(text) if text else []
 
-    def write(self, settings: Path, meta: dict) -> dict:
-        """Write the folder, with a copy of settings.json; the contents of its meta.json."""
-        meta = meta | {"counts": self.counts}  # filled while the texts are written
-        out = Path(self.s.out_dir)
-        if self.s.style == "thoughts":
-            write_thoughts(out, self.task.corpus, self.spans(), meta, files=[settings])
-        else:
-            self.write_texts(settings, meta)
-        return read_json(out / "meta.json")
-
-    def write_texts(self, settings: Path, meta: dict) -> None:
-        with new_folder(self.s.out_dir) as folder:
-            with open(folder / "texts.jsonl", "w", encoding="utf-8") as f:
-                for n, text in self.texts():
-                    style = self.task.style(self.task.passage(n))
-                    line = {"text": text, "doc": n, "style": style}
-                    if text:
-                        f.write(json.dumps(line, ensure_ascii=False) + "\n")
-            shutil.copy(settings, folder)
-            corpus = {"kind": "texts", "corpus": self.task.corpus.meta["sha256"]}
-            write_json(folder / "meta.json", corpus | meta)
+def spans(texts, corpus: Corpus):
+    """The thought of each chunk of the corpus as ids."""
+    done = 0
+    for n, text in texts:
+        yield from [[]] * (n - done)
+        yield corpus.tokenizer.encode_thought(text)
+        done = n + 1
+    yield from [[]] * (corpus.n_chunks - done)
 
 
-def report(out: Path, meta: dict) -> str:
+def write_texts(out_dir: str, task: Task, texts, settings: Path, meta: dict) -> None:
+    with new_folder(out_dir) as folder:
+        with open(folder / "texts.jsonl", "w", encoding="utf-8") as f:
+            for n, text in texts:
+                line = {"text": text, "doc": n, "style": task.style(task.passage(n))}
+                f.write(json.dumps(line, ensure_ascii=False) + "\n")
+        shutil.copy(settings, folder)
+        corpus = {"kind": "texts", "corpus": task.corpus.meta["sha256"]}
+        write_json(folder / "meta.json", corpus | meta)
+
+
+def report(out: Path) -> str:
+    meta = read_json(out / "meta.json")
     counts = dict(meta["counts"])
     total = sum(counts.values())
     used = counts.pop("used", 0)
@@ -617,17 +508,7 @@ def report(out: Path, meta: dict) -> str:
     return line
 
 
-def is_complete(s: Settings, meta: dict, made: dict) -> bool:
-    """Whether the output folder holds all that can be had; UserError if it was made in another way."""
-    if "counts" not in meta or (not s.given and "unanswered" in meta["counts"]):
-        return False
-    if any(meta.get(name, value) != value for name, value in made.items()):
-        advice = "remove it, and the same command makes it anew"
-        raise UserError(f"{s.out_dir}: made with another --longest, prompt or file of thoughts; {advice}")
-    return True
-
-
-def fill_folder(s: Settings, task: Task, given: dict | None, work: Path, made: dict) -> None:
+def fill_folder(s: Settings, task: Task, given: dict | None, work: Path, words: str) -> None:
     """Get the answers and write the output folder. work: the folder of answers, which is ours alone."""
     answers = Answers(work / "answers.jsonl")
     if not sum(answers.spent):  # nothing was asked yet: a mistyped setting need not stay
@@ -638,21 +519,29 @@ def fill_folder(s: Settings, task: Task, given: dict | None, work: Path, made: d
         return
     if given is None:
         obtain(s, task, answers)
+    counts = collections.Counter()  # filled while the texts are written
     meta = {
         "maker": "data/teacher.py",
         "model": s.given or s.model,
         "style": s.style,
         "before": s.before,
-        "temperature": task.extra.get("temperature", s.temperature),
-        "tokens_in": answers.spent[0],
-        "tokens_out": answers.spent[1],
+        "temperature": s.temperature,
+        "tokens_in": int(answers.spent[0]),
+        "tokens_out": int(answers.spent[1]),
         "usd": price(s, answers.spent),
+        "words": words,
+        "counts": counts,
     }
     find = (lambda n: answers.get(task.job(n))) if given is None else given.get
-    meta = Output(s, task, find).write(work / "settings.json", meta | made)
+    texts = usable(s, task, find, counts)
+    settings = work / "settings.json"
+    if s.style == "thoughts":
+        write_thoughts(s.out_dir, task.corpus, spans(texts, task.corpus), meta, files=[settings])
+    else:
+        write_texts(s.out_dir, task, texts, settings, meta)
     if given is not None:
         shutil.rmtree(work)
-    print(report(Path(s.out_dir), meta))
+    print(report(Path(s.out_dir)))
 
 
 def main(s: Settings) -> None:
@@ -667,18 +556,20 @@ def main(s: Settings) -> None:
     given = read_given(s, task) if s.given else None
     # What settings.json does not tell of how the folder is made.
     words = json.dumps(given or task.template or [PROMPT, NOTHING_BEFORE, STYLES, WRAP_COT])
-    made = {"longest": s.longest, "words": hashlib.sha256(words.encode()).hexdigest()[:16]}
+    words = hashlib.sha256(words.encode()).hexdigest()[:16]
     if out.exists():
         claim(out, s, FREE)
         meta = read_json(out / "meta.json")
-        if is_complete(s, meta, made):
-            print(f"complete: {report(out, meta)}")
+        if given or "unanswered" not in meta["counts"]:
+            if meta["words"] != words:
+                raise UserError(f"{out}: made with another prompt or file of thoughts; remove it")
+            print(f"complete: {report(out)}")
             return
     work.mkdir(parents=True, exist_ok=True)
     with hold(work / "lock", wait=False) as held:
         if not held:
             raise UserError(f"{work}: another run is at work here; wait for it")
-        fill_folder(s, task, given, work, made)
+        fill_folder(s, task, given, work, words)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import chain, groupby
+from itertools import groupby
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -390,8 +390,8 @@ def write_tokens(s: Settings, name: Path, documents: list[Document], n_copies: i
     """Write the tokens of a range; the .npz, last, makes it complete.
 
     It holds `lengths` (tokens of each chunk), `chunks` and `bytes` (of each
-    document), and `counts`: copies, documents that were decoded again, and those
-    that came back different.
+    document), and `counts`: copies, documents that were decoded again, those that
+    came back different, and borders of chunks inside a token.
     """
     tok = tokenizer_of(s.tokenizer)
     sizes = [len(document.raw) for document in documents]
@@ -399,22 +399,22 @@ def write_tokens(s: Settings, name: Path, documents: list[Document], n_copies: i
     lengths = [np.zeros(0, np.uint32)]
     chunks = []
     came_back = []
+    n_cut = 0
     for first, last in batches(sizes):
         pieces = chunks_of(documents[first:last])
-        ids, counts = tok.encode_pieces(list(chain.from_iterable(pieces)))
+        ids, counts, cut = tok.encode_documents(pieces)
+        n_cut += cut
         tokens.append(ids.astype(token_dtype(tok.n_vocab)).tobytes())
         lengths.append(counts.astype(np.uint32))
         chunks += map(len, pieces)
-        # The tokens of each chunk, to be decoded again for some documents.
-        spans = iter(np.split(ids, np.cumsum(counts)[:-1]))
-        for document, mine in zip(documents[first:last], pieces):
-            own = [next(spans) for _ in mine]
+        ends = np.cumsum(counts)[np.cumsum(chunks[first:]) - 1]
+        for document, own in zip(documents[first:last], np.split(ids, ends[:-1])):
             if document.second % CHECKED == 0:
-                came_back.append(b"".join(map(tok.decode_bytes, own)) == document.raw)
+                came_back.append(tok.decode_bytes(own) == document.raw)
     put(name.with_suffix(".bin"), tokens)
     arrays = {"lengths": np.concatenate(lengths), "chunks": np.array(chunks, np.uint32)}
     arrays["bytes"] = np.array(sizes, np.uint32)
-    arrays["counts"] = [n_copies, len(came_back), came_back.count(False)]
+    arrays["counts"] = [n_copies, len(came_back), came_back.count(False), n_cut]
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     put(name.with_suffix(".npz"), [buffer.getvalue()])
@@ -543,11 +543,9 @@ def follow(label: str, function: Callable, tasks: list[tuple], total: int, worke
 
 
 def n_workers(asked: int) -> int:
-    if asked:
-        return asked
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return asked or len(os.sched_getaffinity(0))
+    return asked or os.cpu_count() or 1
 
 
 def save_stdin(work: Path, s: Settings) -> str:
@@ -621,7 +619,7 @@ def summary(tasks: list[list[Piece]], parts: list[Path], ranges: list[Path], out
     counts = list_dropped(tasks, parts, out)
     damaged_files = counts.pop("damaged file", 0)
     counted = [np.load(name)["counts"] for name in ranges]
-    copies, checked, differ = np.sum([[0, 0, 0], *counted], axis=0).tolist()
+    copies, checked, differ, cut = np.sum([[0] * 4, *counted], axis=0).tolist()
     reasons = ("empty", "not UTF-8", "over-long", "damaged", "contaminated")
     return {
         "documents_in": sum(counts.values()),
@@ -630,6 +628,7 @@ def summary(tasks: list[list[Piece]], parts: list[Path], ranges: list[Path], out
         "damaged_files": damaged_files,
         "round_trips_checked": checked,
         "round_trips_that_differ": differ,
+        "chunk_borders_inside_tokens": cut,
     }
 
 
@@ -640,6 +639,8 @@ def show(counts: dict, splits: dict[str, dict], out: Path) -> None:
     print(f"{counts['documents_in']:,} documents in = {' + '.join(parts)}")
     if counts["damaged_files"]:
         print(f"{counts['damaged_files']:,} damaged files, read up to the damage")
+    if n := counts.get("chunk_borders_inside_tokens"):
+        print(f"{n:,} chunks end inside a token, which is cut there")
     for name, c in splits.items():
         print(
             f"{out / name}: {c['n_docs']:,} documents, {c['n_chunks']:,} chunks, "

@@ -53,7 +53,7 @@ def test_tokenizer_gives_text_back(n_vocab):
     tok = make_tokenizer(TEXTS * 3, n_vocab)
     for text in TEXTS + random_texts(300):
         ids = tok.encode(text)
-        assert tok.decode(ids) == text and tok.n_bytes(ids) == len(text.encode())
+        assert tok.decode(ids) == text and tok.decode_bytes(ids) == text.encode()
         assert not set(ids) & {tok.bos, tok.eos, tok.sol, tok.eol, tok.pri, tok.pos}, (
             "text never turns into special tokens"
         )

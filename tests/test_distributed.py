@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 
 import train
+from data.lib import ranks
 from data.lib.cli import UserError
 from data.lib.plan import micro_plan
 from data.lib.safetensors import read_safetensors
@@ -155,6 +156,31 @@ def test_a_batch_that_cannot_be_shared_is_refused():
         micro_plan(train.Settings(replicas=3), 2)
     with pytest.raises(UserError, match="--batch_size=1: fewer rows"):
         micro_plan(train.Settings(batch_size=1), 2)
+
+
+ALONE = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}
+
+
+@pytest.mark.parametrize("names,said", [
+    (["WORLD_SIZE"], "not RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: start by torchrun, or unset"),
+    (["WORLD_SIZE", "RANK"], "not LOCAL_RANK, MASTER_ADDR, MASTER_PORT: start by torchrun"),
+    ([*ALONE], "the ranks cannot meet"),
+])  # fmt: skip
+def test_half_of_torchruns_variables_are_named(names, said, monkeypatch):
+    for name in ALONE:
+        monkeypatch.delenv(name, raising=False)
+    for name in names:
+        monkeypatch.setenv(name, ALONE[name])
+    with pytest.raises(UserError, match=said):
+        ranks.join_ranks("cpu")
+
+
+def test_a_rank_without_torchrun_is_not_silent(monkeypatch, capsys):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "3")
+    ranks.worker_device("cpu")
+    print("heard")
+    assert "heard" in capsys.readouterr().out
 
 
 @pytest.mark.slow

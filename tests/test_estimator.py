@@ -420,6 +420,23 @@ def test_picks_that_gain_too_little_are_dropped(toy_model):
     assert some.log_none[first[dropped] + 1] == pytest.approx(plain, abs=1e-4)
 
 
+def test_gain_by_evidence_asks_the_mean_weight(toy_model):
+    """A pick is dropped exactly where thoughts, taken together, explain the text worse than none does,
+    whatever the text gains behind that one; the other picks stay."""
+    corpus, limits = corpus_of([[[0, 1], [1, 0]]] * 100), Limits(3, 4, 64)
+
+    def picks(**how):
+        return infer(Engine(toy_model), corpus, np.arange(200), EStep(limits, 3, **how))
+
+    every = picks()
+    evidence = np.log(np.exp(every.log_w).mean(axis=1)) - every.log_none
+    least = float(np.median(evidence))
+    some, by_text = picks(min_gain=least, gain_by="evidence"), picks(min_gain=least)
+    np.testing.assert_array_equal(some.pick, np.where(evidence < least, -1, every.pick))
+    assert (some.pick != by_text.pick).sum() > 20, "the two rules differ"
+    assert (some.pick == -1).sum() > 20 and (some.pick >= 0).sum() > 20
+
+
 @pytest.mark.parametrize("samples,n_rows", [(1, 4), (3, 2), (4, 7), (16, 512)])
 def test_cached_decoding_equals_teacher_forcing(toy_model, samples, n_rows):
     """Whatever the number of rows, refills and prompts of different lengths: the sampler's own

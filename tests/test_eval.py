@@ -57,18 +57,18 @@ def respond(engine, tok, problems, s, one_line=False):
 
 
 def test_rows_of_all_benchmarks_are_read():
-    gsm = read_item({"question": " How many? ", "answer": "2 + 3 = <<2+3=5>>5\nSo 5.\n#### 5"}, "f:1")
+    gsm = read_item({"question": " How many? ", "answer": "2 + 3 = <<2+3=5>>5\nSo 5.\n#### 5"})
     assert gsm == Item("How many?", "2 + 3 = 5\nSo 5.", "5", {})
     solution = "We get $\\boxed{\\frac{1}{2}}$."
     math_row = read_item(
-        {"problem": "Find $x$.", "solution": solution, "level": "Level 3", "type": "Algebra"}, "f:1"
+        {"problem": "Find $x$.", "solution": solution, "level": "Level 3", "type": "Algebra"}
     )
     assert math_row == Item("Find $x$.", solution, "\\frac{1}{2}", {"level": "3", "subject": "Algebra"})
     mmlu = read_item(
-        {"question": "Which?", "choices": ["a", "b", "c"], "answer": 2, "type": "physics"}, "f:1"
+        {"question": "Which?", "choices": ["a", "b", "c"], "answer": 2, "type": "physics"}
     )
     assert mmlu == Item("Which?\n(A) a\n(B) b\n(C) c", "", "C", {"subject": "physics"})
-    assert read_item({"question": "How?", "answer": 7}, "f:1").answer == "7"
+    assert read_item({"question": "How?", "answer": 7}).answer == "7"
     for bad in (
         {"question": "q"},
         {"answer": "5"},
@@ -76,8 +76,66 @@ def test_rows_of_all_benchmarks_are_read():
         {"question": "q", "choices": ["a"], "answer": 3},
         {"question": 3, "answer": "5"},
     ):
-        with pytest.raises(UserError, match="f:1: field"):
-            read_item(bad, "f:1")
+        with pytest.raises(ValueError, match="field"):
+            read_item(bad)
+
+
+FOUR = {"A": "w", "B": "x", "C": "y", "D": "z"}
+PRO = {"question": "q", "options": list("abcdefghij"), "answer": "I", "answer_index": 8}
+BOXES = "The final answer is positive. So $\\boxed{3}$ and $\\fbox{x=\\boxed{\\frac{1}{2}}}$ in all."
+
+
+@pytest.mark.parametrize("row,answer,shown", [
+    (PRO, "I", "(J) j"),
+    ({"question": "q", "answer": "C"} | FOUR, "C", "(D) z"),
+    ({"question": "q", "answer": "B", "E": None, "F": math.nan} | FOUR, "B", "(D) z"),
+    ({"question": "q", "choices": ["a", 2.5], "answer": 1.0}, "B", "(B) 2.5"),
+    ({"question": "q", "choices": None, "answer": "0"}, "0", "q"),
+    ({"problem": "p", "solution": BOXES}, "\\frac{1}{2}", "p"),
+    ({"question": "q", "answer": 10**400}, "1" + "0" * 400, "q"),
+])  # fmt: skip
+def test_published_rows_are_read_right(row, answer, shown):
+    item = read_item(row | {"level": math.nan})
+    assert item.answer == answer and item.question.endswith(shown) and not item.about
+
+
+@pytest.mark.parametrize("row,said", [
+    (PRO | {"options": list("abcdefghijkl")}, "there are 12 choices, at most 10"),
+    (PRO | {"options": {"text": ["a"]}}, "is no list"),
+    (PRO | {"options": ["a", math.nan, *"cdefghij"]}, "one is empty"),
+    (PRO | {"answer": "K"}, "none of the choices"),
+    (PRO | {"answer": "BC"}, "none of the choices"),
+    (PRO | {"answer": 1.5}, "none of the choices"),
+    (PRO | {"answer": True}, "none of the choices"),
+    ({"question": "q", "answer": "D"} | FOUR | {"C": ""}, "one is empty"),
+    ({"question": "q", "answer": math.nan}, "neither text nor a number"),
+    ({"question": "q", "answer": -math.inf}, "neither text nor a number"),
+    ({"question": "q", "answer": False}, "neither text nor a number"),
+    ({"question": math.nan, "answer": "1"}, "no text"),
+    ({"problem": "p", "solution": "$\\boxed{2}$, no: $\\boxed{}$"}, "last .boxed, or it is empty"),
+    ({"problem": "p", "solution": "$\\boxed{2$"}, "last .boxed, or it is empty"),
+])  # fmt: skip
+def test_what_is_no_problem_is_refused_with_its_line(row, said, tmp_path):
+    good = json.dumps({"question": "q", "answer": "1"})
+    (tmp_path / "a.jsonl").write_text(f"{good}\n\n{json.dumps(row)}")
+    (tmp_path / "a.json").write_text(f"[{good},{json.dumps(row)}]")
+    for place in ("a.jsonl:3", "a.json:2"):
+        with pytest.raises(UserError, match=f"{place}: .*{said}"):
+            read_items(tmp_path / place.partition(":")[0])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "b.csv", "list.json"])
+def test_a_mark_at_the_start_and_blank_lines_are_no_error(name, tmp_path):
+    rows = [{"question": "Is it, so?", "answer": "B"} | FOUR] * 2
+    text = "\n\n".join(map(json.dumps, rows))
+    if name == "list.json":
+        text = json.dumps(rows, indent=1)
+    if name.endswith("csv"):
+        head = {"a.csv": "Question,A,B,C,D,Answer\n\n", "b.csv": ""}[name]
+        text = head + '"Is it, so?",w,x,y,z,B\n\n' * 2
+    (tmp_path / name).write_text(f"\ufeff{text}\n\n", encoding="utf-8")
+    asked = "Is it, so?\n(A) w\n(B) x\n(C) y\n(D) z"
+    assert read_items(tmp_path / name) == [Item(asked, "", "B", {})] * 2
 
 
 def test_files_that_cannot_be_read_are_one_line(tmp_path):
@@ -323,8 +381,26 @@ def test_raw_responses_stop_where_told(tok):
     assert r == {"response": tok.decode(text), "tokens": len(text), "cut_off": False, "forced": False}
     ends = engine.calls[0][3]["ends"]
     assert ends(np.array(text))
-    assert ends(np.array(tok.encode("so.\n\nProblem: next")))
-    assert not ends(np.array(tok.encode("The final answer is 5")))
+    answer = "So the final answer is"
+    for text, over in {
+        "so.\n\nProblem: next": True,
+        "so.\n** Question: next": True,
+        "Problem: next": True,
+        f"{answer} 5": False,
+        f"{answer}:\n\n": False,
+        f"{answer}:\n\n5.": False,
+        f"{answer}:\n\n5.\n": True,
+        f"{answer}\n\\[\n5\n": False,
+        f"{answer}\n\\[\n5\n\\]\n": True,
+        f"{answer} $$x =\n": False,
+        f"{answer} $$x =\n5$$.\n": True,
+        f"{answer}\n\\begin{{array}}5\n": False,
+        f"{answer}\n\\begin{{array}}5\n\\end{{array}}\n": True,
+        "Now the Question: is it odd? Word Problem: 5": False,
+        "long " * 60 + "so the Question:" + " is" * 47: False,
+    }.items():
+        ids = np.array(tok.encode(text))
+        assert any(ends(ids[:n]) for n in range(1, len(ids) + 1)) == over, text
 
 
 # ------------------------------------- where a corpus's answers end
@@ -496,11 +572,11 @@ def test_text_nll_equals_the_whole_document(toy_model):
     assert got.sum() == pytest.approx(-log_p[range(6), ids[0, 1:]].sum().item(), abs=1e-4)
 
 
-def decode_letters(ids) -> str:
-    return "".join("ab"[i] for i in ids)
+def decode_letters(ids, first=True) -> bytes:
+    return bytes(b"ab"[i] for i in ids)
 
 
-LETTERS = SimpleNamespace(**vars(TOY), n_bytes=len, decode=decode_letters)  # a byte a letter
+LETTERS = SimpleNamespace(**vars(TOY), n_bytes=len, decode_bytes=decode_letters)  # a byte a letter
 
 
 def toy_corpus(long: int = 0):

@@ -57,30 +57,17 @@ def hub(made, monkeypatch) -> SimpleNamespace:
     """huggingface_hub's functions over that folder. `fails`: a file that breaks off when it is fetched."""
     hub = SimpleNamespace(asked=[], fails="")
 
-    def list_repo_tree(repo, folder, *, recursive, revision, repo_type):
-        assert (repo, folder, repo_type, revision) == (finemath.REPO, "finemath-4plus", "dataset", "c0ffee")
-        hub.asked.append("list")
-        files = [
-            SimpleNamespace(path=str(p.relative_to(made.folder / "hub")), size=p.stat().st_size)
-            for p in (made.folder / "hub").rglob("*.jsonl")
-        ]
-        return [SimpleNamespace(path="finemath-4plus/README.md", size=3), *files[::-1]]
-
-    def hf_hub_download(repo, file, *, repo_type, revision, local_dir):
-        assert (repo, repo_type, revision) == (finemath.REPO, "dataset", "c0ffee")
+    def hf_hub_download(repo, file, *, repo_type, local_dir):
+        assert (repo, repo_type) == (finemath.REPO, "dataset")
         hub.asked.append(Path(file).stem[6:])
         if hub.fails and hub.fails in file:
             raise ConnectionError("reset")
         (Path(local_dir) / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(made.folder / "hub" / file, Path(local_dir) / file)
 
-    api = SimpleNamespace(
-        dataset_info=lambda repo, revision: SimpleNamespace(sha="c0ffee"), list_repo_tree=list_repo_tree
-    )
-    monkeypatch.setitem(
-        sys.modules, "huggingface_hub", SimpleNamespace(HfApi=lambda: api, hf_hub_download=hf_hub_download)
-    )
-    monkeypatch.setattr(finemath, "SUFFIX", ".jsonl")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=hf_hub_download))
+    files = [f"finemath-4plus/train-0000{i}-of-00003.jsonl" for i in range(3)]
+    monkeypatch.setattr(finemath, "FILES", files)
     monkeypatch.setattr(finemath, "READER", "json")
     monkeypatch.setattr(finemath, "__file__", str(made.folder / "finemath.py"))  # its benchmarks
     return hub
@@ -108,15 +95,9 @@ def test_cut_off_and_gone_on(made, hub, tmp_path, capsys):
     ):
         finemath.main(settings(made, out))
     assert not out.exists() and len(list((tmp_path / "out.files").rglob("*.jsonl"))) == 1
-    with pytest.raises(
-        UserError, match="listing.json: of --revision=main; give that one or another --download_dir"
-    ):
-        finemath.main(settings(made, out, revision="v2"))
     hub.fails = ""
     finemath.main(settings(made, out))
-    assert hub.asked == ["list", *(f"0000{i}-of-00003" for i in (0, 1, 1, 2))], (
-        "the listing is noted, whole files are not fetched again"
-    )
+    assert hub.asked == [f"0000{i}-of-00003" for i in (0, 1, 1, 2)], "whole files are not fetched again"
     counts = read_json(out / "meta.json")["counts"]
     assert (
         counts["dropped"]["copies"] == 1
@@ -124,12 +105,12 @@ def test_cut_off_and_gone_on(made, hub, tmp_path, capsys):
         and counts["documents_out"] == 298
     ), "MMLU's short question is no reason"
     shutil.rmtree(tmp_path / "out.files")
-    finemath.main(settings(made, tmp_path / "again", download_dir=str(tmp_path / "elsewhere")))
+    finemath.main(settings(made, tmp_path / "again"))
     assert content(tmp_path / "again") == {
-        k: v.replace(b"out.files", b"elsewhere") for k, v in content(out).items()
+        k: v.replace(b"out.files", b"again.files") for k, v in content(out).items()
     }
     capsys.readouterr()
-    finemath.main(settings(made, tmp_path / "again", download_dir=str(tmp_path / "elsewhere")))
+    finemath.main(settings(made, tmp_path / "again"))
     assert "complete already" in capsys.readouterr().out
 
 
@@ -165,59 +146,32 @@ def test_parquet_gives_the_same(made, hub, tmp_path, monkeypatch):
 def test_the_plan(made, hub, tmp_path, capsys):
     finemath.main(settings(made, tmp_path / "out", files=str(made.folder / "hub/*/*.jsonl"), dry_run=True))
     out = capsys.readouterr().out
-    n_text = sum(len(d) for i, d in enumerate(made.documents) if i not in (150, 200))
-    assert (
-        "documents  300: validation 1, warm 15, bootstrap 60, rest 224" in out
-        and "measured on 300 documents" in out
-        and "2 would be dropped" in out
-    )
-    assert (
-        f"{n_text / 1e6:.1f} MB" in out
-        and "gsm8k/test.jsonl" in out
-        and "0.000 GB of it to be fetched" in out
-    )
+    assert "gsm8k/test.jsonl" in out and "0.000 GB of it to be fetched" in out
     finemath.main(settings(made, tmp_path / "out", dry_run=True))
     out = capsys.readouterr().out
-    assert (
-        "files      3, " in out
-        and "not measured: no file is there yet" in out
-        and hub.asked == ["list"]
-        and not list(tmp_path.iterdir())
-    ), "nothing is written"
-    hub.fails = "00001"
-    with pytest.raises(UserError):
-        finemath.main(settings(made, tmp_path / "out"))
-    capsys.readouterr()
-    finemath.main(settings(made, tmp_path / "out", dry_run=True))
-    assert "measured on 100 documents" in capsys.readouterr().out, "with the file that is there"
+    assert "files      3, 18.365 GB; 18.365 GB of it to be fetched" in out
+    assert not hub.asked and not list(tmp_path.iterdir()), "nothing is written or asked for"
 
 
 def test_the_plan_for_all_of_it_without_a_network(made, hub, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     finemath.main(settings(made, tmp_path / "out", dry_run=True, workers=2))
     out = capsys.readouterr().out
-    assert (
-        "needs huggingface_hub; pip install huggingface_hub, or name files that are there by --files" in out
-    )
     assert "6,699,493: validation 6,700, warm 334,640, bootstrap 1,338,556, rest 5,019,597" in out, (
         "the paper's numbers"
     )
     assert "9.600 billion tokens" in out and "time       21m32s with 2 workers" in out
-    with pytest.raises(UserError, match="needs huggingface_hub"):
+    need = "needs huggingface_hub; pip install huggingface_hub, or name files that are there by --files"
+    with pytest.raises(UserError, match=need):
         finemath.main(settings(made, tmp_path / "out"))
 
 
 def test_numbers_of_documents(made, hub, tmp_path, monkeypatch, capsys):
     for n in (15, 999, 1001, 20_014, 20_020):
-        measured = {"on_disk": 10**6, "documents": n, "dropped": 0, "text": 1, "tokens": 1, "seconds": 1}
-        monkeypatch.setattr(finemath, "measure", lambda *_: measured)  # noqa: B023
-        entry = {"file": "x", "path": str(tmp_path), "bytes": tmp_path.stat().st_size}
-        measured["on_disk"] = entry["bytes"]
-        finemath.show_plan(
-            settings(made, tmp_path / "o", files="x"),
-            text.Settings(files=[], tokenizer="", out_dir=""),
-            [entry],
-        )
+        monkeypatch.setattr(finemath, "DOCUMENTS", n)
+        files = [str(tmp_path / name) for name in finemath.FILES]
+        how = text.Settings(files=files, tokenizer="", out_dir="")
+        finemath.show_plan(settings(made, tmp_path / "o"), how)
         said = [
             int(x.replace(",", ""))
             for x in re.findall(r"(?:validation|warm|bootstrap|rest) ([\d,]+)", capsys.readouterr().out)
@@ -238,12 +192,6 @@ def test_what_is_wrong_is_said_before_anything_is_fetched(made, hub, tmp_path, m
     with pytest.raises(UserError, match="needs pyarrow"):
         finemath.main(settings(made, tmp_path / "out"))
     assert not hub.asked and not list(tmp_path.iterdir())
-
-
-def test_a_file_of_another_size_is_refused(made, hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["huggingface_hub"], "hf_hub_download", lambda repo, file, **how: None)
-    with pytest.raises(UserError, match="bytes that were listed; remove it"):
-        finemath.main(settings(made, tmp_path / "out"))
 
 
 def test_command_line(made, tmp_path):

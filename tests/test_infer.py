@@ -453,8 +453,9 @@ def test_a_full_disk_loses_nothing(digits, model, whole, tmp_path):
     done = subprocess.run(
         command, capture_output=True, text=True, preexec_fn=limited, env=os.environ | ONE_THREAD
     )
-    assert done.returncode == 1 and "infer_thoughts.py: error: " in done.stderr, done.stderr
-    assert done.stderr.strip().count("\n") == 0, done.stderr
+    path = tmp_path / "E.parts/000000.npz"
+    assert done.returncode == 1 and done.stderr.strip().count("\n") == 0, done.stderr
+    assert f"infer_thoughts.py: error: {path}: File too large" in done.stderr, done.stderr
     assert not (tmp_path / "E").exists() and not list((tmp_path / "E.parts").glob("*.tmp"))
     script("infer_thoughts.py", *flags, env=ONE_THREAD)
     assert same_files(whole[0], tmp_path / "E")

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -30,24 +31,11 @@ from data.lib.tokenizer import make_tokenizer
 
 KEY = "sk-secret-0123456789abcdef"
 FAULTS = (
-    "slow",
-    "429",
-    "500",
-    "cut",
-    "drop",
-    "none",
-    "two",
-    "huge",
-    "html",
-    "deep",
-    "no usage",
-    "null",
-    "list",
+    *("slow", "429", "500", "cut", "drop", "none", "two"),
+    *("huge", "html", "deep", "no usage", "null", "list"),
 )
-ENDLESS = (
-    "hang",
-    "drip",
-)  # these cost the whole --timeout, so each eighth passage meets one first, and no other one
+# These cost the whole --timeout, so each eighth passage meets one first, and no other one.
+ENDLESS = ("hang", "drip")
 MOST = 400  # no request of these tests takes more tokens: prompts have under 1,000 bytes, --max_tokens is 50
 
 
@@ -62,14 +50,8 @@ class Server(ThreadingHTTPServer):
     def __init__(self, n_faults: int = 0, special=None, delay: float = 0.0):
         super().__init__(("127.0.0.1", 0), Handler)
         self.n_faults, self.special, self.delay = n_faults, special or {}, delay
-        self.attempts, self.whole, self.met, self.billed, self.times, self.lock = (
-            Counter(),
-            Counter(),
-            Counter(),
-            [0, 0],
-            [],
-            threading.Lock(),
-        )
+        self.attempts, self.whole, self.met = Counter(), Counter(), Counter()
+        self.billed, self.times, self.lock = [0, 0], [], threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
     def handle_error(self, request, address) -> None:
@@ -198,6 +180,11 @@ def teach(*args, code: int = 0):
     return run_teacher(*flags(*args), code=code)
 
 
+def start_teacher(*args, **how) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "data/teacher.py"), *flags(*args)]
+    return subprocess.Popen(command, env=os.environ | {"OPENAI_API_KEY": KEY}, **how)
+
+
 def texts(corpus: Path, out: Path) -> list[str]:
     c = open_corpus(corpus)
     thoughts = open_thoughts(out, c)
@@ -258,13 +245,15 @@ def test_faults_without_end_are_counted_and_nothing_is_lost(corpus, tmp_path):
         assert server.attempts[7] == 3 and server.attempts[11] == 1
         assert (
             "2 of 53 have no answer" in done.stderr
-            and "1 x an answer with not one choice" in done.stderr
+            and "1 x an answer that is not one message" in done.stderr
             and "1 x HTTP 400" in done.stderr
         )
         assert done.stderr.count("\n") == 1 and not (tmp_path / "T").exists()
         assert "given up: HTTP 400: too long  [31m [key]\n" in done.stdout, (
             "what the server said, once for each kind of trouble"
         )
+        done = teach(corpus, tmp_path / "T", server, "--temperature=1", code=1)
+        assert "--temperature=0.7 became 1.0" in done.stderr, "not asked for anew by mistake"
         done = teach(corpus, tmp_path / "T", server, "--retries=0", "--partial")
         assert (
             "51 of 53" in done.stdout
@@ -317,20 +306,11 @@ def test_the_budget_is_passed_by_one_request_at_most(corpus, tmp_path, budget, n
 def test_kill_9_and_resume(corpus, tmp_path, n_kills):
     path = Path(f"{tmp_path / 'T'}.answers/answers.jsonl")
     with serving(n_faults=1, delay=0.02) as server:
-        command = [
-            sys.executable,
-            str(ROOT / "data/teacher.py"),
-            *flags(corpus, tmp_path / "T", server, "--concurrency=3"),
-        ]
         kills = 0
         while kills < n_kills:
             before = len(records(tmp_path / "T"))
-            child = subprocess.Popen(
-                command,
-                env=os.environ | {"OPENAI_API_KEY": KEY},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            child = start_teacher(corpus, tmp_path / "T", server, "--concurrency=3", **quiet)
             while child.poll() is None and len(records(tmp_path / "T")) < before + 4:
                 time.sleep(0.005)
             child.kill()
@@ -347,18 +327,8 @@ def test_kill_9_and_resume(corpus, tmp_path, n_kills):
 
 def test_ctrl_c_waits_for_what_is_in_flight(corpus, tmp_path):
     with serving(delay=0.5) as server:
-        command = [
-            sys.executable,
-            str(ROOT / "data/teacher.py"),
-            *flags(corpus, tmp_path / "T", server, "--concurrency=4"),
-        ]
-        child = subprocess.Popen(
-            command,
-            env=os.environ | {"OPENAI_API_KEY": KEY},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        child = start_teacher(corpus, tmp_path / "T", server, "--concurrency=4", **pipes)
         while len(server.times) < 4:
             time.sleep(0.01)
         child.send_signal(signal.SIGINT)
@@ -372,12 +342,8 @@ def test_ctrl_c_waits_for_what_is_in_flight(corpus, tmp_path):
 
 def test_two_runs_on_one_folder_do_not_both_pay(corpus, tmp_path):
     with serving(delay=0.3) as server:
-        command = [
-            sys.executable,
-            str(ROOT / "data/teacher.py"),
-            *flags(corpus, tmp_path / "T", server, "--concurrency=16"),
-        ]
-        child = subprocess.Popen(command, env=os.environ | {"OPENAI_API_KEY": KEY}, stdout=subprocess.DEVNULL)
+        quiet = {"stdout": subprocess.DEVNULL}
+        child = start_teacher(corpus, tmp_path / "T", server, "--concurrency=16", **quiet)
         while not server.times:
             time.sleep(0.01)
         assert "another run is at work" in teach(corpus, tmp_path / "T", server, code=1).stderr
@@ -397,31 +363,29 @@ def test_retry_after_is_meant_for_all(corpus, tmp_path):
 
 
 def test_retry_after_header():
-    assert (
-        endpoint.retry_after("3") == 3
-        and endpoint.retry_after(" 0.25") == 0.25
-        and endpoint.retry_after("9" * 400) == endpoint.MAX_WAIT
-    )
-    soon = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30))
-    assert (
-        28 < endpoint.retry_after(soon) <= 30 and endpoint.retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
-    )
-    for bad in (None, "", "nan", "-5", "inf", "soon", "1e9", "Wed, 99 Foo 20150 99:99:99", "\u0663"):
-        assert endpoint.retry_after(bad) == 0
+    for said, seconds in (("3", 3), (" 0.25", 0.25), ("9" * 400, endpoint.MAX_WAIT)):
+        assert endpoint.read_error(429, said, "").wait == seconds
+    for bad in (None, "", "nan", "-5", "inf", "soon", "1e9", "Wed, 21 Oct 2015 07:28:00 GMT", "\u0663"):
+        assert endpoint.read_error(429, bad, "").wait == 0
 
 
-def test_an_answer_does_not_shorten_the_rest_that_a_server_asked_for():
+def test_an_answer_does_not_shorten_the_rest_that_a_server_asked_for(tmp_path):
     async def rest() -> float:
         start = time.monotonic()
-        meter = endpoint.Meter(teacher.Settings(corpus="", out_dir="", tpm=1e6), (0, 0))
+        s = teacher.Settings(corpus="", out_dir="", rpm=1e6)
+        meter = endpoint.Meter(s, endpoint.Answers(tmp_path / "answers.jsonl"))
         assert await meter.begin((0, 10))
         assert await meter.begin((0, 10_000))
-        meter.end((0, 10), (0, 10), wait=0.5)
-        meter.end((0, 10_000), (0, 1))
+        meter.end((0, 10), wait=0.5)
+        meter.end((0, 10_000))
         assert await meter.begin((0, 10))
         return time.monotonic() - start
 
     assert asyncio.run(rest()) > 0.5
+
+
+def asker(s: teacher.Settings, folder: Path) -> endpoint.Endpoint:
+    return endpoint.Endpoint(s, endpoint.Answers(folder / "answers.jsonl"))
 
 
 ENDLESS_BODIES = {
@@ -433,7 +397,7 @@ ENDLESS_BODIES = {
 
 
 @pytest.mark.parametrize("kind", ENDLESS_BODIES)
-def test_a_chunked_body_without_end_is_not_read_to_its_end(kind):
+def test_a_chunked_body_without_end_is_not_read_to_its_end(kind, tmp_path):
     status, chunk = kind.split("|")
     sent = []
 
@@ -448,11 +412,11 @@ def test_a_chunked_body_without_end_is_not_read_to_its_end(kind):
         s = teacher.Settings(corpus="", out_dir="", base_url=server.url)
         request = {"model": "m", "messages": [{"content": "passage 0"}]}
         with pytest.raises(endpoint.Trouble, match=ENDLESS_BODIES[kind]):
-            asyncio.run(endpoint.Endpoint(s, (0, 0)).ask_once(request))
+            asyncio.run(asker(s, tmp_path).ask_once(request))
     assert sum(sent) < 50 << 20
 
 
-def test_the_request_is_what_the_key_was_made_of_and_the_environment_adds_nothing(monkeypatch):
+def test_the_request_is_what_the_key_was_made_of_and_the_environment_adds_nothing(tmp_path, monkeypatch):
     seen = []
 
     class Listener(Handler):
@@ -461,13 +425,13 @@ def test_the_request_is_what_the_key_was_made_of_and_the_environment_adds_nothin
             seen.append((self.path, self.headers, json.loads(body)))
             self.answer(0, "", "", "yes")
 
-    for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_BASE_URL", "HTTP_PROXY", "ALL_PROXY"):
+    for name in ("OPENAI_BASE_URL", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     request = {
         "model": "m",
         "messages": [{"role": "user", "content": "é"}],
         "max_tokens": 5,
-        "top_k": 3,
+        "top_p": 0.5,
         "logit_bias": {},
     }
     with serving() as server:
@@ -475,7 +439,7 @@ def test_the_request_is_what_the_key_was_made_of_and_the_environment_adds_nothin
         for key in (KEY, ""):
             monkeypatch.setenv("OPENAI_API_KEY", key)
             s = teacher.Settings(corpus="", out_dir="", base_url=server.url)
-            assert asyncio.run(endpoint.Endpoint(s, (0, 0)).ask_once(request))["text"] == "yes"
+            assert asyncio.run(asker(s, tmp_path).ask_once(request))["text"] == "yes"
     for path, headers, body in seen:
         assert path == "/v1/chat/completions"
         assert body == request
@@ -486,21 +450,18 @@ def test_the_request_is_what_the_key_was_made_of_and_the_environment_adds_nothin
 def test_without_the_openai_package(corpus, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     done = teach(corpus, tmp_path / "T", SimpleNamespace(url="http://127.0.0.1:9/v1"), code=1)
-    assert "needs the openai package; pip install openai" in done.stderr
+    assert "--base_url: needs openai; pip install openai" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("flag, least", [("--rpm=3000", 52 * 0.02), ("--tpm=500000", None)])
-def test_rate_limits(corpus, tmp_path, flag, least):
+def test_rate_limit(corpus, tmp_path):
     with serving() as server:
-        teach(corpus, tmp_path / "T", server, flag)
-    spent = server.times[-1] - server.times[0]
-    least = least or (sum(server.billed) - 2 * MOST) * 60 / 500_000
+        teach(corpus, tmp_path / "T", server, "--rpm=3000")
+    spent, least = server.times[-1] - server.times[0], 52 * 0.02
     assert 0.9 * least < spent < 3 * least + 10
-    if "rpm" in flag:
-        assert all(b - a > 0.02 * 20 * 0.8 for a, b in zip(server.times, server.times[20:])), (
-            "in no second more than the limit"
-        )
+    assert all(b - a > 0.02 * 20 * 0.8 for a, b in zip(server.times, server.times[20:])), (
+        "in no second more than the limit"
+    )
 
 
 @pytest.mark.parametrize("status", [401, 402, 404, 302])
@@ -543,26 +504,24 @@ def test_a_server_that_always_fails_ends_the_run(corpus, tmp_path):
 
 
 def test_a_full_disk_cuts_no_line_into_the_next(tmp_path):
-    class Full:
-        """Takes ten bytes of a write, as a disk that is nearly full."""
-
-        def __init__(self, file):
-            self.file, self.name, self.seek, self.truncate = file, file.name, file.seek, file.truncate
-
-        def write(self, raw: bytes) -> int:
-            return self.file.write(raw[:10])
-
+    path = tmp_path / "answers.jsonl"
     record = {"chunk": 1, "key": "0" * 16, "text": "dear", "in": 5, "out": 6}
-    answers = endpoint.Answers(tmp_path / "answers.jsonl")
+    answers = endpoint.Answers(path)
     answers.add(record)
-    file, answers.file = answers.file, Full(answers.file)
-    with pytest.raises(OSError, match="cannot keep an answer: No space left.*answers.jsonl"):
-        answers.add(record | {"chunk": 0})
-    answers.file = file  # another thread's answer, which finds room again
-    answers.add(record | {"chunk": 2})
-    again = endpoint.Answers(tmp_path / "answers.jsonl")
-    there = [again.has(SimpleNamespace(id=f"{n}-{record['key']}")) for n in range(3)]
-    assert there == [False, True, True] and again.spent == answers.spent == [10, 12]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, limits[1]))  # room for ten bytes
+    try:
+        with pytest.raises(OSError, match="cannot keep an answer: File too large.*answers.jsonl"):
+            answers.add(record | {"chunk": 0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not path.read_bytes().endswith(b"\n")
+    answers.add(record | {"chunk": 2})  # another request's answer, which finds room again
+    for found in (answers, endpoint.Answers(path)):
+        jobs = [SimpleNamespace(id=f"{n}-{record['key']}") for n in range(3)]
+        assert [found.has(job) for job in jobs] == [False, True, True]
+        assert found.get(jobs[2]) == record | {"chunk": 2}
+        assert found.spent.tolist() == [10, 12]
 
 
 def test_damaged_lines_of_the_answers_are_passed_over(tmp_path):
@@ -579,21 +538,22 @@ def test_damaged_lines_of_the_answers_are_passed_over(tmp_path):
         b"".join(json.dumps(line).encode() + b"\n" for line in bad) + b"\0\xff\n" + b"[" * 100_000 + b"\n"
     )
     answers = endpoint.Answers(path)
-    assert not any(answers.has(SimpleNamespace(id=f"{n}-0")) for n in range(3)) and answers.spent == [0, 0]
+    assert not any(answers.has(SimpleNamespace(id=f"{n}-0")) for n in range(3))
+    assert answers.spent.tolist() == [0, 0]
 
 
-def test_back_off_without_end(monkeypatch):
+def test_back_off_without_end(tmp_path, monkeypatch):
     """Thousands of attempts: 2 ** attempt is no float any more."""
     s = teacher.Settings(corpus="", out_dir="", base_url="http://127.0.0.1:9", retries=1100, backoff=0.0)
-    server = endpoint.Endpoint(s, [0, 0])
+    server = asker(s, tmp_path)
 
     async def gateway_timeout(request):
         raise endpoint.read_error(504, None, "")
 
-    monkeypatch.setattr(server, "post", gateway_timeout)
-    lost = []
-    assert asyncio.run(server.ask({}, (10, 20), lost.append)).why == "HTTP 504"
-    assert len(lost) == 1101 and server.meter.spent.tolist() == [11010, 22020], (
+    monkeypatch.setattr(server, "ask_once", gateway_timeout)
+    job = teacher.Job(0, "0" * 16, {"messages": [{"content": ""}], "max_tokens": 20})
+    assert asyncio.run(server.ask(job)).why == "HTTP 504"
+    assert server.answers.spent.tolist() == [1101 * 16, 1101 * 20], (
         "a gateway that gave up: the model behind it may have answered"
     )
 
@@ -620,7 +580,7 @@ def test_bad_flags(corpus, tmp_path):
         ["--batch_out=b", "--batch_in=b"],
         [file, "--batch_out=b"],
     ):
-        assert "one at a time" in fails("--model=m", *two)
+        assert "give one of" in fails("--model=m", *two)
     assert "without a user" in fails(
         "--model=m", f"--base_url=https://{KEY}@x/v1"
     ) and "without a user" in fails("--model=m", f"--base_url=https://x/v1?key={KEY}")
@@ -628,16 +588,12 @@ def test_bad_flags(corpus, tmp_path):
     assert "--usd_out" in fails(
         "--model=m", "--base_url=http://127.0.0.1:9", "--budget_usd=3", "--usd_in=1"
     ), "else answers cost nothing"
-    assert "at most 86400" in fails("--model=m", "--base_url=http://127.0.0.1:9", "--timeout=1e20")
     assert "characters" in fails("--model=m", "--base_url=http://127.0.0.1:9", key=f"{KEY}\nX-Evil: 1")
     there = ["--model=m", "--base_url=http://127.0.0.1:9"]
-    assert "no such file" in fails(*there, "--prompt_file=missing.txt") and "--extra" in fails(
-        *there, "--extra=[1]"
-    )
+    assert "missing.txt: No such file" in fails(*there, "--prompt_file=missing.txt")
     assert "--base_url" in fails("--model=missing") and "needs --model" in fails("--batch_out=b")
-    assert "--extra" in fails(file, '--extra={"top_p": 1}') and "did you mean --budget_usd" in fails(
-        "--budget_us=3"
-    )
+    assert "goes with no --model" in fails(file, "--model=m")
+    assert "did you mean --budget_usd" in fails("--budget_us=3")
     (tmp_path / "prompt.txt").write_text("no place")
     assert "lacks {passage}" in fails(*there, f"--prompt_file={tmp_path / 'prompt.txt'}")
     (tmp_path / "T").mkdir(exist_ok=True)
@@ -662,14 +618,9 @@ def test_prompts(corpus, tmp_path):
     assert "This is passage 3. This is passage 4. \n\nPassage:\nThis is passage 5." in third, (
         "the two chunks before it, in order"
     )
-    extra = teacher.Settings(
-        corpus=str(corpus), out_dir="x", model="m", extra='{"max_tokens": null, "max_completion_tokens": 9}'
-    )
-    job = teacher.Task(extra, open_corpus(corpus)).job(3)
-    assert teacher.Job(0, "", {"messages": [{"content": ""}], "max_tokens": -1}).size()[1] == 4096, (
-        "llama.cpp: no limit"
-    )
-    assert "max_tokens" not in job.request and job.size()[1] == 9 and job.key != task.job(3).key
+    other = teacher.Settings(corpus=str(corpus), out_dir="x", model="m", before=2, max_tokens=9)
+    job = teacher.Task(other, open_corpus(corpus)).job(3)
+    assert job.size()[1] == 9 and job.key != task.job(3).key
 
 
 def test_answers_that_cannot_be_used_are_counted(corpus, tmp_path):
@@ -708,18 +659,14 @@ def test_answers_to_an_earlier_prompt_are_kept(corpus, tmp_path):
             assert sum(server.attempts.values()) == (53, 106, 106)[n]
 
 
-def test_a_damaged_log_is_said_and_utf8_errors_name_the_line(corpus, tmp_path):
+def test_a_damaged_log_is_said_and_utf8_errors_name_the_file(corpus, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"chunk": 3, "key": "01')
     with contextlib.redirect_stdout(io.StringIO()) as said:
         endpoint.Answers(tmp_path / "a.jsonl")
     assert "1 damaged lines are passed over" in said.getvalue()
     (tmp_path / "g.jsonl").write_bytes(b'{"chunk": 3, "thought": "x"}\n{"chunk": 5, "thought": "\xff"}\n')
-    assert (
-        "g.jsonl:2: "
-        in run_teacher(
-            f"--corpus={corpus}", f"--out_dir={tmp_path / 'T'}", f"--given={tmp_path / 'g.jsonl'}", code=1
-        ).stderr
-    )
+    given = [f"--corpus={corpus}", f"--out_dir={tmp_path / 'T'}", f"--given={tmp_path / 'g.jsonl'}"]
+    assert "g.jsonl: not UTF-8" in run_teacher(*given, code=1).stderr
 
 
 def test_batch_files_keep_the_name_that_was_given(corpus, tmp_path):
@@ -849,17 +796,16 @@ def test_given_thoughts(corpus, tmp_path):
     for bad in (
         '{"chunk": 60, "thought": "x"}',
         '{"chunk": true, "thought": "x"}',
-        '{"doc": 1, "index": 3, "thought": "x"}',
         '{"chunk": 2}',
         "[]",
         "{",
         "{}",
         '{"chunk": 1, "thought": "x"}',
-        '{"chunk": 5, "thought": "x"}\n{"doc": 1, "index": 2, "thought": "y"}',
+        '{"chunk": 5, "thought": "x"}\n{"chunk": 5, "thought": "y"}',
         '{"chunk": -1, "thought": "x"}',
     ):
         assert f"given.jsonl:{bad.count(chr(10)) + 1}: " in give(bad, code=1).stderr
-    give('{"chunk": 3, "thought": "\\nthree"}\n\n{"doc": 1, "index": 2, "thought": "five"}\n')
+    give('{"chunk": 3, "thought": "\\nthree"}\n\n{"chunk": 5, "thought": "five"}\n')
     got = texts(corpus, tmp_path / "T")
     assert got[3] == "\nthree" and got[5] == "five" and sum(map(bool, got)) == 2
     again = '{"chunk": 3, "thought": "\\nthree"}\n{"chunk": 5, "thought": "five"}'
@@ -867,30 +813,20 @@ def test_given_thoughts(corpus, tmp_path):
     assert "remove it" in give(again.replace("five", "six"), code=1).stderr
 
 
-def test_a_complete_folder_of_another_prompt_or_length_is_refused(corpus, tmp_path):
+def test_a_complete_folder_of_another_prompt_is_refused(corpus, tmp_path):
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("Think: {passage}")
     with serving() as server:
         teach(corpus, tmp_path / "T", server, f"--prompt_file={prompt}")
-        assert (
-            "another --longest"
-            in teach(corpus, tmp_path / "T", server, f"--prompt_file={prompt}", "--longest=3", code=1).stderr
-        )
+        first = sum(server.attempts.values())
         shutil.rmtree(tmp_path / "T")
-        done = teach(corpus, tmp_path / "T", server, f"--prompt_file={prompt}", "--longest=3")
-        assert "53 too long" in done.stdout and sum(server.attempts.values()) == 53, (
+        done = teach(corpus, tmp_path / "T", server, f"--prompt_file={prompt}")
+        assert "53 of 53" in done.stdout and sum(server.attempts.values()) == first == 53, (
             "made from the answers that are there"
         )
-        (tmp_path / "T/meta.json").write_text("{}")
-        assert (
-            "53 too long"
-            in teach(corpus, tmp_path / "T", server, f"--prompt_file={prompt}", "--longest=3").stdout
-        )
         prompt.write_text("Say: {passage}")
-        assert (
-            "another --longest, prompt"
-            in teach(corpus, tmp_path / "T", server, f"--prompt_file={prompt}", "--longest=3", code=1).stderr
-        )
+        done = teach(corpus, tmp_path / "T", server, f"--prompt_file={prompt}", code=1)
+        assert "made with another prompt" in done.stderr
         assert sum(server.attempts.values()) == 53
 
 
@@ -992,4 +928,4 @@ def test_read_answer_takes_anything():
     }
     assert endpoint.read_answer(good) == {"text": "x", "finish": "stop", "in": None, "out": None}
     with pytest.raises(UserError):
-        endpoint.read_url("http://[bad/v1")
+        endpoint.read_host("http://[bad/v1")

@@ -70,7 +70,12 @@ CASES = [
     "a. B | c\n--- | ---\nd. E | f! G\n\n¦After.",
     "Use `a. B` here.¦ `c. D` is code, `e`.¦ Then.¦ See <pre>a. B\n\nC.</pre> there.¦ The end.",
     'Wait... what?¦ He said: "Go. ¦Now."¦ (Yes.)¦ [No!]¦ It is.',
-    "今天下雨。¦我在家。¦「真的？」¦是。",
+    "今天下雨。¦我在家。¦「真的？」¦是。。。¦真的？！¦2月。",
+    'राम गया।¦ उसने कहा "जाओ।"¦ वह गया॥१॥¦ धर्म॥¦ बस',
+    "وہ گیا۔¦ کیوں؟¦ ذهب إلى البيت.¦ نعم",
+    "値は３．１４である．¦次に、図１．¦ Նա գնաց։¦ 12։30 էր։¦ ｱｲ｡¦｢ｴｵ｡｣¦ｶ",
+    "Is [itex]x. Y[/itex] so?¦ Then [tex]y = 3.[/tex]¦ Now [MATH]a. B\n\nC[/MATH].¦ [tex] Do.¦ End.",
+    "Take <math>a. B</math> here.¦ Done.",
     "Who is J. K. Rowling?¦ Me and I.¦ Then x. ¦Was it plan B. Then?",
     "U.S. troops and Ph.D. students, cf. Sec. 2, vol. 3, approx. Five, at 3. 5 and so on.",
     "   \n\nLeading space. ¦And trailing.  \n\n ",
@@ -127,7 +132,7 @@ SCRAPS = [
     "\r\n\r\n", "    ", "\t", "| ", "|---|", ". ", "! ", "? ", "1. ", "- ", "* ", "# ", "(a) ",
     "e.g. ", "Dr. ", "3.14", "9.", "A.", "?!", "…", ".) ", "}$ ", ":", "\xa0", "\u3000", "\r",
     " " * 20, "http://a.b", "Ab", "cd ", "é", "数。", "🎉", "\u2028", "\x00", "\u0301", "\ufeff",
-    "<pre>", "</pre>", "\\", "$5 and a ",
+    "<pre>", "</pre>", "\\", "$5 and a ", "[tex]", "[/tex]", "।", "॥१ ", "؟\" ", "｡",
 ]
 # fmt: on
 
@@ -154,11 +159,9 @@ def test_ten_thousand_random_documents_come_back():
             assert "".join(pieces) == text and all(pieces)
             assert ends == sorted(set(ends)) and ends[-1] == len(text)
             assert ends == slow_sentence_ends(text), text
-        ids, lengths = tok.encode_pieces(all_pieces[0])
-        assert (
-            b"".join(tok.decode_bytes(span) for span in np.split(ids, np.cumsum(lengths)[:-1]))
-            == texts[0].encode()
-        )
+        ids, lengths, _ = tok.encode_documents(all_pieces)
+        spans = np.split(ids, np.cumsum(lengths)[:-1])
+        assert [*map(tok.decode, spans)] == [piece for pieces in all_pieces for piece in pieces]
 
 
 def test_texts_beside_each_other_change_nothing():
@@ -292,11 +295,8 @@ def build(tok: Path, out: Path, *files, **flags) -> dict:
 def texts_of(folder: Path) -> list[str]:
     corpus = open_corpus(folder)
 
-    def decode(d: int) -> str:
-        spans = [corpus.chunk(i) for i in range(*corpus.docs[d : d + 2])]
-        return "".join(corpus.tokenizer.decode(span) for span in spans)
-
-    return [decode(d) for d in range(corpus.n_docs)]
+    docs = [range(a, b) for a, b in zip(corpus.docs, corpus.docs[1:])]
+    return ["".join(corpus.text(i) for i in chunks) for chunks in docs]
 
 
 def content(folder: Path, *but: str) -> dict[str, bytes]:
@@ -321,7 +321,7 @@ def test_documents_come_back_and_are_shuffled(tok, tmp_path):
     )
     corpus = open_corpus(tmp_path / "out/train")
     expected = [chunks_of(t) for t in found]
-    assert [corpus.tokenizer.decode(corpus.chunk(i)) for i in range(corpus.n_chunks)] == sum(expected, [])
+    assert [corpus.text(i) for i in range(corpus.n_chunks)] == sum(expected, [])
     assert corpus.chunk(0).tolist() == corpus.tokenizer.encode(expected[0][0])
 
 
@@ -454,6 +454,44 @@ def test_what_is_dropped_is_counted_and_listed(tok, tmp_path):
         (10, "damaged"),
     ]
     assert any(d["reason"] == "damaged file" for d in listed)
+
+
+def test_a_byte_order_mark_is_no_text(tok, tmp_path):
+    mark = "\ufeff"
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"{mark * (name == 'a')}Good one.", encoding="utf-8")
+    write_jsonl(tmp_path / "c.jsonl", [f"{mark}Good one.", mark])
+    meta = build(tok, tmp_path / "out", *sorted(tmp_path.glob("*.*")), dedup=True)
+    assert texts_of(tmp_path / "out/train") == ["Good one."]
+    assert meta["counts"]["dropped"]["copies"] == 2 and meta["counts"]["dropped"]["empty"] == 1
+    (tmp_path / "a.txt").write_text(f"{mark}Good one.\nGood one.\n", encoding="utf-8")
+    meta = build(tok, tmp_path / "lines", tmp_path / "a.txt", txt="line", dedup=True)
+    assert texts_of(tmp_path / "lines/train") == ["Good one."]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_a_git_lfs_pointer_is_no_text(tok, tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
+    with pytest.raises(UserError, match=f"{name}: a Git LFS pointer, not the file"):
+        build(tok, tmp_path / "out", tmp_path / name, skip_bad=True)
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_that_is_one_json_value_is_named(tok, tmp_path, indent, packed):
+    for value in ([{"text": "Good one."}] * 3, {"text": "Good one."} if indent else [{"text": "x" * 3000}]):
+        raw = json.dumps(value, indent=indent).encode()
+        path = tmp_path / ("a.json.gz" if packed else "a.json")
+        path.write_bytes(gzip.compress(raw) if packed else raw)
+        for skip_bad in (False, True):
+            with pytest.raises(UserError, match="one JSON value, expected an object on each line; make"):
+                build(tok, tmp_path / "out", path, skip_bad=skip_bad, max_bytes=100)
+        with pytest.raises(UserError, match="one JSON value"):
+            read_jsonl(str(path), json.loads)
+    raw = b'[1]\n{"text": "Good one."}'
+    path.write_bytes(gzip.compress(raw) if packed else raw)
+    build(tok, tmp_path / "mixed", path, skip_bad=True)
+    assert texts_of(tmp_path / "mixed/train") == ["Good one."]
 
 
 def test_lines_are_numbered_through_the_ranges_of_a_file(tok, tmp_path, monkeypatch):
@@ -1080,23 +1118,25 @@ def test_read_jsonl(tmp_path):
     assert read_jsonl(str(tmp_path / "a.jsonl.gz"), json.loads, skip_bad=True) == [{"a": 1}]
 
 
-def test_encode_pieces_equals_encode_of_each(tok):
+def test_texts_side_by_side_are_encoded_apart(tok):
     ours = load_tokenizer(tok)
-    pieces = ["One.", " Two <|never|> three", "", "数学 🎉", "<|END_OF_LATENT|>"]
-    for texts in (pieces, [p for p in pieces if "never" not in p], [], [""]):
-        ids, lengths = ours.encode_pieces(texts)
-        assert ids.tolist() == [i for t in texts for i in ours.encode(t)] and lengths.tolist() == [
-            len(ours.encode(t)) for t in texts
-        ]
+    texts = ["One.", " Two <|never|> three", "", "数学 🎉", "<|END_OF_LATENT|>"]
+    for some in (texts, [text for text in texts if "never" not in text], [], [""]):
+        ids, lengths, n_cut = ours.encode_documents([[text] for text in some])
+        assert ids.tolist() == [i for text in some for i in ours.encode(text)] and not n_cut
+        assert lengths.tolist() == [len(ours.encode(text)) for text in some]
 
 
 @needs_shared
-def test_encode_pieces_with_byte_fallback():
+def test_documents_have_the_ids_of_their_whole_texts(tmp_path):
+    """From text.py's folders; and it counts the borders of chunks that lie inside a token."""
     llama = load_tokenizer(SHARED / "data/llama2")
-    rng = random.Random(0)
-    for n in range(200):
-        texts = [random_text(rng) for _ in range(n % 7)]
-        ids, lengths = llama.encode_pieces(texts)
-        assert [span.tolist() for span in np.split(ids, np.cumsum(lengths)[:-1])][: len(texts)] == [
-            llama.encode(t) for t in texts
-        ]
+    documents = [*DOCUMENTS, "a" + "word" * 26_000]  # cut where no token ends, into 26 sentences
+    meta = build(SHARED / "data/llama2", tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", documents))
+    corpus, found = open_corpus(tmp_path / "out/train"), texts_of(tmp_path / "out/train")
+    assert sorted(found) == sorted(documents) and corpus.n_chunks > 2 * corpus.n_docs
+    same = []
+    for text, a, b in zip(found, corpus.chunks[corpus.docs], corpus.chunks[corpus.docs[1:]]):
+        same.append(corpus.tokens[a:b].tolist() == llama.encode(text))
+    assert same == [text in DOCUMENTS for text in found]
+    assert meta["counts"]["chunk_borders_inside_tokens"] == np.diff(corpus.docs)[same.index(False)] - 1 > 0

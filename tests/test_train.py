@@ -2,6 +2,7 @@
 command, and exact resume."""
 
 import json
+import math
 import random
 import shutil
 import signal
@@ -20,7 +21,7 @@ import train
 from data import digits as digits_command
 from data.lib import checkpoint, kernels, model_folder, plan
 from data.lib.cli import UserError
-from data.lib.corpus import POSTERIOR, PRIOR, RAW, open_corpus
+from data.lib.corpus import POSTERIOR, PRIOR, RAW, open_corpus, write_corpus
 from data.lib.safetensors import read_safetensors
 from data.lib.stream import Batch, Document, Rows, Stream, pad
 from data.lib.tokenizer import make_tokenizer
@@ -384,6 +385,42 @@ def test_completion_loss_is_of_what_answers_a_question():
     assert ids.min() >= 0  # what is padding or only read is an id, too
 
 
+def asked(tmp_path, lengths: list[int]) -> str:
+    """A folder with a document of a question and an answer for each length of a question."""
+    documents = [[("7" * n, True), ("5", False)] for n in lengths]
+    write_corpus(tmp_path / "C", documents, make_tokenizer(), {})
+    return str(tmp_path / "C")
+
+
+def test_answers_behind_long_questions_are_counted_and_no_step_fails(tmp_path, capsys):
+    corpus = asked(tmp_path, [40] * 6 + [3, 29, 30])  # BOS, 30 tokens, then the answer is the 32nd
+    flags = ["--loss=completion", "--seq_len=32", "--n_layer=1", "--n_embd=8", "--batch_size=1"]
+    flags += ["--max_steps=9", f"--corpus={corpus}", f"--val_corpus={corpus}", "--val_every=4"]
+    done = inside(train, *flags, f"--out_dir={tmp_path}/m")
+    assert done.stdout.count("6 of 9 documents have no answer within --seq_len=32") == 2
+    records = [json.loads(line) for line in open(tmp_path / "m/metrics.jsonl")]
+    losses = [r["loss"] for r in records if "loss" in r]
+    assert losses.count(0) == 6 and all(math.isfinite(x) for x in losses)
+    assert all(r["val_loss"] > 1 for r in records if "val_loss" in r)
+    flags[1] = "--seq_len=8"
+    done = inside(train, *flags, f"--corpus={asked(tmp_path, [40, 8])}", f"--out_dir={tmp_path}/no", code=1)
+    assert "2 of 2 documents have no answer within --seq_len=8; raise it" in done.stderr
+    assert not (tmp_path / "no").exists()
+
+
+def test_all_parameters_decay():
+    """As in the paper's code: norms and embeddings, too."""
+    model = small_model()
+    s = train.Settings(weight_decay=0.5, optimizer="adamw", lr=0.1)
+    [optimizer] = train.make_optimizers(model, s)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] * 0.95, msg=name)
+
+
 def test_completion_loss_needs_questions(tmp_path, digits):
     flags = [f"--corpus={digits}/warm", "--loss=completion", "--attention=packed"]
     done = inside(train, *flags, f"--out_dir={tmp_path}/m", code=1)
@@ -579,11 +616,12 @@ def test_plan_prints_and_writes_nothing(digits, tmp_path, capsys):
     out = run_train(digits, tmp_path / "m", "--plan=here").stdout
     for word in ("parameters", "weights", "gradients", "optimiser", "activations", "logits"):
         assert word in out
-    for word in ("FLOPs", "hours", "epochs", "of thoughts"):
+    for word in ("FLOPs", "epochs", "of thoughts"):
         assert word in out
     assert not (tmp_path / "m").exists()
     out = script("train.py", "--preset=tinyllama-1.1b", "--plan=8xH100").stdout
     assert "1,100,064,768" in out and "33,060, 12,999,720,960 tokens" in out and "8 x H100" in out
+    assert "hours at 40% of 989 TFLOP/s" in out
     big = train.PRESETS["tinyllama-1.1b"]
     with pytest.raises(UserError, match="lower --micro_batch"):
         train.main(train.Settings(**big, plan="3090"))

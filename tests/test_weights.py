@@ -28,6 +28,7 @@ transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 TOK = make_tokenizer()
 C = "config.json"
+T = "tokenizer.json"
 W = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -189,6 +190,45 @@ def test_our_folders_open_there_with_equal_logits_and_settings(name, tmp_path):
     assert model_folder.read_config(tmp_path / "ours") == model_folder.read_config(
         tmp_path / "theirs"
     )
+
+
+SIZED = {"num_attention_heads": 64, "num_key_value_heads": 32, "hidden_size": 128}
+
+
+@pytest.mark.parametrize("name,left_out", [
+    ("qwen3", "head_dim"),
+    ("qwen2", "head_dim"),
+    ("llama", "head_dim"),
+    ("qwen3", "num_key_value_heads"),
+    ("qwen2", "num_key_value_heads"),
+])  # fmt: skip
+def test_sizes_that_a_config_leaves_out_are_those_of_transformers(name, left_out, tmp_path, monkeypatch):
+    head = {"qwen3": {"head_dim": 128}}.get(name, {})
+    monkeypatch.setitem(FAMILIES, name, (FAMILIES[name][0], SIZED | head))
+    theirs = family(name)
+    theirs.save_pretrained(tmp_path)
+    TOK.save(tmp_path)
+    edit_json(tmp_path / "config.json", **{left_out: None})
+    assert gap(open_model(tmp_path)[0], their_model(tmp_path), IDS) <= 1e-4
+
+
+@pytest.mark.parametrize("beside", [
+    {"special_tokens_map.json": {"eos_token": {"content": "<|EOS|>"}, "bos_token": "<|BOS|>"}},
+    {"config.json": {"eos_token_id": TOK.eos, "bos_token_id": TOK.bos}},
+    {"config.json": {"eos_token_id": [TOK.eos, TOK.sol], "bos_token_id": TOK.bos}},
+])  # fmt: skip
+@pytest.mark.parametrize("config", [None, {"eos_token": None, "bos_token": None}])
+def test_eos_is_named_by_another_file(beside, config, tmp_path):
+    TOK.save(tmp_path)
+    for name, content in (beside | {"tokenizer_config.json": config}).items():
+        (tmp_path / name).write_text(json.dumps(content))
+    if config is None:
+        (tmp_path / "tokenizer_config.json").unlink()
+    tok = load_tokenizer(tmp_path)
+    assert (tok.bos, tok.eos, tok.sha256) == (TOK.bos, TOK.eos, TOK.sha256)
+    tok.save(tmp_path)
+    again = load_tokenizer(tmp_path / "tokenizer.json")
+    assert (again.bos, again.eos) == (TOK.bos, TOK.eos)
 
 
 WITHOUT = {  # what makes a family: weights or settings whose loss must be seen in the logits above
@@ -426,6 +466,10 @@ def index(change, edit=lambda folder: None):
     return damage
 
 
+def rename(name: str, other: str):
+    return lambda f: (f / name).rename(f / other)
+
+
 def replace_by_folder(name: str):
     return lambda f: ((f / name).unlink(), (f / name).mkdir())
 
@@ -434,6 +478,7 @@ def other_tokenizer(folder: Path) -> None:
     make_tokenizer(["aaaa bbbb abab baba"] * 3, 260).save(folder)
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 5\n"
 NORM = "model.norm.weight"
 EMBED = "model.embed_tokens.weight"
 QWEN = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
@@ -447,6 +492,15 @@ SCALING = {
 DAMAGES = {  # what is done to a good folder -> parts of the message
     # model.safetensors: the file
     "no weights": (lambda f: (f / W).unlink(), W),
+    "pickled weights": (rename(W, "pytorch_model.bin"), W, "model.bin beside it is not read", "save_pre"),
+    "pickled shards": (rename(W, "pytorch_model-00001-of-00002.bin"), W, "-of-00002.bin", "save_pretrained"),
+    "Meta's weights": (rename(W, "consolidated.00.pth"), W, "consolidated.00.pth", "AutoModelForCausalLM"),
+    "llama.cpp's weights": (rename(W, "model-q4.gguf"), W, "model-q4.gguf", "AutoModelForCausalLM"),
+    "weights are a pointer": (lambda f: (f / W).write_bytes(POINTER), W, "Git LFS", "git lfs pull"),
+    "a shard is a pointer": (
+        index(lambda w: w, lambda f: (f / "a.safetensors").write_bytes(POINTER)),
+        "a.safetensors", "git lfs pull",
+    ),
     "weights are a folder": (replace_by_folder(W), W),
     "empty weights": (weights(lambda b: b""), W),
     "7 bytes of weights": (weights(lambda b: b[:7]), W),
@@ -535,6 +589,8 @@ DAMAGES = {  # what is done to a good folder -> parts of the message
     "sharded, other shape": (index(lambda w: w, config(intermediate_size=48)), INDEX, "gate_proj.weight"),
     # config.json: the file
     "no config": (lambda f: (f / C).unlink(), C),
+    "config is a pointer": (lambda f: (f / C).write_bytes(POINTER), C, "Git LFS", "git lfs pull"),
+    "a LoRA adapter": (rename(C, "adapter_config.json"), C, "adapter_config.json", "LoRA adapter's; merge"),
     "config is a folder": (replace_by_folder(C), C),
     "config is not UTF-8": (lambda f: (f / C).write_bytes(b'{"model_type": "\xff\xfe"}'), C),
     "config is a list": (lambda f: (f / C).write_text("[]"), C),
@@ -612,6 +668,13 @@ DAMAGES = {  # what is done to a good folder -> parts of the message
     "vocab_size of another file": (config(vocab_size=TOK.n_vocab + 8), W, "embed_tokens.weight"),
     # the tokenizer
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json"),
+    "tokenizer is a pointer": (lambda f: (f / T).write_bytes(POINTER), T, "Git LFS", "git lfs pull"),
+    "SentencePiece's file": (rename(T, "tokenizer.model"), T, "tokenizer.model beside it", "AutoTokenizer"),
+    "an older tokenizer": (rename(T, "vocab.json"), T, "vocab.json beside it", "AutoTokenizer"),
+    "nobody names EOS": (
+        lambda f: (edit_json(f / C, eos_token_id=None), (f / "tokenizer_config.json").unlink()),
+        "special_tokens_map.json", "eos_token",
+    ),
     "tokenizer cut": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json"),
 }  # fmt: skip
 REQUIRED = (

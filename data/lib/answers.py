@@ -1,35 +1,35 @@
 """Finds the answer in a response: extract_answer(response).
-
-The table ANNOUNCEMENTS says what announces an answer, such as "final answer"
-or \\boxed. Without any, it is a response that is nothing but an answer, or else
-the last formula or number. What follows a made-up next problem does not count.
+The table ANNOUNCEMENTS says what announces an answer, such as "final answer" or \\boxed. Without any, it is a
+response that is an answer, or the last formula or number, before any made-up next problem.
 """
 
 import bisect
 import re
+from itertools import islice
 
 from data.lib.equality import is_relation
 from data.lib.latex import readings
-from data.lib.latex_tokens import KNOWN_WORDS, braces
+from data.lib.latex_tokens import KNOWN_WORDS, NUMBER_IN_WORDS, braces
 from data.lib.mathvalues import MAX_ANSWER, MAX_ITEMS, MAX_RESPONSE, Value
 
 # Where a base model goes on with a problem of its own making, or a chat model with another turn.
 NEXT_PROBLEM = re.compile(
-    r"""
-      (?: ^ | \n | (?<=[.!?$}\]*]) ) [#*>\- \t]{0,20} (?: (?:next|new|another) \s+ )?
-      (?: problem | question | exercise | user | human | instruction | input ) \b
-      [ \t]* \#? \d* [ \t]* \** [:.]
-    | \n [#* \t]{0,20} Q [ \t]* \d* [ \t]* [:.]
-    | \n [ \t]{0,9} \#+ [ \t]* (?: problem | question | exercise | instruction | example ) \b
-    | \n [ \t]* (?: problem | exercise | example ) [ \t]+ \d+ \b
-    | <\|? (?: im_start | im_end | user | endoftext | eot_id | end_of_turn | start_of_turn
-             | start_header_id | end ) \b [^>\n]{0,20} >
-    | </s> | <｜ | <\|return\|> | \[\|(?:endofturn|user)\|\]
-    | \[/?INST\]
-    """,
-    re.IGNORECASE | re.VERBOSE,
+    r"""(?:^|\n|(?<=[.!?$}\]*]))[#*>\- \t]{0,20}(?:(?:next|new|another)\s+)?
+    (?:problem|question|exercise|user|human|instruction|input)\b[ \t]*\#?\d*[ \t]*\**[:.]
+    |\n[#* \t]{0,20}Q[ \t]*\d*[ \t]*[:.]
+    |\n[ \t]{0,9}\#+[ \t]*(?:problem|question|exercise|instruction|example)\b
+    |\n[ \t]*(?:problem|exercise|example)[ \t]+\d+\b
+    |<\|?(?:im_(?:start|end)|user|endoftext|eot_id|(?:end|start)_of_turn|start_header_id|end)\b[^>\n]{0,20}>
+    |</s>|<｜|<\|return\|>|\[\|(?:endofturn|user)\|\]|\[/?INST\]""".replace("\n    ", ""),
+    re.IGNORECASE,
+)
+THOUGHT = re.compile(r"(?i)<(?:think(?:ing)?|reasoning)>|\[THINK\]|◁think▷|<\|channel\|>analysis")
+THOUGHT_END = re.compile(
+    r"(?i)</(?:think(?:ing)?|reasoning)>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|channel\|>final"
 )
 HOPE = re.compile(r"I hope (?:it|this) is correct", re.IGNORECASE)
+# A choice, and then talk; or the choices, and then one of them.
+LETTER = re.compile(r"\s*(\(?[A-J][).]?)\.?[ \t]*\n|\s*\(?A[).](?s:.{1,999})\n\s*(\(?[A-J][).]?)\s*$")
 BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])")
 
 # (priority, pattern): the answer follows the pattern. The lowest priority that is
@@ -41,78 +41,77 @@ ANNOUNCEMENTS = [
         (1, BOX.pattern),
         (1, r"(?:^|\n|\s)####(?!#)[ \t]*(?=\S)"),
         (1, r"(?i)<answer>"),
-        (2, r"(?i)(?:^|\n)#+[ \t]*answer[ \t]*\n"),
-        (2, r"(?i)\\text(?:bf|it)\{answers?[.:]?\}"),
-        (2, r"(?i)\*\*answer[.:]?\*\*"),
-        (2, r"(?i)final\s+answer\b[*_}.]*"),
+        (2, r"(?i)(?:^|\n)#+[ \t]*answer[ \t]*\n|\\text(?:bf|it)\{answers?[.:]?\}|\*\*answer[.:]?\*\*"),
+        (2, r"(?i)(?:antwort|réponse|respuesta|ответ|答案)\s*(?:[:：]|ist\b|est\b|es\b|是|为)\s*"),
+        (2, r"(?i)final\s+answer\b[*_}.]*(?!:|\s*[a-z]{2,}\s+[a-z])"),
         (2, r"""(?ix) \b (?: answers? | ans | choice | option ) \b [*_"']* \s*
             (?: is | are | would\ be | must\ be | : | = )+"""),
         (3, r"\b(?:option|choice|answer)\s+(?=\(?[A-J]\b)"),
+        (4, r"(?i)\b(?:solutions?|roots?|values?|zeros)\s+(?:is|are)\s*:?\s*\n(?=\s*(?:[-*•]|1[.)])\s)"),
+        (4, r"\b(?:[Cc]hoose|[Ss]elect|[Pp]ick|go with|[Oo]nly|so)\s+(\(?[A-J]\)?)(?=[\s.,*]|$)"),
+        (4, r"(?<!\w)(\(?[A-J]\)?)\** (?:holds|fits|works|is (?:the )?(?:correct|right|answer|best))\b"),
     )
 ]  # fmt: skip
 
 # What stands around an answer in its sentence.
 BEFORE = re.compile(
-    r"""^(?: [\s,:]
-    | (?: so | therefore | thus | hence | indeed | simply | then | just | clearly | of\ course
-        | also | exactly ) \b
-    | (?: equal\ to | given\ by ) \b
-    | not \b .{1,80}? \b but \b )+""",
-    re.IGNORECASE | re.VERBOSE,
+    r"""(?i)^(?:[\s,:=⇒→∴]|[=-]?>|(?:so|therefore|thus|hence|indeed|simply|then|just|clearly|of course|also)\b
+    |(?:exactly|equal to|given by)\b|not\b.{1,80}?\bbut\b)+""".replace("\n    ", "")
 )
 BECAUSE = re.compile(
-    r""",? \s+ (?: because | since | as\ (?:we|it|the) | which | where | i\.e | so\ that | when\ we
-    | for\ which | and\ (?:the|so|we|this|it) ) \b""",
-    re.IGNORECASE | re.VERBOSE,
+    r"""(?i), as\b|,?\s+(?:because|since|as (?:we|it|the)|which|where|i\.e|so that|when we|for which
+    |and (?:the|so|we|this|it))\b""".replace("\n    ", "")
 )
 ROUNDED = re.compile(
-    r""",? \s* (?: \( | \b or \b | \b i\.e\.?,? ) \s*
-    (?: about | approximately | approx | roughly | ≈ | \\approx ) .*""",
-    re.IGNORECASE | re.VERBOSE,
+    r"(?i),?\s*(?:\(|\bor\b|\bi\.e\.?,?)\s*(?:about|approximately|approx|roughly|≈|\\approx).*"
 )
 # What goes on behind a number that is the answer: 42 for 6 rows of 7, 42 miles in 2 hours.
 GOES_ON = re.compile(
-    r"""( (?: \ [a-zA-Z]+ ){0,2}? ) \s*
-    (?: \( | [;–—] | :\s
-      | (?: ,\s(?:in|so|not|or) | \s(?:for|with|when|if|in|as|after|is) ) \b
-        (?! .* \band\b .* \d )  # "3 for x and 4 for y" is not just 3
-    )""",
-    re.VERBOSE,
+    r"""((?: [a-zA-Z]+){0,2}?)\s*(?:[(\[;–—]|:\s|\s(?:and\s)?(?:not|rather than|instead of)\b
+    |\sat (?:most|least)\b|(?:,\s(?:in|so|not|or)
+    |\s(?:for|with|when|if|in|as|after|is|per|out of|on|at|from|by|over|using|every|each))\b
+    (?!.*\band\b.*\d))""".replace("\n    ", "")  # "3 for x and 4 for y" is not just 3
 )
-REMARK = re.compile(
-    r"\s* \( (?: see | as | from | since | because | by | using | note | check ) \b [^()]{0,200} \) $",
-    re.IGNORECASE | re.VERBOSE,
-)
+ASIDE = r"(?i)\((?:see|as|from|since|because|by|using|note|check|where|with|not|compare)\b[^()]{0,200}\)"
+REMARK, ASIDE = re.compile(ASIDE + r"\s*$"), re.compile(ASIDE)
 SUBJECT = re.compile(r"^\$?[^$]{0,99}\b(?:answer|value)\s*(?:is|:)[\s}:]*")
-TOLD = re.compile(r"^[A-Za-z ]*[A-Za-z]{2,} (?:is|are|equals?|gives) +")
-QED = re.compile(r"[\s$.]*\\(?:blacksquare|square|qed|Box)[\s$.]*$")
-ENDED_FORMULA = re.compile(
-    r"\s*\\end\{(?:align|aligned|equation|gather|gathered|eqnarray|split)\*?\}[\s$\]\\]*$"
+TOLD = re.compile(r"^[A-Za-z ]*[A-Za-z]{2,} (?:is|are|equals?(?! to)|gives) +")
+TRAILING = re.compile(
+    r"[\s$.]*\\(?:blacksquare|square|qed|Box)[\s$.]*$"
+    r"|\s*\\end\{(?:align|equation|gather|eqnarray|split)(?:ed)?\*?\}[\s$\]\\]*$"
 )
 HTML = re.compile(r"</?(?:p|b|strong|div|br|span|em|i|u|code|center|li|ul)\b[^<>]{0,40}>", re.IGNORECASE)
 DOUBLED = re.compile(r"\\\\(?=(?:boxed|d?frac|sqrt|text|pi|left|cdot|times)\b)")
-PUNCTUATION = re.compile(
-    r"""\\[()\[\]] | \\begin | \\end | \\. | \$\$? | [{}\n] | \.(?= \s | $ | [A-Z"*] ) | <""",
-    re.DOTALL | re.VERBOSE,
-)
+PUNCTUATION = re.compile(r"(?s)\\[()\[\]]|\\begin|\\end|\\.|\$\$?|[{}\n。]|\.(?=\s|$|[A-Z\"*])|</")
 ABBREVIATION = re.compile(r"\b(?:[ap]\.m|vs|approx|i\.e)$")
-GAP = r"(?: [\s$] | \\q?quad\b | \\[\ ,;()\[\]] )*"
+NAMED = re.compile(r"(?<![\w}])([a-z])\s*=\s*$")
+BULLET = r"(?:[-*•]|\(?(?:\d|[a-h]|i{1,3})[.)])"
+LINES = re.compile(
+    rf"\s{{0,9}}(?:\*\*\s{{1,9}})?((?:[ \t]*{BULLET}[ \t]+[^\n]{{1,120}}(?:\n+|$)){{2,{MAX_ITEMS}}})"
+)
+EQUATIONS = re.compile(r"\s{0,9}(?:\*\*\s{1,9})?((?:\$?([a-z])\s*=[^\n=]{1,60}(?:\n+|$)){2,8})")
+GAP = r"(?:[\s$]|\\q?quad\b|\\[ ,;()\[\]])*"
 BETWEEN_BOXES = re.compile(
-    rf"""{GAP} [,;]? {GAP} (?:\\text\{{)? \s* (?:and|or|,)? \s* \}}? {GAP}
-    (?: [a-z]\s*=\s* )?""",
-    re.VERBOSE,
+    rf"{GAP}[.,;]?{GAP}(?:\\text\{{)?\s*(?:and|or|,|&)?\s*\}}?{GAP}"
+    rf"(?:\n\s*(?:[Pp]art\s)?{BULLET}:?)?{GAP}(?:[a-z]\s*=\s*)?"
 )
-FORMULA = re.compile(
-    r"""\$\$ (.{1,2000}?) \$\$
-    | (?<!\\)\$ ([^$]{1,2000}?) (?<!\\)\$
-    | \\\( (.{1,2000}?) \\\)
-    | \\\[ (.{1,2000}?) \\\]""",
-    re.DOTALL | re.VERBOSE,
+FORMULA = r"\$\$(.{1,2000}?)\$\$|(?<!\\)\$([^$]{1,2000}?)(?<!\\)\$|\\\((.{1,2000}?)\\\)|\\\[(.{1,2000}?)\\\]"
+TWO_FORMULAS = re.compile(rf"\s*(?:{FORMULA})\s*(?:or|and)\s*(?:{FORMULA})", re.DOTALL)
+FORMULA = re.compile(FORMULA, re.DOTALL)
+ATOM = r"""(?: \d[\d,]*(?:\.\d+)? | \.\d+ | [√∛π∞()\[\]|!^_²³°{}] | \\[a-zA-Z]+
+    | (?:arc)?(?:sin|cos|tan)(?![a-z]) | (?:log|ln|sqrt|exp)(?![a-z]) | (?<![a-zA-Z])[a-zA-Z](?![a-zA-Z]) )"""
+PLAIN = re.compile(rf"(?:[-−+±]\s?)? {ATOM} (?: (?:\s? [-−+*/·×] \s?)? {ATOM} )*", re.VERBOSE)
+GROUP = r"[(\[{]\s*[^()\[\]{}\n]{1,60}[)\]}]"
+TOGETHER = re.compile(  # an interval, a set, a point, or a measure in two units
+    rf"(?=[^,\n]{{1,60}},){GROUP}(?:\s*(?:∪|\\cup|U)\s*{GROUP})*"
+    r"|\d[\d.]* [a-z]+(?:,? (?:and )?\d[\d.]* [a-z]+)+"
 )
+LAST_ASIDE = re.compile(r"\n[ \t]{0,9}\([^()\n]*\)\s*$")
 BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*")
 NUMBER = re.compile(
     r"""(?<![\w.]) [-−]? \s? (?: \\?\$ )?
       (?: \d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)? | \d*\.?\d+ ) (?: :\d+ )*
+      (?: \s (?:hundred|thousand|million|billion|dozen) \b )? (?: \ \(?(?:in\ )?base\ \w+\)? )?
       (?: \s?/\s?\d+ )? (?: \s?[¼-¾⅐-⅞] )? (?: \s?\\?% )?
     | [-−]?[¼-¾⅐-⅞]""",
     re.VERBOSE,
@@ -120,52 +119,40 @@ NUMBER = re.compile(
 
 
 def first_problem(text: str) -> str:
-    """The response without markup, up to the next made-up problem or turn.
-
-    That does not cut where nothing before it could be an answer.
-    """
+    """The response without markup, up to the next made-up problem or turn that an answer precedes."""
     text = re.sub(r"[ \t]{9,}", " ", text)  # long runs make some of the patterns below slow
-    text = HTML.sub(" ", without_thought(text.replace("\ufeff", "").replace("\u200b", "")))
+    text = re.sub(r"((?:\s|[*#$_-]{1,2}))\1{8,}", r"\1\1\1", text)
+    behind = THOUGHT_END.split(text)[-1]
+    text = THOUGHT.split(behind if behind.strip() else text, maxsplit=1)[0]
+    text = HTML.sub(" ", re.sub(r"[\ufeff\u200b]|<<[^<>\n]*>>", "", text))
     if "\\begin" not in text:  # there, \\ ends a row
         text = DOUBLED.sub(r"\\", text)
-    for n, m in enumerate(NEXT_PROBLEM.finditer(text)):
+    for m in islice(NEXT_PROBLEM.finditer(text), 22):
         before = text[: m.start()]
         short = len(before) < 80 and before.strip() and not before.rstrip().endswith(":")
         if short or re.search(r"\d|\\boxed|answer", before):
             text = before
             break
-        if n > 20:
-            break
-    hope = HOPE.search(text)
-    return text[: hope.start()] if hope and text[: hope.start()].strip() else text
-
-
-def without_thought(text: str) -> str:
-    """The text behind the last </think>, if there is any; nothing of a thought that does not end."""
-    _, _, behind = text.rpartition("</think>")
-    return (behind if behind.strip() else text).partition("<think>")[0]
+    before = HOPE.split(text, maxsplit=1)[0]
+    return before if before.strip() else text
 
 
 def sentence_end(text: str, start: int) -> int:
     """Where the sentence that holds `start` ends, in braces and formulas only where these end."""
-    depth = 0
-    in_formula = False
+    depth, in_formula = 0, False
     limit = min(len(text), start + MAX_ANSWER)
     for m in PUNCTUATION.finditer(text, start, limit):
         mark = m[0]
         if mark in ("\\(", "\\[", "\\begin", "{"):
             depth += 1
-        elif mark in ("\\)", "\\]", "\\end", "}"):
+        elif mark in ("\\)", "\\]", "\\end", "}") and depth:
             depth -= 1
-            if depth < 0:
-                return m.start()
+        elif mark in ("\\)", "\\]", "\\end", "}", "</"):
+            return m.start()
         elif mark in ("$", "$$"):
             in_formula = not in_formula
-        elif mark == "<":
-            if text.startswith("</", m.start()):
-                return m.start()
-        elif mark in ("\n", ".") and not depth and not in_formula:
-            if mark == "\n" or not ABBREVIATION.search(text[max(0, m.start() - 8) : m.start()]):
+        elif mark in ("\n", ".", "。") and not depth and not in_formula:
+            if mark != "." or not ABBREVIATION.search(text[max(0, m.start() - 8) : m.start()]):
                 return m.start()
     return limit
 
@@ -183,74 +170,82 @@ def sentence(text: str, start: int) -> str:
 def boxed(text: str, start: int) -> str | None:
     """What the \\boxed at `start` holds."""
     brace = re.compile(r"\\(?:boxed|fbox)\s*").match(text, start)
-    if not brace:
-        return None
     if text[brace.end() : brace.end() + 1] == "{":
         return braces(text, brace.end())
     word = re.compile(r"[^\s$.,]{1,100}").match(text, brace.end())
-    return word[0] if word else None
+    return word and word[0]
 
 
 def last_boxed(text: str, starts: list[int]) -> str | None:
-    """The answer in the last of the boxes that begin at `starts`.
-
-    Boxes before it that only "and", "or" or a comma parts from it belong to it.
-    """
-    found = None
-    after = 0
+    """The answer in the last of the boxes at `starts`, with those that only "and" or a comma part from it."""
+    parts, names, after = [], [], 0
     for start in reversed(starts[-MAX_ITEMS:]):
         here = boxed(text, start)
-        if here is None:
-            if found is None:
-                continue
-            break
-        end = text.find("{", start) + len(here) + 2
-        between = text[end:after]
-        if found is None:
-            found = here
-        elif end > after:  # a box around the other
+        if here is None and not parts:
             continue
-        elif here == found.split(", ")[0]:  # said again
+        end = text.find("{", start) + len(here or "") + 2
+        between = text[end:after]
+        if parts and end > after:  # a box around the other
+            continue
+        joined = not parts or len(between) < 80 and BETWEEN_BOXES.fullmatch(between)
+        if here is None or not joined or here in parts[:1]:  # said again
             break
-        elif len(between) < 80 and BETWEEN_BOXES.fullmatch(between):
-            found = f"{here}, {found}"
-        else:
-            break
+        parts.insert(0, here)
+        names.insert(0, NAMED.search(text[max(0, start - 9) : start]))
         after = start
-    return found
+    if len(parts) > 1 and all(names) and len({name[1] for name in names}) == len(names):
+        parts = [f"{name[1]} = {part}" for name, part in zip(names, parts)]
+    return ", ".join(parts) or None
 
 
-def shortened(answer: str) -> str:
-    """The number that an answer begins with, if it cannot be read with what follows."""
-    number = NUMBER.match(answer)
-    more = GOES_ON.match(answer, number.end()) if number else None
-    return answer[: more.end(1)] if more and not readable(answer) else answer
+def listed(text: str, start: int) -> str | None:
+    """The items that begin at `start`, one a line or formula, as a list."""
+    lines = LINES.match(text, start) or EQUATIONS.match(text, start)
+    formulas = None if lines else TWO_FORMULAS.match(text, start)
+    items = lines[1].splitlines() if lines else formulas.groups("") if formulas else []
+    items = [re.sub(rf"^\s*{BULLET}\s+", "", x).strip().rstrip(" .,;") for x in items if x.strip()]
+    return ", ".join(items) if items and all(map(readable, items)) else None
 
 
 def announced(text: str, m: re.Match, boxes: list[int]) -> str:
     """The answer behind an announcement m; boxes: where those begin that may count."""
+    if m.lastindex:
+        return m[1]
     if BOX.match(m[0]):
         answer = last_boxed(text, boxes[: bisect.bisect_right(boxes, m.start())]) or ""
     else:
-        answer = sentence(text, m.end())
+        answer = listed(text, m.end()) or sentence(text, m.end())
         answer = last_boxed(answer, [b.start() for b in BOX.finditer(answer)]) or answer
         answer = BECAUSE.split(BEFORE.sub("", answer))[0]
         answer = ROUNDED.sub("", REMARK.sub("", BEFORE.sub("", answer))).rstrip(" \t\n.,;:*_")
-    told = SUBJECT.sub("", shortened(answer)).strip()
+    number = NUMBER.match(answer)
+    more = GOES_ON.match(answer, number.end()) if number else None
+    if more and not readable(answer):
+        answer = answer[: more.end(1)]
+    told = SUBJECT.sub("", answer).strip()
     return told.rstrip("}") if told != answer and "{" not in told else told
 
 
 def extract_answer(response: str) -> str | None:
     """The answer that a response gives to its problem, as it stands there; None if there is none."""
     text = first_problem(response[:MAX_RESPONSE])
+    letter = LETTER.match(text)
+    if letter and "\\boxed" not in text:
+        return letter[1] or letter[2]
     boxes = [m.start() for m in BOX.finditer(text)]
+    asides = [m.span() for m in ASIDE.finditer(text)] if boxes else []
+    boxes = [at for at in boxes if not any(a < at < b for a, b in asides)] or boxes
     places = [(p, -m.start(), m) for p, pattern in ANNOUNCEMENTS for m in pattern.finditer(text)]
     for priority in sorted({place[0] for place in places}):
         here = sorted((place for place in places if place[0] == priority), key=lambda place: place[1])
-        for *_, m in here[:50]:
+        for *_, m in here[:10]:
             answer = announced(text, m, boxes)
-            if answer:
-                return narrowed(answer)
+            vague = not re.search(r"\d|\\|\b[A-J]\b", answer)  # the final answer is positive
+            if boxes and priority != 1 and (vague or boxes[-1] > m.end()):
+                answer = last_boxed(text, boxes) or answer
+            if answer and not re.match(r"not \S*\d", answer):
+                whole = len(answer) <= MAX_ANSWER and (readable(answer) or not prose(answer))
+                return answer if whole else last_candidate(answer) or answer
     return weak_answer(text)
 
 
@@ -267,55 +262,56 @@ def readable(text: str) -> bool:
     return False
 
 
-def is_words(value) -> bool:
-    return isinstance(value, Value) and value.kind == "words"
-
-
 def wordy(value) -> bool:
     """Whether there are words around a value, or many instead of one."""
     if not isinstance(value, Value):
         return False
     if value.kind == "words":
         return len(value.items) > 0 or len(value.marks) > 3
-    labelled = [x for x in value.items if is_relation(x, "=") and is_words(x.items[0])]
-    mixed = value.kind == "list" and len(set(map(is_words, value.items))) > 1
-    return mixed or len(labelled) > 1 or any(map(wordy, value.items))
-
-
-def narrowed(answer: str) -> str:
-    """The last formula or number of an answer that is a sentence and cannot be read otherwise."""
-    if len(answer) <= MAX_ANSWER and (readable(answer) or not prose(answer)):
-        return answer
-    return last_candidate(without_qed(answer)) or answer
+    words = [isinstance(x, Value) and x.kind == "words" for x in value.items]
+    labelled = [x for x in value.items if is_relation(x, "=") and getattr(x.items[0], "kind", "") == "words"]
+    return value.kind == "list" and len(set(words)) > 1 or len(labelled) > 1 or any(map(wordy, value.items))
 
 
 def weak_answer(text: str) -> str | None:
     """The answer of a text that does not announce it."""
-    text = BEFORE.sub("", without_qed(text))
+    text = BEFORE.sub("", text[:-60] + TRAILING.sub("", text[-60:])).strip()
     line = "\n" not in text
+    decided = re.match(r"(yes|no|true|false)\b[,.]", text, re.IGNORECASE)
+    if decided and not re.search(r"\d", text):
+        return decided[1]
+    lettered = LINES.fullmatch(text) and re.match(r"\(?a\)", text)
+    if not line and (lettered or EQUATIONS.fullmatch(text)) and listed(text, 0):
+        return listed(text, 0)
     if line and text and len(text) <= 300:
         short = len(text.split()) <= 3 and not re.search(r"[.!?,] |\b(?:is|are)\b", text)
         exclaimed = re.search(r"\bis\b.*!$", text)  # not a factorial
         if readable(text.rstrip(".")) and not exclaimed or short:
             told = TOLD.sub("", text)
-            return told if re.search(r"[ap]\.m\.$", told) else told.rstrip(".")
-    if line and len(text) <= 80 and re.match(r"\$.*\$\.?$", text) and not prose(text):
-        return text
-    if line and re.match(r"\(?[A-J][).:]\)?\s+\S", text):  # B. 12 apples
-        return text
-    return last_candidate(text)
+            return told if re.search(r"[ap]\.m\.$|\.\.$", told) else told.rstrip(".")
+    choice = line and re.match(r"\(?[A-J][).:]\)?\s+\S", text)  # B. 12 apples
+    return text if choice else last_candidate(text)
 
 
-def without_qed(text: str) -> str:
-    return (text[:-40] + QED.sub("", text[-40:])).strip()
+def around(text: str, start: int, end: int) -> str:
+    """The formula in plain text that holds the number there: 3x+7 around its 7."""
+    for m in PLAIN.finditer(text, max(0, start - 200), end + 200):
+        if m.start() <= start and m.end() >= end:
+            formula = m[0].strip(" ,")
+            return formula if len(formula) > end - start and readable(formula) else text[start:end]
+    return text[start:end]
 
 
 def last_candidate(text: str) -> str | None:
     """The formula, bold text, right side or number that ends last; of several, the longest."""
-    tail = ENDED_FORMULA.sub("", text[-5000:])
+    tail = LAST_ASIDE.sub("", TRAILING.sub("", text[-5000:])) or text
     found = [(m.end(), -m.start(), m[m.lastindex]) for m in FORMULA.finditer(tail)]
     found += [(m.end(), -m.start(), m[1]) for m in BOLD.finditer(tail)]
-    found += [(m.end(), -m.start(), m[0]) for m in NUMBER.finditer(tail)]
+    numbers = list(NUMBER.finditer(tail))[-1:]
+    found += [(m.end(), -m.start(), around(tail, *m.span())) for m in numbers]
+    for m in list(TOGETHER.finditer(tail))[-2:]:
+        if readable(m[0]) and (m[0][0] in "([{" or not isinstance(readings(m[0])[0].value, Value)):
+            found.append((m.end(), -m.start(), m[0]))
     equals = tail.rfind("=")
     last_line = tail.splitlines()[-1:]
     if equals >= 0 and last_line and equals >= len(tail) - len(last_line[0]) - 1:
@@ -324,5 +320,6 @@ def last_candidate(text: str) -> str | None:
             found.append((tail.find(right, equals) + len(right), -equals, right))
     if found:
         return max(found)[2].strip()
-    said = re.search(r"\b(?:is|are|be)\s+([A-Za-z][\w' ]{0,40})[.!]?\s*$", tail)
-    return said[1] if said else None
+    words = [m[0] for m in NUMBER_IN_WORDS.finditer(tail) if m[0].lower() != "one"]
+    said = re.search(r"\b(?:is|are|be|on|in)\s+([A-Za-z][\w' ]{0,40})[.!]?\s*$", tail)
+    return words[-1] if words else said[1] if said else None

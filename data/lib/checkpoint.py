@@ -55,11 +55,8 @@ def checkpoints(out_dir: Path) -> list[Path]:
 
 
 def save_checkpoint(out_dir: Path, model, optimizers, position: Position) -> None:
-    """Write checkpoints/STEP and drop all but the KEEP newest. All ranks call this.
-
-    The folder has a temporary name until it is complete. Raises UserError if it cannot
-    be written.
-    """
+    """Write checkpoints/STEP and drop all but the KEEP newest. All ranks call this. The folder has a
+    temporary name until it is complete. Raises UserError if it cannot be written."""
     dcp = checkpoint_library()
     path = out_dir / "checkpoints" / f"{position.step:08d}"
     temporary = path.with_name(path.name + ".tmp")
@@ -74,10 +71,8 @@ def save_checkpoint(out_dir: Path, model, optimizers, position: Position) -> Non
     except dcp.CheckpointException as e:
         error, _ = next(iter(e.failures.values()))
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{temporary}: cannot be written ({reason}); "
-            "the same command goes on from the checkpoint before"
-        ) from None
+        how = "the same command goes on from the checkpoint before"
+        raise UserError(f"{temporary}: cannot be written ({reason}); {how}") from None
     if rank() == 0:
         os.rename(temporary, path)
         for old in checkpoints(out_dir)[:-KEEP]:
@@ -88,11 +83,9 @@ def save_checkpoint(out_dir: Path, model, optimizers, position: Position) -> Non
 
 
 def load_checkpoint(out_dir: Path, model, optimizers) -> Position:
-    """Read the newest checkpoint into model and optimisers; zeros if there is none.
-
-    The number of ranks may differ from the one that saved it. Raises UserError if the
-    checkpoint is damaged or is not seen by every machine.
-    """
+    """Read the newest checkpoint into model and optimisers; zeros if there is none. The number of ranks
+    may differ from the one that saved it. Raises UserError if the checkpoint is damaged or is not seen
+    by every machine."""
     steps = [int(path.name) for path in checkpoints(out_dir)] if rank() == 0 else []
     [newest] = add_up(max(steps, default=0))  # the first rank decides for all
     if not newest:

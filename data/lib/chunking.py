@@ -6,12 +6,13 @@ r"""Documents as sentences, and runs of sentences as chunks.
 Nothing is lost: the chunks of a text joined are the text.
 
 A sentence ends at . ! ? and what closes it, when white space and no
-lower-case letter follow; it also ends at a blank line, and before a list
-item or a heading. White space goes to the front of the next sentence, a
-blank line to the back of the one before. No sentence ends inside
+lower-case letter follow, and at the stops of other scripts (WIDE); it also
+ends at a blank line, and before a list item or a heading. White space goes to
+the front of the next sentence, a blank line to the back of the one before. No
+sentence ends inside
 
-    $...$  $$...$$  \(...\)  \[...\]  \begin{x}...\end{x}
-    ``` fences, `code`, indented code, tables, <pre>, <table>
+    $...$  $$...$$  \(...\)  \[...\]  \begin{x}...\end{x}  [tex]...[/tex]
+    ``` fences, `code`, indented code, tables, <pre>, <table>, <math>
     1. (a list marker)   e.g.  Fig. 3  Dr.  et al.  J. (an initial)
     3.14   https://...   me@example.org
 
@@ -68,13 +69,15 @@ BACKSLASHES = rf"""
          | \( .{{0,{LIMIT}}}? \\\)
          | begin\{{ (?P<name>\w+\*?) \}} .{{0,{LIMIT}}}? \\end\{{ (?P=name) \}} )
 """
+# As forums write them: [itex]x[/itex]
+TAGS = rf"\[ (?P<tag>(?i:i?tex|math|latex)) \] .{{0,{LIMIT}}}? \[/ (?P=tag) \]"
 ONLY_DOLLARS = re.compile(DOLLARS, re.DOTALL | re.VERBOSE)
-MATH = re.compile(f"{DOLLARS} | {BACKSLASHES}", re.DOTALL | re.VERBOSE)
+MATH = re.compile(f"{DOLLARS} | {BACKSLASHES} | {TAGS}", re.DOTALL | re.VERBOSE)
 CODE = re.compile(
     rf"""
     ^[ \t]* (```|~~~) [^\n]*\n .{{0,{LIMIT}}}? ^[ \t]* \1 [^\n]*$
   | (?<!`) ` [^`\n]+ ` (?!`)
-  | <(pre|table|code)\b .{{0,{LIMIT}}}? </\2>
+  | <(pre|table|code|math)\b .{{0,{LIMIT}}}? </\2>
     """,
     re.DOTALL | re.MULTILINE | re.VERBOSE,
 )
@@ -125,7 +128,8 @@ def masked(text: str, code: list[Span]) -> str:
 
 def math_spans(text: str, first: int, last: int) -> list[Span]:
     """Where the formulas of text[first:last] are, in order."""
-    if text.find("\\", first, last) < 0:  # a search for "$" alone is faster
+    # A search for "$" alone is faster.
+    if text.find("\\", first, last) < 0 and text.find("[/", first, last) < 0:
         return [m.span() for m in ONLY_DOLLARS.finditer(text, first, last)]
     spans = [m.span() for m in MATH.finditer(text, first, last)]
     # Spans of two characters are line breaks and "\\$".
@@ -162,10 +166,14 @@ ITEM = r"[ \t]*(?:[-*+•] |\(?(?:\d{1,3}|[a-z])[.)] |#{1,6} )"
 # What closes a sentence, and how the next one may begin.
 AFTER = rf"{CLOSERS}*(?=\s+([^\s\0a-z,;:)\]}}]))"
 STOP = re.compile(rf"(?<![.!?…])[.!?…]+{AFTER}")
-WIDE_STOP = re.compile("[。！？][」』”’）]*")  # needs no white space
+# Stops that need no white space behind them. In Indian verses and Armenian times
+# a digit may follow those of the second kind, which then end nothing.
+WIDE = "。！？｡", "।॥۔؟։．።፧။។"
+AFTER_WIDE = rf"(?:{CLOSERS}+(?=[\s\0]|\Z))?(?!\d)"
+WIDE_STOP = re.compile(f"[{WIDE[0]}]+[」』｣”’）]*|[{WIDE[1]}]++{AFTER_WIDE}")
 AFTER_MATH = re.compile(AFTER)
 LIST_ITEM = re.compile(ITEM)
-STOP_IN_MATH = re.compile(r"[.!?…](?:\s*\\\\)?\s*(?:\$\$?|\\[\])]|\\end\{\w+\*?\})\Z")
+STOP_IN_MATH = re.compile(r"[.!?…](?:\s*\\\\)?\s*(?:\$\$?|\\[\])]|\\end\{\w+\*?\}|\[/\w+\])\Z")
 # No sentence ends behind these.
 ABBREVIATIONS = {
     *"dr mr mrs ms prof st rev hon gen col capt lt sgt gov sen rep pres messrs mme mlle fr".split(),
@@ -290,7 +298,7 @@ def join_texts(texts: list[str]) -> Joined:
     formulas = []
     for i, (first, last) in enumerate(zip(firsts.tolist(), lasts.tolist())):
         all_code += [(first + a, first + b) for a, b in code[i]]
-        if "$" in texts[i] or "\\" in texts[i]:
+        if any(sign in texts[i] for sign in ("$", "\\", "[/")):
             formulas += math_spans(joined, first, last)
     codes = codes_of(joined)
     return Joined(joined, codes, firsts, lasts, all_code, formulas)
@@ -366,7 +374,7 @@ def stops(joined: Joined) -> list[Ints]:
     if "…" in text:
         asked += [m.start() for m in re.finditer("…", text)]
     ends = [end for place in asked if (end := stop_at(text, place))]
-    if "。" in text or "！" in text or "？" in text:
+    if any(sign in text for sign in chain(*WIDE)):
         ends += [m.end() for m in WIDE_STOP.finditer(text)]
     return [at[yes] + 1, np.array(ends, dtype=np.int64)]
 
@@ -480,11 +488,8 @@ def cuts(text: str, start: int, end: int, borders: list[int]) -> list[int]:
 
 
 def next_cut(text: str, start: int, end: int, borders: list[int]) -> int:
-    """The last good place within LONG characters, or the first within LIMIT.
-
-    Without any, a sentence longer than LIMIT is cut at the last white space or
-    between words; 0 if it is shorter.
-    """
+    """The last good place within LONG characters, or the first within LIMIT. Without any, a sentence
+    longer than LIMIT is cut at the last white space or between words; 0 if it is shorter."""
     good = cut_places(text, start, min(start + LONG, end), borders)
     if good:
         return good[-1]

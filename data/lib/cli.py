@@ -19,6 +19,7 @@ Standard library only, so that importing it costs nothing.
 import contextlib
 import dataclasses
 import difflib
+import fcntl
 import json
 import os
 import shutil
@@ -64,8 +65,7 @@ def convert(flag: str, text: str, kind: type, low: float | None):
     except ValueError:
         wanted = "a whole number" if kind is int else "a number"
         raise UserError(f"{flag}={text}: expected {wanted}") from None
-    # NaN fails the last comparison, too. -inf is a number only for a setting whose
-    # low is -inf.
+    # NaN fails the last comparison, too; -inf is for a setting whose low is -inf.
     if kind is float and value != low and not abs(value) < float("inf"):
         raise UserError(f"{flag}={text}: expected a finite number")
     if low is not None and value < low:
@@ -114,10 +114,7 @@ def read_flag(word: str, fields: dict) -> tuple[str, object]:
 
 
 def word_name(field) -> str:
-    """What the words of a list field are called in help and errors:
-
-    FILE ... for `files`.
-    """
+    """What the words of a list field are called in help and errors: FILE ... for `files`."""
     return f"{field.name.removesuffix('s').upper()} ..."
 
 
@@ -134,10 +131,7 @@ def help_text(settings: type, doc: str) -> str:
 
 
 def run(main, settings: type, presets: dict[str, dict] | None = None) -> None:
-    """Read sys.argv and call main(settings).
-
-    Bad input and Ctrl-C end in one line on stderr and a non-zero exit code.
-    """
+    """Call main(settings of sys.argv); bad input and Ctrl-C end in one line on stderr and a bad exit code."""
     name = os.path.basename(sys.argv[0])
     if os.environ.pop("EM_CHILD", None):
         threading.Thread(target=die_with_parent, daemon=True).start()
@@ -232,16 +226,24 @@ class Progress:
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """A temporary path beside `path`, renamed onto it when the block ends well.
+def naming(path):
+    """Of a full disk the system names no file: let the error name the one that is written."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = e.filename or str(path)
+        raise
 
-    It is removed when the block ends otherwise.
-    """
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary path beside `path`, renamed onto it if the block ends well, else removed."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with naming(path):
+            yield temporary
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -253,14 +255,9 @@ def hold(path, wait: bool = True):
 
     With wait=False it yields 0 where another process holds it. The system lets go
     of the lock when all processes that have the file open have ended, however they
-    end. Where there are no locks (Windows, some network disks) everybody holds it
-    and gets True: work may be done twice, with one result.
+    end. Where there are no locks (some network disks) everybody holds it and gets
+    True: work may be done twice, with one result.
     """
-    try:
-        import fcntl
-    except ImportError:
-        yield True
-        return
     with open(path, "a") as f:
         held = f.fileno() or True  # 0 where the standard input was closed
         try:
@@ -287,7 +284,8 @@ def new_folder(path):
         shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        yield temporary
+        with naming(path):
+            yield temporary
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -298,10 +296,7 @@ def new_folder(path):
 
 
 def write_json(path, value) -> None:
-    """Write JSON under a temporary name, then rename.
-
-    NaN and infinity are refused (ValueError): they are not JSON.
-    """
+    """Write JSON, whole or not at all. ValueError for NaN and infinity, which are not JSON."""
     with replacing(path) as temporary:
         text = json.dumps(value, indent=2, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -314,8 +309,6 @@ def read_json(path) -> dict:
     except FileNotFoundError:
         why = "no such file; the folder is missing or was not finished"
         raise UserError(f"{path}: {why}") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: a folder, expected a file") from None
     except (ValueError, RecursionError) as e:  # also UnicodeDecodeError
         raise UserError(f"{path}: not valid JSON ({e}); make the folder again") from None
     if not isinstance(value, dict):
@@ -323,15 +316,17 @@ def read_json(path) -> dict:
     return value
 
 
-def append_jsonl(path, record: dict) -> None:
-    """Append one line to a metrics file.
+def append_jsonl(path, record: dict) -> int:
+    """Append one line to a file; returns where it begins.
 
     A line cut short by a kill is closed first, so it cannot swallow the next.
     """
-    with open(path, "ab+") as f:
+    with naming(path), open(path, "ab+") as f:
         if f.tell() and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n":
             f.write(b"\n")
+        begin = f.tell()
         f.write(json.dumps(record).encode() + b"\n")
+    return begin
 
 
 def claim(out_dir, settings, free: tuple = ("device",)) -> Path:

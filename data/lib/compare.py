@@ -1,4 +1,4 @@
-"""Results of eval_math.py as text, and the comparison of finished runs: tables, a picture."""
+"""Results of eval_math.py as text, and the comparison of finished runs."""
 
 import os
 import zipfile
@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data.lib.cli import UserError, read_json, replacing, write_json
+from data.lib.cli import UserError, read_json, write_json
 from data.lib.problems import read_rows
 from data.lib.scores import mean_and_error, paired, paired_difference
 
 # A results.json with this score has answers, one without has a likelihood only.
 FLEXIBLE = "exact_match,flexible-extract"
 STRICT = "exact_match,strict-match"
-STRICT_ERROR = "exact_match_stderr,strict-match"
 NO_RESPONSES = "no results of a benchmark (results.json and responses.jsonl)"
 # The arrays of likelihood.npz that are compared.
 MEASURES = {"nll": "NLL", "thoughtless": "thoughtless NLL", "bound_16": "IWAE-16"}
@@ -24,40 +23,28 @@ def compare(folders: list[str], out_dir: Path) -> None:
     """Compare runs on the same problems, or on the same documents; UserError for others."""
     names = short_names(folders)
     results = [read_json(Path(folder) / "results.json") for folder in folders]
-    nats, why_not = compare_likelihood(folders, names)
+    paths = [Path(folder) / "likelihood.npz" for folder in folders]
     graded = [FLEXIBLE in r for r in results]
-    if not all(graded) and (any(graded) or not nats):
-        more = f"; {why_not}" if why_not else ""
-        raise UserError(f"{folders[graded.index(False)]}: {NO_RESPONSES}{more}")
-    pairs = []
+    measured = all(path.exists() for path in paths)
+    if not all(graded) and not measured:
+        raise UserError(f"{folders[graded.index(False)]}: {NO_RESPONSES}")
+    pairs, nats = [], {}
     if all(graded):
         pairs = compare_accuracy(folders, names)
         print_accuracy(names, results, pairs)
-    if nats:
+    if measured:
+        nats = compare_likelihood(paths, names)
         print_likelihood(nats)
-    elif why_not:
-        print(f"likelihood: not compared; {why_not}")
     out_dir.mkdir(parents=True, exist_ok=True)
     runs = [{"folder": str(folder)} | r for folder, r in zip(folders, results)]
     write_json(out_dir / "compare.json", {"runs": runs, "pairs": pairs, "likelihood": nats})
-    if not all(graded):
-        picture = "; no picture: it would show accuracies, and there are none"
-    elif draw_comparison(names, results, out_dir / "compare.png"):
-        picture = f", {out_dir}/compare.png"
-    else:
-        picture = "; no picture: matplotlib is not installed"
-    print(f"{out_dir}/compare.json{picture}")
+    print(f"{out_dir}/compare.json")
 
 
 def short_names(folders: list[str]) -> list[str]:
     """The folders without the folder that all of them lie in."""
     shared = os.path.commonprefix(folders) if len(folders) > 1 else ""
     return [folder[shared.rfind("/") + 1 :] for folder in folders]
-
-
-def pairs_of(items: list) -> list[tuple[int, int]]:
-    """The numbers of all (first, second), ordered by the second."""
-    return sorted(combinations(range(len(items)), 2), key=lambda pair: pair[1])
 
 
 # ------------------------------------- what is compared
@@ -74,7 +61,7 @@ def compare_accuracy(folders: list[str], names: list[str]) -> list[dict]:
             counts = f"{len(right)} and {len(runs[0])}, {common} in common"
             raise UserError(f"{folder}: asked other problems than {folders[0]}: {counts}")
     pairs = []
-    for i, j in pairs_of(runs):
+    for i, j in combinations(range(len(runs)), 2):
         pairs.append({"first": names[i], "second": names[j]} | paired(runs[i], runs[j]))
     return pairs
 
@@ -91,21 +78,20 @@ def read_verdicts(folder: str) -> dict:
     return right
 
 
-def compare_likelihood(folders: list[str], names: list[str]) -> tuple[dict, str]:
-    """({documents, rows, pairs}, "") of all folders' likelihood.npz, or ({}, why not).
+def compare_likelihood(paths: list[Path], names: list[str]) -> dict:
+    """{documents, rows, pairs} of some likelihood.npz; UserError if their documents differ.
 
     In nats a document. Rows are means over documents, pairs the paired differences
     second - first, each with its standard error.
     """
-    paths = [Path(folder) / "likelihood.npz" for folder in folders]
-    missing = [path for path in paths if not path.exists()]
-    if missing:
-        return {}, f"{missing[0]}: no such file" if len(missing) < len(paths) else ""
     tables = [read_table(path) for path in paths]
     columns = {}
-    for folder, name, table in zip(folders, names, tables):
-        if why_not := unlike(table, tables[0], folders[0]):
-            return {}, f"{folder}: measured on {why_not}"
+    for path, name, table in zip(paths, names, tables):
+        if str(table["corpus"]) != str(tables[0]["corpus"]):
+            raise UserError(f"{path}: measured on another corpus than {paths[0]}")
+        if any(not np.array_equal(table[key], tables[0][key]) for key in ("doc", "bytes", "tokens")):
+            need = "give both the same --bound_docs and --max_new"
+            raise UserError(f"{path}: measured on other documents or chunks than {paths[0]}; {need}")
         for key, label in MEASURES.items():
             if key in table:
                 columns[f"{name} {label}"] = table[key]
@@ -113,39 +99,23 @@ def compare_likelihood(folders: list[str], names: list[str]) -> tuple[dict, str]
     for label, column in columns.items():
         mean, error = mean_and_error(column)
         rows.append({"name": label, "nats": mean, "nats_se": error})
-    labels = list(columns)
-    for i, j in pairs_of(labels):
-        first, second = labels[i], labels[j]
+    for first, second in combinations(columns, 2):
         mean, error = paired_difference(columns[first], columns[second])
         pair = {"first": first, "second": second}
         pairs.append(pair | {"difference": mean, "difference_se": error})
-    return {"documents": len(tables[0]["doc"]), "rows": rows, "pairs": pairs}, ""
-
-
-def unlike(table: dict, first: dict, folder: str) -> str:
-    """On what else a table was measured than the first one, that of `folder`; "": on the same."""
-    if str(table["corpus"]) != str(first["corpus"]):
-        return f"another corpus than {folder}"
-    for key in ("doc", "bytes", "tokens"):
-        if not np.array_equal(table[key], first[key]):
-            need = "give both the same --bound_docs and --max_new"
-            return f"other documents or chunks than {folder}; {need}"
-    return ""
+    return {"documents": len(tables[0]["doc"]), "rows": rows, "pairs": pairs}
 
 
 def read_table(path: Path) -> dict:
     """The arrays of a likelihood.npz; UserError when it is damaged."""
     try:
         with np.load(path, allow_pickle=False) as f:
-            table = dict(f)
+            return dict(f)
     except (ValueError, EOFError, zipfile.BadZipFile) as e:
         raise UserError(f"{path}: damaged ({e}); remove its folder and run again") from None
-    if not {"corpus", "doc", "bytes", "tokens"} <= table.keys():
-        raise UserError(f"{path}: not a likelihood.npz of eval_math.py")
-    return table
 
 
-# ------------------------------------- text, tables, picture
+# ------------------------------------- text and tables
 
 
 def print_results(results: dict) -> None:
@@ -205,48 +175,3 @@ def print_likelihood(nats: dict) -> None:
     for p in nats["pairs"]:
         difference = f"{p['difference']:+.4f} ± {p['difference_se']:.4f}"
         print(f"{p['second']} - {p['first']}: {difference} nats a document")
-
-
-def bars_of(result: dict) -> dict:
-    """{label: (score, its standard error)} for the picture."""
-    bars = {
-        "flexible": (result["accuracy"], result["accuracy_se"]),
-        "strict": (result[STRICT], result[STRICT_ERROR]),
-    }
-    if "sampled" in result:
-        sampled = result["sampled"]
-        k = sampled["k"]
-        bars["mean of k samples"] = (sampled["accuracy"], sampled["accuracy_se"])
-        if k > 1:
-            bars["maj@k"] = (sampled[f"maj@{k}"], np.nan)
-        bars["pass@k"] = (sampled[f"pass@{k}"], np.nan)
-    return bars
-
-
-def draw_comparison(names: list[str], results: list[dict], path: Path) -> bool:
-    """Bars of the scores that all runs have. False where matplotlib is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    size = (2 + 1.6 * len(names), 4)
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
-    place = np.arange(len(names))
-    runs = [bars_of(r) for r in results]
-    labels = [label for label in runs[0] if all(label in bars for bars in runs)]
-    width = 0.8 / len(labels)
-    for i, label in enumerate(labels):
-        values, errors = zip(*(bars[label] for bars in runs))
-        shift = (i - (len(labels) - 1) / 2) * width
-        axis.bar(place + shift, values, width, yerr=errors, capsize=2, label=label)
-    axis.set_xticks(place, names)
-    axis.set(ylabel="share of problems", ylim=(0, 1))
-    axis.grid(axis="y", alpha=0.3)
-    axis.legend(fontsize=8)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-    plt.close(figure)
-    return True

@@ -1,7 +1,7 @@
 """Corpora and thoughts on disk, and the one function that writes token sequences.
 
 A corpus folder:
-    tokens.bin     ids of all chunks, end to end
+    tokens.bin     ids of all chunks, end to end: a document has those of its whole text
     chunks.npy     int64 [n_chunks + 1] into tokens
     docs.npy       int64 [n_docs + 1] into chunks
     questions.npy  bool [n_chunks] (optional)
@@ -156,6 +156,14 @@ class Corpus:
 
     def chunk(self, i: int) -> np.ndarray:
         return self.tokens[self.chunks[i] : self.chunks[i + 1]]
+
+    def raw(self, i: int) -> bytes:
+        """The text of chunk i in UTF-8."""
+        opens = self.chunks[i] == self.chunks[self.docs[self.doc_of(i)]]
+        return self.tokenizer.decode_bytes(self.chunk(i), first=opens)
+
+    def text(self, i: int) -> str:
+        return self.raw(i).decode("utf-8", errors="replace")
 
     def doc_of(self, i):
         """The document that chunk i (or each of an array of chunks) belongs to."""
@@ -391,10 +399,10 @@ def write_corpus(folder, documents, tok: Tokenizer, source: dict) -> None:
                 if not any(text for text, _ in document):
                     why = f"document {number} is empty; leave it out of the source"
                     raise UserError(f"{folder}: {why}")
-            pieces = [text for document in some for text, _ in document]
+            pieces = [[text for text, _ in document] for document in some]
             questions = [is_question for document in some for _, is_question in document]
-            n_bytes = sum(len(piece.encode()) for piece in pieces)
-            ids, lengths = tok.encode_pieces(pieces)
+            n_bytes = sum(len(piece.encode()) for document in pieces for piece in document)
+            ids, lengths, _ = tok.encode_documents(pieces)
             writer.add(ids, lengths, list(map(len, some)), n_bytes, questions)
         writer.close(source)
 
@@ -450,7 +458,7 @@ def write_parts(documents: dict, tok: Tokenizer, out_dir: Path, source: dict, th
         write_corpus(out_dir / part, (chunks_of(d) for d in docs), tok, source)
         if part in thoughts:
             answers = (thought for d in docs for _, thought, _ in d)
-            spans = (span for thought in answers for span in ([], tok.encode(thought)))
+            spans = (span for thought in answers for span in ([], tok.encode_thought(thought)))
             corpus = open_corpus(out_dir / part)
             write_thoughts(out_dir / thoughts[part], corpus, spans, {"source": source})
         print(f"{out_dir / part}: {len(docs)} documents")

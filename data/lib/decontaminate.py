@@ -69,10 +69,8 @@ def word_ends(folded: str) -> list[int]:
 
 
 def hashes(stream: bytes, width: int, step: int) -> np.ndarray:
-    """[places] uint64: hashes of `width` bytes at every step-th place.
-
-    The upper bits are the good ones.
-    """
+    """[places] uint64: hashes of `width` bytes at every step-th place. The upper bits are the good
+    ones."""
     if len(stream) < width:
         return np.zeros(0, np.uint64)
     n = (len(stream) - width) // step + 1
@@ -179,10 +177,8 @@ class Finder:
                     found.setdefault(number, (self.exact[alone], alone.decode()))
 
     def common_run(self, stream: bytes, hit: Hit) -> tuple[int, int] | None:
-        """The longest run around a hit, if it has enough words.
-
-        (start, end) in the stream of the question.
-        """
+        """The longest run around a hit, if it has enough words. (start, end) in the stream of the
+        question."""
         other = self.streams[hit.question]
         shift = hit.at - hit.place
         low = high = hit.place
@@ -203,10 +199,8 @@ class Finder:
         return (0, len(other)) if occurs else None
 
     def confirm(self, question: int, low: int, high: int, shift: int, folded: str) -> str:
-        """The words of a run that end where words do on both sides; "" for too few.
-
-        shift: from a place in the question to the place in the text's own stream.
-        """
+        """The words of a run that end where words do on both sides; "" for too few. shift: from a place
+        in the question to the place in the text's own stream."""
         theirs = set(word_ends(folded))
         stream = self.streams[question]
         ends = self.ends[question]

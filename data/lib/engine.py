@@ -264,11 +264,10 @@ class Runner:
         self.device = model.embed_tokens.weight.device
         self.dtype = model.embed_tokens.weight.dtype
         self.on_cuda = self.device.type == "cuda"
+        if self.on_cuda:  # graphs are captured on the current device
+            torch.cuda.set_device(self.device)
         self.static_shapes = self.on_cuda
         self.steps_per_sync = steps_per_sync or (8 if self.on_cuda else 1)
-        self.graph_pool = None
-        if self.on_cuda:
-            self.graph_pool = torch.cuda.graph_pool_handle()
         self.stops = {}  # sets of stop tokens, on the device
         self.release()
         model.pack()
@@ -283,6 +282,8 @@ class Runner:
         self.graphs = {}
         if self.on_cuda:
             torch.cuda.empty_cache()
+            # A pool without graphs is dead: torch refuses to capture into it again.
+            self.graph_pool = torch.cuda.graph_pool_handle()
 
     def allocate(self, layout: Layout) -> None:
         """Make the cache and the state of its lanes."""
@@ -749,8 +750,8 @@ class Engine:
         G, R = len(lengths) - len(owner), len(owner)
         n_prefix = int(lengths[:G].sum())
         owner = self.runner.put(owner)
-        prefix, in_prefix = self.padded(starts[:G], lengths[:G])  # [G, P]
-        tail, in_tail = self.padded(starts[G:], lengths[G:])  # [R, T]
+        prefix, in_prefix, from_prefix = self.padded(starts[:G], lengths[:G])  # [G, P]
+        tail, _, from_tail = self.padded(starts[G:], lengths[G:])  # [R, T]
         T = tail.shape[1]
         # What tails see of their prefix, and of themselves: [R, 1, T, P + T].
         seen = in_prefix[owner][:, None].expand(-1, T, -1)
@@ -761,23 +762,25 @@ class Engine:
             y = torch.empty_like(q)
             # [N, heads, head_dim] -> [G, heads, P, head_dim]
             pq, pk, pv = (x[prefix].transpose(1, 2) for x in (q, k, v))
-            y[:n_prefix] = attention(pq, pk, pv).transpose(1, 2)[in_prefix]
+            y[:n_prefix] = attention(pq, pk, pv).transpose(1, 2)[from_prefix]
             if n_prefix < len(q):
                 # [N, heads, head_dim] -> [R, heads, T, head_dim]
                 tq, tk, tv = (x[tail].transpose(1, 2) for x in (q, k, v))
                 tk = torch.cat((pk[owner], tk), dim=2)
                 tv = torch.cat((pv[owner], tv), dim=2)
-                y[n_prefix:] = attention(tq, tk, tv, seen).transpose(1, 2)[in_tail]
+                y[n_prefix:] = attention(tq, tk, tv, seen).transpose(1, 2)[from_tail]
             return y
 
         return attend
 
-    def padded(self, starts, lengths) -> tuple[Tensor, Tensor]:
-        """Index [n, longest] of the tokens of sequences, and which are real."""
+    def padded(self, starts, lengths) -> tuple[Tensor, Tensor, tuple]:
+        """Index [n, longest] of the tokens of sequences, which are real, and the
+        rows and columns of those: a mask as an index would wait for the device."""
         column = np.arange(max(1, lengths.max()))
         real = column < lengths[:, None]
         index = np.where(real, starts[:, None] + column, 0)
-        return self.runner.put(index), self.runner.put(real)
+        put = self.runner.put
+        return put(index), put(real), tuple(map(put, np.nonzero(real)))
 
 
 def fill(items, size, limit: int) -> list[list]:

@@ -7,6 +7,7 @@ inequalities are compared as what they are.
 
 import contextlib
 import random
+import re
 
 import sympy
 from sympy import E, I, Symbol, oo
@@ -14,34 +15,47 @@ from sympy import E, I, Symbol, oo
 from data.lib import mathvalues as bounded
 from data.lib.mathvalues import MIRRORED, Undefined, Value, is_matrix, mp, numeric, region_of, size_of
 
-# ------------------------------------------------------------------ numbers and formulas
+KINKED = {"Abs", "floor", "ceiling"}
+# Made of these alone even the smallest number is known to all its digits.
+PRODUCTS = {"Mul", "Pow", "factorial", "factorial2", "binomial"}
 
 
-def close(a, b, digits: int) -> bool:
+def close(a, b, digits: int, floor: bool = True) -> bool:
     tolerance = mp.mpf(10) ** -digits
-    return abs(a - b) <= tolerance * max(abs(a), abs(b), tolerance)
+    return abs(a - b) <= tolerance * max(abs(a), abs(b), tolerance * floor)
 
 
-def points(symbols: list):
+def points(symbols: list, far: bool = False):
     """Six random places, always the same ones: dicts from symbols to numbers.
 
-    They have three scales, so that neither high nor low powers drown the rest.
-    In the first three all symbols are positive; the others have both signs.
+    Of three scales, so that neither high nor low powers drown the rest; at first all
+    positive, then of both signs. `far` adds four beyond the kinks that people write.
     """
     rng = random.Random(0)
-    for n in range(6):
-        scale = 10.0 ** (n % 3 - 1)
+    for n in range(10 if far else 6):
+        scale = 10.0 ** (n % 3 - 1) if n < 6 else 10.0 ** (2 * (n // 2) - 3)
         point = {}
         for x in symbols:
             size = mp.mpf(scale * rng.randrange(10**6, 4 * 10**6)) / 10**6
-            point[x] = size * rng.choice((1, -1)) if n >= 3 else size
+            point[x] = size * rng.choice((1, -1)) if 3 <= n < 6 else size * (-1) ** (n // 6 * n)
         yield point
 
 
-def values_of_both(a, b, symbols: list) -> list[tuple]:
+def moved(point: dict, part) -> dict:
+    """The point, moved into an interval."""
+    low, high = bounded.place(part.low), bounded.place(part.high)
+    if mp.isinf(high):
+        return point if mp.isinf(low) else {x: low + abs(v) for x, v in point.items()}
+    return {x: high - (abs(v) if mp.isinf(low) else (high - low) / (1 + abs(v))) for x, v in point.items()}
+
+
+def values_of_both(a, b, symbols: list, part=None) -> list[tuple]:
     """The values of a and b at every point where both are defined."""
     pairs = []
-    for point in points(symbols) if symbols else [{}]:
+    parts = (x for y in (a, b) for x in sympy.preorder_traversal(y))
+    far = any(x.func.__name__ in KINKED or x.is_Pow and not x.exp.is_Integer for x in parts)
+    places = points(symbols, far) if symbols else [{}]
+    for point in (moved(x, part) for x in places) if part else places:
         with contextlib.suppress(Undefined):
             pairs.append((numeric(a, point), numeric(b, point)))
     if symbols and not (a.has(I) or b.has(I)):
@@ -50,19 +64,18 @@ def values_of_both(a, b, symbols: list) -> list[tuple]:
     return pairs
 
 
-def agree(a, b, same_value) -> bool:
-    """Whether same_value(a's value, b's value, digits) holds wherever both have a value.
+def agree(a, b, same_value, part=None) -> bool:
+    """Whether same_value(a's value, b's value, digits) holds wherever both have one (in an interval).
 
     Formulas need two such points at least, numbers have just one.
     """
     symbols = sorted(a.free_symbols | b.free_symbols, key=str)
     digits = min(100, 30 + int(0.302 * max(size_of(a), size_of(b))))
     with mp.workdps(2 * digits + 30):
-        pairs = values_of_both(a, b, symbols)
+        pairs = values_of_both(a, b, symbols, part)
         if not symbols and any(x and mp.mag(x) > 3 * digits for pair in pairs for x in pair):
             return False  # the last digits of such an integer would not be seen
-        needed = 2 if symbols else 1
-        return len(pairs) >= needed and all(same_value(x, y, digits) for x, y in pairs)
+        return len(pairs) > bool(symbols) and all(same_value(x, y, digits) for x, y in pairs)
 
 
 def equal(a, b) -> bool:
@@ -73,7 +86,9 @@ def equal(a, b) -> bool:
         return True
     if a.is_Rational and b.is_Rational or oo in (a, b) or -oo in (a, b):
         return False
-    return agree(a, b, close)
+    parts = (x for y in (a, b) for x in sympy.preorder_traversal(y))
+    products = all(x.is_Atom or x.func.__name__ in PRODUCTS for x in parts)
+    return agree(a, b, lambda x, y, digits: close(x, y, digits, not products))
 
 
 def proportional(a, b, positive: bool) -> bool:
@@ -84,13 +99,10 @@ def proportional(a, b, positive: bool) -> bool:
         if not x or not y:
             return not x and not y
         ratios.append(x / y)
-        first = ratios[0]
-        return close(first, ratios[-1], digits) and not mp.im(first) and (first > 0 or not positive)
+        first, last = ratios[0], ratios[-1]
+        return close(first, last, digits) and not mp.im(first) and (first > 0 or not positive)
 
     return a == b or agree(a, b, same_ratio)
-
-
-# ------------------------------------------------------------------ names before an equals sign
 
 
 def label(value) -> bool:
@@ -100,13 +112,15 @@ def label(value) -> bool:
         return names or value.kind == "words"
     if not isinstance(value, sympy.Expr):
         return False
+    name = str(value.args[0] if isinstance(value, sympy.Abs) else value)
+    if re.fullmatch(r"([A-Z]\*?)+", name):
+        return True  # AB, |AB|
     return function_call(value) if value.is_Mul else value.is_Symbol or value in (E, I)
 
 
 def function_call(product) -> bool:
     """Whether a product of letters is a function's call: f(x), f^{-1}(x), f(3), P(X)."""
-    letters = set()
-    rest = []
+    letters, rest = set(), []
     for factor in product.args:
         if factor.is_Symbol:
             letters.add(str(factor))
@@ -123,8 +137,7 @@ def bare(value, always: bool = False):
     """The right side of "x = 5" and "x in {5}"; with always, that of any equation."""
     if not is_relation(value, "=", "in"):
         return value
-    first = value.items[0]
-    last = value.items[-1]
+    first, last = value.items[0], value.items[-1]
     if not always and not label(first) and value.marks[-1] != "in":
         return value
     turned = len(value.items) == 2 and isinstance(last, Symbol) and not isinstance(first, Symbol)
@@ -136,10 +149,8 @@ def named(value) -> bool:
     if not isinstance(value, Value) or value.kind != "list":
         return False
     names = {x.items[0] for x in value.items if is_relation(x, "=") and len(x.items) == 2}
-    return len(names) == len(value.items) > 1 and all(isinstance(x, Symbol) for x in names)
-
-
-# ------------------------------------------------------------------ values of all kinds
+    plain = all(isinstance(x, Symbol) or getattr(x, "kind", "") == "words" for x in names)
+    return plain and len(names) == len(value.items) > 1
 
 
 def is_relation(value, *signs: str) -> bool:
@@ -185,22 +196,24 @@ def same(a, b) -> bool:
         return equal(a, b)
     if "rel" in kinds:
         return same_relation(a, b)
+    if "cases" in kinds:
+        return same_cases(a, b)
     if kinds == ("words", "words"):
         return a.marks == b.marks and pairwise(a.items, b.items)
     if kinds == ("seq", "seq"):
         return (a.marks == b.marks or {a.marks, b.marks} == {"()", "<>"}) and pairwise(a.items, b.items)
-    if kinds[0] == "list" and kinds[1] != "list":
-        meanings = unique(a.items)
-        if len(meanings) == 1:  # "3/8, or 0.375"
-            return same(meanings[0], b)
+    if kinds.count("list") == 1:
+        several, one = (a, b) if kinds[0] == "list" else (b, a)
+        if len(unique(several.items)) == 1:  # "3/8, or 0.375"
+            return same(several.items[0], one)
     if set(kinds) <= {"list", "set"}:
         return same_collection(a, b)
     if "region" in kinds:
         return same_region(region_of(a), region_of(b))
     if set(kinds) == {"set", "number"}:
-        members, number = (a, b) if kinds[0] == "set" else (b, a)
-        return len(members.items) == 1 and same(members.items[0], number)
-    if "seq" in kinds and "list" in kinds and any(map(conditions, (a, b))):
+        return matched(*(x.items if isinstance(x, Value) else (x,) for x in (a, b)))
+    conditions = (a if kinds[0] == "list" else b) if set(kinds) == {"seq", "list"} else None
+    if conditions and all(is_relation(x, "<", ">", "<=", ">=", "!=") for x in conditions.items):
         return same_region(region_of(a), region_of(b))
     if "seq" in kinds and "words" not in kinds:
         return same_tuple(a, b) if kinds[0] == "seq" else same_tuple(b, a)
@@ -213,8 +226,7 @@ def same_collection(a: Value, b: Value) -> bool:
         return matched(a.items, b.items)
     if other_variable(a, b):
         return False
-    xs = tuple(map(bare, a.items))
-    ys = tuple(map(bare, b.items))
+    xs, ys = tuple(map(bare, a.items)), tuple(map(bare, b.items))
     if a.kind == b.kind == "set":
         return matched(unique(xs), unique(ys))
     if a.kind != b.kind and "and" in (a if a.kind == "list" else b).marks[:-1]:
@@ -229,22 +241,41 @@ def same_tuple(point: Value, other) -> bool:
         return column and point.marks in ("()", "<>") and all(map(same, point.items, other))
     if not named(other) or point.marks != "()":
         return False
-    names = [str(x.items[0]) for x in other.items]
-    return names == sorted(names) and pairwise([x.items[-1] for x in other.items], point.items)
+    values = [x.items[-1] for x in sorted(other.items, key=lambda x: str(x.items[0]))]
+    return pairwise(values, point.items)
 
 
 def same_region(a: Value, b: Value) -> bool:
-    if len(a.items) != len(b.items):
-        return False
-    for x, y in zip(a.items, b.items):
-        if (x.low_closed, x.high_closed) != (y.low_closed, y.high_closed):
-            return False
-        if not same(x.low, y.low) or not same(x.high, y.high):
-            return False
-    return True
+    return len(a.items) == len(b.items) and all(
+        (x.low_closed, x.high_closed) == (y.low_closed, y.high_closed)
+        and same(x.low, y.low)
+        and same(x.high, y.high)
+        for x, y in zip(a.items, b.items)
+    )
 
 
-# ------------------------------------------------------------------ equations, inequalities, ratios
+def rows_of(value) -> list[tuple]:
+    """(value, condition) of each row of cases, with what "otherwise" means; a formula is one row."""
+    if not isinstance(value, Value):
+        return [(value, bounded.REALS)]
+    told = [when for _, when in value.items if when.kind == "region"]
+    rest = bounded.complement(bounded.joined(*told)) if told else None
+    otherwise = Value("words", (), ())
+    return [(x, rest if rest and when == otherwise else when) for x, when in value.items]
+
+
+def same_cases(a, b) -> bool:
+    """same() of functions that are told by cases: for the same arguments, and wherever two cases meet."""
+    rows, others = rows_of(a), rows_of(b)
+    if any(when.kind == "words" for _, when in rows + others):
+        return matched(*([Value("seq", "()", row) for row in table] for table in (rows, others)))
+    domains = [bounded.joined(*(when for _, when in table)) for table in (rows, others)]
+    return same_region(*domains) and all(
+        agree(x, y, close, part)
+        for x, when in rows
+        for y, other in others
+        for part in bounded.common(when, other).items
+    )
 
 
 def same_relation(a, b) -> bool:
@@ -252,16 +283,20 @@ def same_relation(a, b) -> bool:
     if is_relation(a, ":") or is_relation(b, ":"):
         return same_ratio(a, b) if is_relation(a, ":") else same_ratio(b, a)
     both = isinstance(a, Value) and isinstance(b, Value) and a.kind == b.kind
+    x, y = unpacked(a), unpacked(b)
+    if x is not a and (both or getattr(b, "kind", "") == "list") or y is not b and named(a):
+        return same(x, y)
     if both:
         if same_equation(a, b):
             return True
-        if is_relation(a, "=") and is_relation(b, "=") and same_name(a.items[0], b.items[0]):
+        names = {str(a.items[0]), str(b.items[0])}
+        one_name = label(b.items[0]) and same(a.items[0], b.items[0]) or names in ({"y", "f*x"}, {"y", "g*x"})
+        if is_relation(a, "=") and is_relation(b, "=") and one_name:
             return same(a.items[-1], b.items[-1])
         if is_relation(a, "=") and len(a.items) > 2 and label(a.items[0]):  # x = 2 + 3 = 5
             return same(Value("rel", ("=",), (a.items[0], a.items[-1])), b)
     else:
-        x = bare(a, True)
-        y = bare(b)
+        x, y = bare(a, True), bare(b)
         if (x is not a or y is not b) and same(x, y):
             return True
     if is_relation(a, "=") or is_relation(b, "=") or other_variable(a, b):
@@ -269,18 +304,20 @@ def same_relation(a, b) -> bool:
     return same(region_of(a), region_of(b))
 
 
-def conditions(value: Value) -> bool:
-    """Whether a list holds nothing but inequalities: x > 0 and x < 5."""
-    return all(is_relation(x, "<", ">", "<=", ">=", "!=") for x in value.items)
+def unpacked(value):
+    """The list x = 2, y = 3 for the equation (x, y) = (2, 3)."""
+    left, right = (value.items[0], value.items[-1]) if is_relation(value, "=") else (None, None)
+    if not all(isinstance(x, Value) and x.kind == "seq" for x in (left, right)) or not label(left):
+        return value
+    pairs = tuple(Value("rel", ("=",), pair) for pair in zip(left.items, right.items))
+    return Value("list", (",",) * (len(pairs) - 1), pairs) if len(left.items) == len(right.items) else value
 
 
 def variables(value) -> set:
     """The names that stand alone on a side of the relations in a value."""
-    if not isinstance(value, Value) or value.kind not in ("list", "rel"):
-        return set()
-    if value.kind == "rel":
-        return {x for x in value.items if isinstance(x, Symbol)}
-    return set().union(*map(variables, value.items))
+    relations = value.items if getattr(value, "kind", "") == "list" else (value,)
+    relations = (x for x in relations if getattr(x, "kind", "") == "rel")
+    return {x for y in relations for x in y.items if isinstance(x, Symbol)}
 
 
 def other_variable(a, b) -> bool:
@@ -288,41 +325,29 @@ def other_variable(a, b) -> bool:
     return bool(variables(a) and variables(b)) and not variables(a) & variables(b)
 
 
-def same_name(a, b) -> bool:
-    """Whether the left sides of two equations name the same thing, such as y and f(x)."""
-    return same(a, b) and label(b) or {str(a), str(b)} in ({"y", "f*x"}, {"y", "g*x"})
-
-
 def same_ratio(ratio: Value, other) -> bool:
     """Whether a ratio is the same as another one, or as a quotient."""
-    if is_relation(other, ":"):
-        if not all_scalars(ratio, other):
-            return pairwise(ratio.items, other.items)
-        if len(ratio.items) != len(other.items):
-            return False
-        if 0 in ratio.items or 0 in other.items:  # 3:00 is a time
-            return pairwise(ratio.items, other.items)
-        first = ratio.items[0]
-        second = other.items[0]
-        pairs = zip(ratio.items, other.items)
-        return all(equal(bounded.multiply(x, second), bounded.multiply(y, first)) for x, y in pairs)
-    if isinstance(other, Value) or len(ratio.items) != 2 or not all_scalars(ratio):
-        return False
-    return equal(bounded.divide(*ratio.items), other)
+    if not is_relation(other, ":"):
+        quotient = not isinstance(other, Value) and len(ratio.items) == 2 and all_scalars(ratio)
+        return quotient and equal(bounded.divide(*ratio.items), other)
+    if not all_scalars(ratio, other) or 0 in ratio.items + other.items:  # 3:00 is a time
+        return pairwise(ratio.items, other.items)
+    first, second = ratio.items[0], other.items[0]
+    pairs = zip(ratio.items, other.items)
+    return len(ratio.items) == len(other.items) and all(
+        equal(bounded.multiply(x, second), bounded.multiply(y, first)) for x, y in pairs
+    )
 
 
 def ascending(value: Value) -> Value:
     """A relation without > and >=: turned around where it has one."""
-    if ">" not in "".join(value.marks):
-        return value
     signs = tuple(MIRRORED.get(sign, sign) for sign in reversed(value.marks))
-    return Value("rel", signs, value.items[::-1])
+    return Value("rel", signs, value.items[::-1]) if ">" in "".join(value.marks) else value
 
 
 def same_equation(a: Value, b: Value) -> bool:
     """Two equations or inequalities. Those with one sign may differ by a factor and by moved terms."""
-    a = ascending(a)
-    b = ascending(b)
+    a, b = ascending(a), ascending(b)
     if a.marks != b.marks or len(a.items) != len(b.items):
         return False
     if len(a.marks) == 1 and a.marks[0] != "in" and all_scalars(a, b):

@@ -37,7 +37,7 @@ def write_training_data(s, items: list[Item], folder: Path) -> None:
     documents, spans = [], []
     for x in items:
         if s.mode == "latent":
-            answer, thought = x.answer_text, tok.encode(x.solution)
+            answer, thought = x.answer_text, tok.encode_thought(x.solution)
         else:
             answer, thought = x.solution + x.answer_text, []
         documents.append([(x.question_text, True), (answer, False)])

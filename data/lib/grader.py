@@ -4,8 +4,7 @@
     readings(answer)          latex.py, latex_tokens.py: the values that it can mean
     same(value, reference)    equality.py, mathvalues.py: whether two values are the same
 
-All are pure functions of strings. Worker runs them in another process, with
-limits of time and memory.
+All are pure functions of strings. Worker runs them in another process, with limits.
 """
 
 import contextlib
@@ -19,35 +18,35 @@ from sympy import Rational, pi
 
 from data.lib.answers import ANNOUNCEMENTS, extract_answer, first_problem, prose
 from data.lib.equality import equal, is_relation, same
-from data.lib.latex import Reading, readings
+from data.lib.latex import MEASURES, Reading, readings
 from data.lib.latex_tokens import WRAPPED, words_of
 from data.lib.mathvalues import FAILURES, MAX_ANSWER, MAX_RESPONSE, Value
 
 STRICT = re.compile(r"[Tt]he final answer is:?\s+(.+?)\.(?=\s|$)")
 SPACING = re.compile(
-    r"""(?<!\\) \\ (?: left | right | [bB]igg?[lr]? | displaystyle | quad | qquad | ! | , | ; | : | [ ] )
-      (?![a-zA-Z])
-    | \$ | ~ | \*\*""",
-    re.VERBOSE,
+    r"(?<!\\)\\(?:left|right|[bB]igg?[lr]?|displaystyle|q?quad|[!,;: ])(?![a-zA-Z])|\$|~|\*\*"
 )
 TEXT_STYLE = r"(?: \\(?:text|textbf|mathrm|mathbf)\{ )?"
 CHOICE = re.compile(rf"\W{{0,9}} {TEXT_STYLE} \W{{0,3}} ([A-J]) \W{{0,9}}", re.VERBOSE)
 CHOSEN = re.compile(  # B, (b), option B, B. 12 apples
     rf"""\W{{0,9}} (?: (?:option|choice|answer|i\ choose)\s* )? {TEXT_STYLE} \W{{0,3}}
-    ([A-J]) (?![\w^=+*/\\-]) (?: \W{{0,9}}$ | [).:}}] | \s+\w{{3,}} )""",
+    (?:option\s+)? ([A-J]) (?![\w^=+*/\\-]) (?: \W{{0,9}}$ | [).:}}] | ,?\s+\w{{3,}} )""",
     re.IGNORECASE | re.VERBOSE,
 )
-COMPOUND_UNITS = {
-    ("mph", 1): (("mile", 1), ("hour", -1)),
-    ("kph", 1): (("kilometer", 1), ("hour", -1)),
-}
+SEVERAL = re.compile(r"\W*(?:[A-J]\W+(?:and\W+)?)+[A-J]\W*")  # the choices A, C
+RESTATED = re.compile(  # 3/4 (75%), 0.75 or 75%
+    r"(.{1,100}?)(?:(?:,? (?:or|i\.e\.,?)| =) (.{1,100})| \((?:or|i\.e\.|=)?([^()]{1,100})\))"
+)
+LETTERED = re.compile(rf"{TEXT_STYLE} \(?[A-J][).:] \s* \}}? (?: \s | \\[ ,;:] )* (?=\S)", re.VERBOSE)
+MONTH = re.compile(r"\b(?:jan|febr)uary|march|april|may|june|july|august|(?:sept|nov|dec)ember|october\b")
+COMPOUND_UNITS = {("mph", 1): (("mile", 1), ("hour", -1)), ("kph", 1): (("kilometer", 1), ("hour", -1))}
 HALVES = {("am", 1), ("pm", 1)}  # of a day
 FACTORS = {"percent": Rational(1, 100), "degree": pi / 180}
 
 
 def squash(text: str) -> str:
     """A text without what never matters: spacing, dollar signs, wrappers of text, a last full stop."""
-    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+    text = re.sub(r"\\[dt](?=frac|dots)|\\[lc](?=dots)", r"\\", text)
     text = WRAPPED.sub(r"\1", SPACING.sub(" ", text)).strip().rstrip(".")
     return re.sub(r"\s+(?!\d)|(?<!\d)\s+", "", text)
 
@@ -63,12 +62,14 @@ def units_clash(a: tuple, b: tuple) -> bool:
 
 
 def converted(a: Reading, b: Reading) -> bool:
-    """Whether a is b in another unit: 50% for 1/2, 30 degrees for pi/6."""
-    if b.units or len(a.units) != 1 or a.units[0][0] not in FACTORS:
-        return False
-    if not isinstance(a.value, sympy.Expr) or not isinstance(b.value, sympy.Expr):
-        return False
-    return equal(a.value * FACTORS[a.units[0][0]], b.value)
+    """Whether a is b in another unit: 50% for 1/2, 30 degrees for pi/6, 90 minutes for 1.5 hours."""
+    if len(a.units) == len(b.units) == 1:
+        (group, size), (other, scale) = (MEASURES.get(x.units[0][0], (x, 1)) for x in (a, b))
+        powers = a.units[0][1] == b.units[0][1] == 1
+        return group == other and powers and equal(a.value * size, b.value * scale)
+    factor = FACTORS.get(a.units[0][0]) if len(a.units) == 1 and not b.units else None
+    numbers = isinstance(a.value, sympy.Expr) and isinstance(b.value, sympy.Expr)
+    return bool(factor) and numbers and equal(a.value * factor, b.value)
 
 
 def clock(reading: Reading) -> tuple | None:
@@ -84,9 +85,8 @@ def clock(reading: Reading) -> tuple | None:
 def counted(reading: Reading) -> dict:
     """What a list counts, with its number: 10 chickens and 9 rabbits. Empty for anything else."""
     value, _, names, _ = reading
-    if not isinstance(value, Value) or value.kind != "list":
-        return {}
-    return dict(zip(names, value.items)) if len(set(names)) == len(names) == len(value.items) else {}
+    listed = isinstance(value, Value) and value.kind == "list" and len(set(names)) == len(names)
+    return dict(zip(names, value.items)) if listed and len(names) == len(value.items) else {}
 
 
 def readings_agree(a: Reading, b: Reading) -> bool:
@@ -103,6 +103,20 @@ def readings_agree(a: Reading, b: Reading) -> bool:
         return False  # they cannot be compared in this way
 
 
+def restated(answer: str) -> str:
+    """The first of two ways to say one answer, 3/4 of "3/4 (75%)"; the exact one, where one is rounded."""
+    m = RESTATED.fullmatch(WRAPPED.sub(r"\1", answer))
+    if not m:
+        return answer
+    parts = m[1], restated(m[2] or m[3])
+    a, b = (next(iter(readings(x.strip(" $()"))), None) for x in parts)
+    if a and b and readings_agree(a, b):
+        return parts[0]
+    numbers = a and b and all(isinstance(x.value, sympy.Expr) and x.value.is_number for x in (a, b))
+    rounded = numbers and abs(a.value - b.value) < abs(b.value) / 100
+    return parts["." in parts[0] and "." not in parts[1]] if rounded else answer
+
+
 def answers_agree(answer: str, gold: str) -> bool:
     """Whether two answers, as they stand in a text, mean the same."""
     if not gold or len(gold) > MAX_ANSWER or len(answer) > MAX_ANSWER:
@@ -113,18 +127,26 @@ def answers_agree(answer: str, gold: str) -> bool:
     chosen = CHOSEN.match(answer) if choice else None
     if chosen:
         return chosen[1].upper() == choice[1]
+    if SEVERAL.fullmatch(gold) and re.fullmatch(r"(?:\W|[A-J]|and\b|\\text)*", answer):
+        return sorted(re.findall("[A-J]", gold)) == sorted(re.findall("[A-J]", answer))
     answer = re.sub(r"^(?:A|Answer|Result|Total)\s*:\s*(?=\S)", "", answer)
-    words = words_of(gold)
-    if re.search(r"[a-z]{3}|^(?:no|am|pm)$", words) and words == words_of(answer):
+    words, others = words_of(gold), words_of(answer)
+    if words in ("yes", "no", "true", "false"):
+        others = re.sub(r"\s*[,.;:].*", "", answer.lower())
+    if MONTH.search(words):
+        words, others = (sorted(re.sub(r"(\d)(?:st|nd|rd|th)\b", r"\1", x).split()) for x in (words, others))
+        return words == others
+    if re.search(r"[a-z]{3}|^(?:no|am|pm)$", words) and words == others:
         return True
+    answer = LETTERED.sub("", restated(answer))
     return any(readings_agree(a, b) for a in readings(answer) for b in readings(gold))
 
 
 def reference_of(gold: str) -> str:
     """The answer in a reference: a bare one as it is, or that of a sentence or a worked solution."""
-    announced = len(gold) <= MAX_RESPONSE and any(p.search(gold) for _, p in ANNOUNCEMENTS)
     told = re.match(r"\s*[A-Z][a-z]", gold) and prose(gold[:MAX_ANSWER])
-    return (extract_answer(gold) if announced or told else None) or gold.strip()
+    told = told or len(gold) <= MAX_RESPONSE and any(p.search(gold) for _, p in ANNOUNCEMENTS)
+    return (extract_answer(gold) if told else None) or gold.strip()
 
 
 def grade(response: str, gold: str) -> bool:
@@ -134,16 +156,9 @@ def grade(response: str, gold: str) -> bool:
     return answer is not None and (answers_agree(answer, reference) or response.strip() == reference)
 
 
-# ------------------------------------------------------------------ grading in a process apart
-
-
 def judge(response: str, gold: str) -> dict:
-    """A response's verdicts.
-
-    Returns {"extracted": the answer or None, "correct": whether it is the
-    reference, "strict": the same where only "The final answer is X." counts,
-    "graded": True}.
-    """
+    """A response's verdicts: "extracted" is the answer or None, "correct" whether it is the reference,
+    "strict" the same where only "The final answer is X." counts, "graded" always True."""
     answer = extract_answer(response)
     strict = STRICT.search(first_problem(response[:MAX_RESPONSE]))
     reference = reference_of(gold)
@@ -159,13 +174,9 @@ def alike(answers: list[str | None]) -> list[int]:
     """For each answer the index of the first that means the same."""
     first = []
     for i, answer in enumerate(answers):
-        for j in sorted(set(first)):
-            other = answers[j]
-            if answer == other or answer and other and answers_agree(answer, other):
-                first.append(j)
-                break
-        else:
-            first.append(i)
+        others = ((j, answers[j]) for j in sorted(set(first)))
+        hits = (j for j, x in others if answer == x or answer and x and answers_agree(answer, x))
+        first.append(next(hits, i))
     return first
 
 
@@ -189,13 +200,10 @@ def serve(pipe, megabytes: int) -> None:
 
 
 class Worker:
-    """Grades in another process, which is killed and replaced when it exceeds its time or memory.
+    """Grades in another process, which is killed and replaced when it exceeds its limits.
 
-    Args:
-        seconds: for one call of ask()
-        megabytes: what the process may use beyond what it has when it begins
-
-    killed counts the calls that ended so.
+    seconds are those of one ask(), megabytes those beyond what the process has when it
+    begins; killed counts the calls that exceeded them.
     """
 
     def __init__(self, seconds: float = 10.0, megabytes: int = 1000):
@@ -232,6 +240,8 @@ class Worker:
         return None
 
     def stop(self) -> None:
+        if self.process is None:  # its last question was too much for it
+            return
         self.process.kill()
         self.process.join()
         self.pipe.close()

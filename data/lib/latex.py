@@ -1,20 +1,21 @@
 """Reads the LaTeX of an answer: readings(text) gives every value that it can mean.
 
-A value is a sympy expression, a sympy matrix, or a Value. The parser goes down
-from lists to single tokens by recursive descent, and builds values by calling
-constructors only.
+A value is a sympy expression, a sympy matrix, or a Value. The parser goes down from
+lists to single tokens, and builds values by calling constructors only.
 """
 
+import contextlib
 import functools
+import math
 import re
-from typing import NamedTuple
+from collections import namedtuple
 
 import sympy
 from sympy import E, I, Integer, Rational, Symbol, oo, pi
 
 from data.lib import mathvalues as bounded
 from data.lib.equality import unique
-from data.lib.latex_tokens import FUNCTIONS, INVERSE, Token, clean, tokens_of, words_of
+from data.lib.latex_tokens import FUNCTIONS, INVERSE, Token, Tokenizer, clean, words_of
 from data.lib.mathvalues import EMPTY, FAILURES, MAX_ANSWER, MAX_DEPTH, MAX_ITEMS, REALS, Unreadable, Value
 
 GREEK = set(
@@ -25,41 +26,41 @@ GREEK = set(
 ACCENTS = set("overline bar vec hat widehat tilde overrightarrow dot".split())
 MATRICES = set("pmatrix bmatrix matrix vmatrix Bmatrix Vmatrix smallmatrix array".split())
 CLOSING = (")", "]", "}", "\\}")
-PAIRS = {  # opening -> closing, function
-    "|": ("|", sympy.Abs),
-    "lvert": ("rvert", sympy.Abs),
-    "vert": ("vert", sympy.Abs),
-    "lfloor": ("rfloor", sympy.floor),
-    "lceil": ("rceil", sympy.ceiling),
-}
+# Opening sign -> closing sign, function.
+PAIRS = {"|": ("|", sympy.Abs), "lvert": ("rvert", sympy.Abs), "vert": ("vert", sympy.Abs)}
+PAIRS |= {"lfloor": ("rfloor", sympy.floor), "lceil": ("rceil", sympy.ceiling)}
 # Commands that do not begin a factor.
 STOPS = set(
     """cup cap setminus backslash bigcup pm mp cdot times ast div rfloor rceil rvert vert rangle
     rbrace end circ choose over pmod bmod dots ldots cdots""".split()
 )
+# Unit -> (which others it can be turned into, its size beside these).
+MEASURES = """second 1 minute 60 hour 3600 day 86400 week 604800
+    millimeter 1 centimeter 10 meter 1000 kilometer 1000000 | inch 1 foot 12 yard 36 mile 63360
+    milligram 1 gram 1000 kilogram 1000000 | milliliter 1 liter 1000 | ounce 1 pound 16 | cent 1 dollar 100"""
+MEASURES = {
+    name: (group, int(size))
+    for group in re.split(r"\||\n", MEASURES)
+    for name, size in re.findall(r"(\w+) (\d+)", group)
+}
+CONDITIONAL = set("if for when where otherwise else elsewhere ,".split())
 END = Token("end", "")
 
 
 class Parser:
-    """Recursive descent over tokens; answer() gives the value of them all.
+    r"""Recursive descent over tokens; answer() gives the value of them all.
 
-    Args:
-        tokens: what tokens_of() gives
-        sign: 1 or -1, what \\pm stands for in this reading
-
-    units is the list of (name, power) behind numbers, words that of the words
-    behind values; both grow as they are met. Every method raises Unreadable
-    where the tokens are not an answer.
+    sign is what \pm stands for, 1 or -1. units is the list of (name, power) behind
+    numbers, words that of the words behind values; both grow as they are met.
+    Every method raises Unreadable where the tokens are not an answer.
     """
 
     def __init__(self, tokens: list[Token], sign: int = 1):
         self.tokens = list(tokens)
         self.sign = sign
-        self.at = 0
-        self.depth = 0
+        self.at = self.depth = 0
         self.bars = 0  # how many | are open
-        self.units = []
-        self.words = []
+        self.units, self.words = [], []
 
     def next(self, ahead: int = 0) -> Token:
         at = self.at + ahead
@@ -85,8 +86,7 @@ class Parser:
         """parse(*args) one level down, where `bars` of the sign | are open."""
         if self.depth >= MAX_DEPTH:
             raise Unreadable("nested too deep")
-        before = self.bars
-        self.bars = bars
+        before, self.bars = self.bars, bars
         self.depth += 1
         value = parse(*args)
         self.bars = before
@@ -101,8 +101,7 @@ class Parser:
 
     def items(self) -> tuple[list, list]:
         """Statements, and the commas, "and", "or" between them."""
-        items = [self.statement()]
-        separators = []
+        items, separators = [self.statement()], []
         while self.found("sep"):
             while self.found("sep"):  # ", and"
                 separator = self.take()
@@ -125,7 +124,7 @@ class Parser:
         lead = self.spoken()
         if lead and (self.next().kind in ("end", "sep") or self.found("op", *CLOSING)):
             return Value("words", lead, ())
-        if lead and self.accept("rel", "="):  # Area = 7
+        if lead and self.accept("rel", "=", ":"):  # Area = 7
             return Value("rel", ("=",), (Value("words", lead, ()), self.union()))
         self.accept("rel", "~")
         value = self.relation()
@@ -133,8 +132,7 @@ class Parser:
         return Value("words", lead, (value,)) if lead else value
 
     def relation(self):
-        sides = [self.union()]
-        signs = []
+        sides, signs = [self.union()], []
         while self.found("rel"):
             while self.found("rel"):  # "is = 5"
                 sign = self.take()
@@ -145,20 +143,28 @@ class Parser:
                 sign = "="
             signs.append(sign)
             sides.append(right)
+        if {"=", ":"} <= set(signs):  # V_1 : V_2 = 2 : 3
+            last = len(signs) - signs[::-1].index("=")
+            signs, sides = signs[last:], sides[last:]
         return Value("rel", tuple(signs), tuple(sides)) if signs else sides[0]
 
     def union(self):
         """Sets joined by union, intersection and difference, or a sum."""
         left = self.expression()
         while self.set_sign(left):
+            a = bounded.region_of(self.in_set(left))
             sign = self.take()
-            a = bounded.region_of(left)
-            b = bounded.region_of(self.expression())
+            b = bounded.region_of(self.in_set(self.expression()))
             if sign in ("cup", "U", "bigcup"):
                 left = bounded.joined(a, b)
             else:
                 left = bounded.common(a, b if sign == "cap" else bounded.complement(b))
         return left
+
+    def in_set(self, value):
+        """An operand of a union, where {3} is a set."""
+        single = isinstance(value, sympy.Expr) and self.tokens[self.at - 1].value == "}"
+        return Value("set", "", (value,)) if single else value
 
     def set_sign(self, left) -> bool:
         if self.found("cmd", "cup", "cap", "setminus", "backslash", "bigcup"):
@@ -170,8 +176,7 @@ class Parser:
 
     def signs(self) -> Integer:
         """Take any number of signs. Returns 1 or -1."""
-        values = {"+": 1, "-": -1, "pm": self.sign, "mp": -self.sign}
-        sign = 1
+        values, sign = {"+": 1, "-": -1, "pm": self.sign, "mp": -self.sign}, 1
         while self.signed():
             sign *= values[self.take()]
         return Integer(sign)
@@ -190,35 +195,26 @@ class Parser:
         while True:
             unit_next = self.next(1).kind in ("unit", "power")
             if self.accept("op", "*") or self.accept("cmd", "cdot", "times", "ast"):
-                left = bounded.multiply(left, self.signed_factor())
+                left = bounded.multiply(bounded.multiply(left, self.signs()), self.factor())
             elif unit_next and self.accept("op", "/"):
                 self.unit(-1)
             elif self.accept("op", "/") or self.accept("cmd", "div"):
-                left = bounded.divide(left, self.signed_factor())
+                left = bounded.divide(bounded.multiply(left, self.signs()), self.factor())
             elif self.next().kind in ("unit", "power"):
                 self.unit()
                 left = self.measure(left)
             elif self.unit_fraction():
                 self.take()
-                self.unit_in_braces(1)
-                self.unit_in_braces(-1)
+                for power in (1, -1):
+                    self.take("{")
+                    self.unit(power)
+                    self.take("}")
             elif self.starts_factor() and not isinstance(left, Value):
-                left = self.side_by_side(left)
+                if self.next().kind == self.tokens[self.at - 1].kind == "num":
+                    raise Unreadable("two numbers side by side")
+                left = bounded.multiply(left, self.factor())
             else:
                 return left if sign == 1 else bounded.multiply(left, sign)
-
-    def signed_factor(self):
-        sign = self.signs()
-        return bounded.multiply(self.factor(), sign)
-
-    def side_by_side(self, left):
-        """A product without a sign."""
-        if self.next().kind == "num" and self.tokens[self.at - 1].kind == "num":
-            raise Unreadable("two numbers side by side")
-        right = self.factor()
-        if isinstance(left, Symbol) and isinstance(right, Value):  # P(X = 2)
-            return Symbol(f"{left}{right}")
-        return bounded.multiply(left, right)
 
     def starts_factor(self) -> bool:
         token = self.next()
@@ -232,56 +228,44 @@ class Parser:
 
     def unit_fraction(self) -> bool:
         r"""Whether \frac{miles}{hour} comes next."""
-        if not self.found("cmd", "frac") or self.next(1).value != "{":
-            return False
-        return self.next(2).kind in ("unit", "power")
-
-    def unit_in_braces(self, sign: int) -> None:
-        self.take("{")
-        self.unit(sign)
-        self.take("}")
+        group = self.found("cmd", "frac") and self.next(1).value == "{"
+        return group and self.next(2).kind in ("unit", "power")
 
     def unit(self, sign: int = 1) -> None:
         """Take a unit with its power. It is noted, not multiplied."""
         exponent = int(self.accept("power") or 1)
         name = self.accept("unit")
         if name and self.accept("op", "^"):
-            written = self.argument()
-            if isinstance(written, Integer) and abs(written) < 10:
-                exponent = int(written)
+            exponent = int(self.argument())
         if name not in ("", "unit"):
             self.units.append((name, sign * exponent))
 
     def measure(self, left):
-        """The value before a unit; of 3 hours (and) 20 minutes the sum, with the units as symbols."""
+        """The value before a unit; of 3 hours (and) 20 minutes the whole, in the last unit."""
         ahead = int(self.found("sep", "and", ","))
-        following = self.next(ahead + 1)
-        goes_on = self.next(ahead).kind == "num" and following.kind == "unit"
-        if not self.units or not goes_on or following.value == self.units[-1][0]:
-            if self.found("num"):
-                raise Unreadable("a number behind a unit")
-            return left
+        group, size = MEASURES.get(self.units[-1][0] if self.units else "", ("", 1))
+        other, scale = MEASURES.get(self.next(ahead + 1).value, ("", 1))
+        if group != other or size <= scale or self.next(ahead).kind != "num":
+            if not self.found("num"):
+                return left
+            raise Unreadable("a number behind a unit")
         self.at += ahead
-        left = bounded.multiply(left, Symbol(self.units.pop()[0]))
-        right = self.term()
-        if self.units:
-            right = bounded.multiply(right, Symbol(self.units.pop()[0]))
-        return bounded.add(left, right)
+        name = self.units.pop()[0]
+        whole = bounded.add(bounded.multiply(left, Rational(size, scale)), self.term())
+        if name != "dollar":
+            return whole
+        self.units[-1:] = [("dollar", 1)]
+        return bounded.divide(whole, Integer(100))
 
     def degree(self) -> bool:
-        r"""Take \circ, {\circ}, a prime or {} (all that is left of 5^{th}) if one is next: no powers."""
+        r"""Take \circ, {\circ} or a prime, if one is next: no powers."""
         group = int(self.found("op", "{"))
         mark = self.next(group).value
-        if group and mark == "}":
-            self.at += 2
-            return True
-        if mark not in ("circ", "prime", "degree"):
-            return False
-        self.at += 1 + 2 * group
-        if mark != "prime":
-            self.units.append(("degree", 1))
+        if mark in ("circ", "prime", "degree"):
+            self.at += 1 + 2 * group
+            self.units.append(("prime" if mark == "prime" else "degree", 1))
             self.accept("name", "C", "F")
-        return True
+        return mark in ("circ", "prime", "degree")
 
     def factor(self):
         """A primary with all that stands behind it: powers, factorials, bases, primes."""
@@ -295,8 +279,13 @@ class Parser:
                 value = bounded.factorial(value, bool(self.accept("op", "!")))
             elif isinstance(value, Integer) and self.found("op", "_"):  # (1011)_2
                 value = self.in_base(str(value))
+            elif isinstance(value, Symbol) and self.found("op", "_"):  # {g}_{k}
+                value = self.symbol(str(value))
             elif self.accept("op", "'"):
-                value = Symbol(f"{value}'") if isinstance(value, Symbol) else value
+                if isinstance(value, Symbol):
+                    value = Symbol(f"{value}'")
+                else:
+                    self.units.append(("prime", 1))  # minutes of an angle, or feet
             elif self.found("cmd", "circ"):
                 self.degree()
             elif self.accept("cmd", "pmod", "bmod"):
@@ -358,81 +347,73 @@ class Parser:
         raise Unreadable(f"{sign} is not expected here")
 
     def numeral(self, digits: str):
-        """A number. With a base (1011_2, 1A_{16}) it is a symbol of that name."""
+        """A number. Its base (1011_2, 1A_{16}) is noted like a unit."""
         ahead = 0
-        while self.more_digits(self.next(ahead)):
+        while not self.next(ahead).spaced and re.fullmatch(r"[A-F]|\d+", self.next(ahead).value):
             ahead += 1
         if self.next(ahead).value == "_" and "." not in digits:
             return self.in_base(digits + "".join(self.take() for _ in range(ahead)))
         return bounded.number(digits) + self.mixed(digits)
 
-    def more_digits(self, token: Token) -> bool:
-        if token.kind not in ("name", "num") or token.spaced:
-            return False
-        return re.fullmatch(r"[A-F]|\d+", token.value) is not None
-
     def mixed(self, digits: str):
         """Take the fraction of a mixed number behind its digits. Returns 0 if there is none."""
-        at = self.at
-        tokens = list(self.tokens)  # digit() shortens tokens
+        at, tokens = self.at, list(self.tokens)  # digit() shortens tokens
         part = 0
         if self.found("cmd", "frac") and not self.unit_fraction() and "." not in digits:
             self.take()
             part = self.command("frac")
             plain = all(t.kind == "num" or t.value in "{}" for t in tokens[at + 1 : self.at])
             degrees = "circ" in (self.next(1).value, self.next(2).value)
-            if not plain or not isinstance(part, Rational) or (self.found("op", "^") and not degrees):
-                part = 0
+            part = part if plain and (degrees or not self.found("op", "^")) else 0
         elif self.found("num") and self.next(1).value == "/" and self.next(2).kind == "num":
             part = bounded.divide(bounded.number(self.next().value), bounded.number(self.next(2).value))
             self.at += 3
-        if 0 < part < 1:
-            return part
-        self.at = at
-        self.tokens = tokens
-        return 0
+        if not (isinstance(part, Rational) and 0 < part < 1):
+            self.at, self.tokens, part = at, tokens, 0
+        return part
 
     def in_base(self, digits: str):
         self.take("_")
         base = self.argument()
-        return bounded.number(digits) if base == 10 else Symbol(f"{digits.lstrip('0') or '0'}_{base}")
+        self.units.append((f"base {base}", 1))
+        return bounded.number(digits) if digits.isdigit() else Symbol(digits)
 
     def symbol(self, name: str):
         """A variable with its subscript, or one of the constants e and i."""
         if not self.accept("op", "_"):
             return {"e": E, "i": I}.get(name) or Symbol(name)
-        if self.found("op", "{") and self.next(1).kind == "word":  # v_{max}
-            self.take()
-            subscript = " ".join(self.spoken())
-            self.take("}")
-            return Symbol(f"{name}_{subscript}")
-        return Symbol(f"{name}_{self.argument()}")
+        if not self.found("op", "{") or self.next(1).kind != "word":
+            return Symbol(f"{name}_{self.argument()}")
+        self.take()
+        subscript = " ".join(self.spoken())  # v_{max}
+        self.take("}")
+        return Symbol(f"{name}_{subscript}")
 
     def between(self, closing: str, function):
-        value = bounded.scalar(self.deeper(self.expression, bars=int(closing == "|")))
+        value = self.deeper(self.expression, bars=int(closing == "|"))
         self.take(closing)
-        if bounded.is_matrix(value):
-            raise Unreadable("the size of a matrix")
-        if value.is_Rational and function is sympy.Abs:
-            return abs(value)
-        return bounded.worked_out(function(value, evaluate=False))
+        if not isinstance(value, sympy.Expr):
+            raise Unreadable("the size of a matrix, or of no number")
+        exact = value.is_Rational and function is sympy.Abs
+        return abs(value) if exact else bounded.worked_out(function(value, evaluate=False))
 
     def sequence(self, opening: str):
         """A tuple, an interval, or an expression in brackets."""
         items, _ = self.items()
         brackets = opening + self.take(")", "]")
-        if len(items) > 1:
-            return Value("seq", brackets, tuple(items))
-        if brackets not in ("()", "[]"):
+        rows = [x.items if isinstance(x, Value) and x.marks == "[]" else () for x in items]
+        if brackets == "[]" and len({len(row) for row in rows}) == 1 and rows[0]:  # [[1, 2], [3, 4]]
+            return sympy.ImmutableDenseMatrix([list(map(bounded.scalar, row)) for row in rows])
+        if len(items) == 1 and brackets not in ("()", "[]"):
             raise Unreadable("brackets do not match")
-        return items[0]
+        return items[0] if len(items) == 1 else Value("seq", brackets, tuple(items))
 
     def set(self):
         if self.accept("op", "\\}"):
             return EMPTY
-        items, _ = self.items()
+        value = Value("set", "", tuple(self.items()[0]))
         self.take("\\}", "rbrace")
-        return Value("set", "", tuple(items))
+        return value
 
     def command(self, name: str):
         constants = {"pi": pi, "infty": oo, "emptyset": EMPTY, "varnothing": EMPTY}
@@ -452,18 +433,18 @@ class Parser:
             return self.deeper(self.matrix if name == "begin" else self.primary)
         if name in ACCENTS:
             return self.accented(name)
-        if name in GREEK:
-            return self.symbol(name)
-        raise Unreadable(f"\\{name}")
+        if name not in GREEK:
+            raise Unreadable(f"\\{name}")
+        return self.symbol(name)
 
     def number_set(self, name: str):
-        r"""\mathbb{R} as a region, any other such letter as a word."""
-        if name == "R":
-            return REALS
-        group = self.accept("op", "{")
-        letter = self.take()
-        if group:
+        r"""\mathbb{R} or \mathbb{R}^+ as a region, any other such letter as a word."""
+        letter = name if name == "R" else self.take()
+        if letter == "{":
+            letter = self.take()
             self.take("}")
+        if letter == "R" and self.accept("op", "^", "_"):
+            return bounded.half_line(">" if self.take("+", "-") == "+" else "<", Integer(0))
         return REALS if letter == "R" else Value("words", (letter,), ())
 
     def accented(self, name: str):
@@ -471,62 +452,87 @@ class Parser:
         value = self.argument()
         if isinstance(value, sympy.Mul) and all(x.is_Symbol for x in value.args):
             return value  # \overline{AB}: a segment's name
+        if name in ("overline", "bar") and isinstance(value, sympy.Expr) and value.has(I):
+            return sympy.conjugate(value) if not value.free_symbols else Symbol(f"{name}{value}")
         written = [token.value for token in self.tokens[start : self.at]]
         return Symbol(name + "".join(x for x in written if x not in "{}"))
 
     def matrix(self):
         name = self.environment()
+        if name == "cases":
+            return self.cases()
+        if name not in MATRICES:
+            raise Unreadable(name)
         if name == "array" and self.accept("op", "{"):
             while self.take() != "}":  # the columns' alignment
                 pass
         rows = [[]]
         while not self.found("cmd", "end"):
             rows[-1].append(bounded.scalar(self.expression()))
-            if self.accept("op", "\\\\"):
+            if self.accept("sep", "\\\\"):
                 rows.append([])
             elif not self.found("cmd", "end"):
                 self.take("&")
-        if not rows[-1]:
-            rows.pop()
         self.take("end")
+        rows = list(filter(None, rows))
         cells = [x for row in rows for x in row]
         if self.environment() != name or len({len(row) for row in rows}) != 1:
             raise Unreadable("not a matrix")
         if len(cells) > MAX_ITEMS or any(map(bounded.is_matrix, cells)):
             raise Unreadable("not a matrix of numbers, or a large one")
-        return sympy.ImmutableDenseMatrix(rows)
+        matrix = sympy.ImmutableDenseMatrix(rows)
+        if len(cells) == 1:
+            return cells[0]
+        if name == "vmatrix" and all(x.is_Rational for x in cells):
+            return bounded.bounded(matrix.det())
+        return matrix
+
+    def cases(self):
+        """The rows of a cases environment: a system as a list, or pairs of a value and its condition."""
+        rows = []
+        while not self.found("cmd", "end"):
+            rows.append(self.relation())
+            self.accept("sep", ",")
+            if self.accept("op", "&") or self.found("word"):
+                start = self.at
+                while not self.found("cmd", "end") and not self.found("sep", "\\\\"):
+                    self.take()
+                rows[-1] = (rows[-1], condition(self.tokens[start : self.at]))
+            self.accept("sep", "\\\\")
+        self.take("end")
+        n_pairs = sum(type(row) is tuple for row in rows)
+        if self.environment() != "cases" or n_pairs not in (0, len(rows)) or len(rows) > MAX_ITEMS:
+            raise Unreadable("not cases")
+        return Value(*(("cases", "") if n_pairs else ("list", ("and",) * len(rows[1:]))), tuple(rows))
 
     def environment(self) -> str:
         self.take("{")
         name = ""
         while not self.accept("op", "}"):
             name += self.take()
-        if name.rstrip("*") not in MATRICES:
-            raise Unreadable(name)
-        return name
+        return name.rstrip("*")
 
     def function(self, name: str):
         r"""\sqrt, \log, \sin ...: an index or a base, a power, then the argument."""
         if name == "sqrt":
-            return self.root()
+            index = self.sequence("[") if self.accept("op", "[") else Integer(2)
+            return bounded.power(self.argument(), bounded.divide(Integer(1), index))
         base = self.digit() if self.accept("op", "_") else Integer(10)
         exponent = self.argument() if self.accept("op", "^") else Integer(1)
+        if name in ("gcd", "lcm"):
+            return Integer(getattr(math, name)(*map(int, self.primary().items)))
         argument = self.angle()
-        if name == "exp":
-            return bounded.power(bounded.power(E, argument), exponent)
+        if isinstance(argument, Value):
+            argument, base = map(bounded.scalar, argument.items)  # log(8, 2)
+        if name in ("exp", "cis"):
+            turned = argument if name == "exp" else bounded.multiply(argument, I)
+            return bounded.power(bounded.power(E, turned), exponent)
         if exponent == -1 and name in INVERSE:
             return bounded.worked_out(INVERSE[name](argument, evaluate=False))
         value = bounded.worked_out(FUNCTIONS[name](argument, evaluate=False))
         if name in ("log", "lg"):
             value = bounded.divide(value, bounded.worked_out(sympy.log(base, evaluate=False)))
         return value if exponent == 1 else bounded.power(value, exponent)
-
-    def root(self):
-        index = Integer(2)
-        if self.accept("op", "["):
-            index = self.expression()
-            self.take("]")
-        return bounded.power(self.argument(), bounded.divide(Integer(1), index))
 
     def angle(self):
         """A function's argument; degrees become radians."""
@@ -535,7 +541,7 @@ class Parser:
         if ("degree", 1) in self.units[n_units:]:
             argument = bounded.multiply(argument, pi / 180)
             del self.units[n_units:]
-        if bounded.is_matrix(bounded.scalar(argument)):
+        if bounded.is_matrix(argument):
             raise Unreadable("function of a matrix")
         return argument
 
@@ -557,24 +563,30 @@ class Parser:
         return bounded.multiply(value, sign)
 
 
-# ------------------------------------------------------------------ what an answer can mean
+def condition(tokens: list[Token]) -> Value:
+    """When a row of cases holds, as a region or as words; "otherwise" is words without any."""
+    tokens = [token for token in tokens if token.value not in CONDITIONAL]
+    with contextlib.suppress(*FAILURES):
+        return bounded.region_of(Parser(tokens).answer())
+    return Value("words", tuple(token.value for token in tokens if token.value != "="), ())
+
 
 PHRASES = {
-    "no solution|no solutions|no real solution|no real solutions|empty set|none": "\\emptyset",
+    "no solution|no solutions|no real solution|no real solutions": "\\emptyset",
+    "empty set|none|no real numbers": "\\emptyset",
     "dne|does not exist|undefined|not defined": "undefined",
     "all real numbers|all reals": "\\mathbb{R}",
+    "half": "1/2", "quarter": "1/4", "dozen": "12", "half dozen": "6",
+    "positive real numbers|all positive real numbers|positive reals": "(0, \\infty)",
+    "negative real numbers|all negative real numbers|negative reals": "(-\\infty, 0)",
+    "nonnegative real numbers|all nonnegative real numbers|non-negative real numbers": "[0, \\infty)",
     "infinitely many|infinitely many solutions": "infinitely many",
-}
+}  # fmt: skip
 PHRASES = {phrase: meaning for phrases, meaning in PHRASES.items() for phrase in phrases.split("|")}
 
 
-class Reading(NamedTuple):
-    """One way to read an answer. split: runs of letters were taken as products."""
-
-    value: object
-    units: tuple
-    words: tuple
-    split: bool
+# One way to read an answer. split: runs of letters were taken as products.
+Reading = namedtuple("Reading", "value units words split")
 
 
 @functools.lru_cache(maxsize=512)
@@ -589,28 +601,27 @@ def readings(text: str) -> tuple[Reading, ...]:
     found = []
     for thousands in (True, False) if commas else (True,):
         for split in (False, True) if letters else (False,):
-            try:
-                tokens = tokens_of(text, thousands, split)
-                if tokens:
-                    found.append(read(tokens, split))
-            except FAILURES:
-                continue  # the text makes no sense in this way
+            with contextlib.suppress(*FAILURES):  # where the text makes no sense in this way
+                found.append(read(Tokenizer(text, thousands, split).run(), split))
     return tuple(found)
 
 
 def read(tokens: list[Token], split: bool) -> Reading:
     r"""The reading of tokens, in which \pm stands for two values. Raises one of FAILURES."""
     parser = Parser(tokens)
-    value = parser.answer()
+    try:
+        value = parser.answer()
+    except FAILURES:
+        sides = [n for n, token in enumerate(tokens) if token == ("rel", "=", token.spaced)]
+        if len(sides) != 1 or not sides[0] or tokens[0].kind == "num":
+            raise
+        parser = Parser(tokens[sides[0] + 1 :])  # what a name stands for that cannot be read
+        name = tuple(token.value for token in tokens[: sides[0]])
+        value = Value("rel", ("=",), (Value("words", name, ()), parser.answer()))
     if any(token.kind == "cmd" and token.value in ("pm", "mp") for token in tokens):
         other = Parser(tokens, -1)
-        items = unique(items_of(value) + items_of(other.answer()))
+        both = (value, other.answer())
+        lists = [x.items if isinstance(x, Value) and x.kind in ("list", "set") else (x,) for x in both]
+        items = unique(lists[0] + lists[1])
         value = Value("list", (",",) * (len(items) - 1), items)
     return Reading(value, tuple(sorted(set(parser.units))), tuple(parser.words), split)
-
-
-def items_of(value) -> tuple:
-    """The members of a list or a set, or the value alone."""
-    if isinstance(value, Value) and value.kind in ("list", "set"):
-        return value.items
-    return (value,)

@@ -1,18 +1,15 @@
-"""Cuts the LaTeX of an answer into tokens: clean(text), then tokens_of(text).
-
+"""Cuts the LaTeX of an answer into tokens: clean(text), then Tokenizer(text, ...).run().
 The tables say which words are units, functions, relations or fillers, and how
 the many ways to write the same thing are brought to one.
 """
 
 import re
 import unicodedata
-from typing import NamedTuple
+from collections import namedtuple
 
 import sympy
 
 from data.lib.mathvalues import MAX_ANSWER, MAX_TOKENS, Unreadable
-
-# ------------------------------------------------------------------ tables
 
 UNIT_SPELLINGS = """
     meter meters metre metres m | centimeter centimeters centimetre centimetres cm cms
@@ -28,7 +25,7 @@ UNIT_SPELLINGS = """
     degree degrees deg | radian radians rad | percent percentage
     unit units | mph | kph | am AM a.m. a.m | pm PM p.m. p.m
     newton newtons N | joule joules J | watt watts W | volt volts V | hertz Hz
-    Celsius | Fahrenheit
+    Celsius | Fahrenheit | mole moles mol
 """
 UNITS = {  # spelling -> name
     spelling: group.split()[0].lower()
@@ -37,53 +34,43 @@ UNITS = {  # spelling -> name
 }
 # These mean a unit only inside \text{...} or behind a number.
 AMBIGUOUS_UNITS = set("m in s h g L N J W V am min rad deg sec".split())
-
 TRIGONOMETRIC = "sin cos tan cot sec csc".split()
 HYPERBOLIC = "sinh cosh tanh coth sech csch".split()
 FUNCTIONS = {name: getattr(sympy, name) for name in TRIGONOMETRIC + HYPERBOLIC + ["exp"]}
 FUNCTIONS |= {"arc" + name: getattr(sympy, "a" + name) for name in TRIGONOMETRIC}
-FUNCTIONS |= {"arsinh": sympy.asinh, "arcosh": sympy.acosh, "artanh": sympy.atanh, "abs": sympy.Abs}
-FUNCTIONS |= dict.fromkeys(("ln", "log", "lg"), sympy.log)
+FUNCTIONS |= dict.fromkeys(("ln", "log", "lg"), sympy.log) | dict.fromkeys(("cis", "gcd", "lcm"), None)
+FUNCTIONS["abs"] = sympy.Abs
 INVERSE = {name: getattr(sympy, "a" + name) for name in TRIGONOMETRIC + HYPERBOLIC[:3]}
-
 SIGNS = {
-    "=": "= equiv iff to rightarrow Rightarrow sim cong",
-    "<": "< lt",
-    ">": "> gt",
-    "<=": "le leq leqslant",
-    ">=": "ge geq geqslant",
-    "!=": "ne neq",
-    "in": "in",
-    ":": ": colon",
-    "~": "approx",
-}
+    "=": "= equiv iff to rightarrow Rightarrow sim cong", "<": "< lt", ">": "> gt", "<=": "le leq leqslant",
+    ">=": "ge geq geqslant", "!=": "ne neq", "in": "in", ":": ": colon", "~": "approx",
+}  # fmt: skip
 RELATIONS = {name: sign for sign, names in SIGNS.items() for name in names.split()}
-
 # Words that are tokens of another kind.
 SPOKEN = {"and": ("sep", "and"), "or": ("sep", "or"), "to": ("rel", ":"), "per": ("op", "/")}
 SPOKEN |= dict.fromkeys(("is", "are", "equals", "equal", "gives"), ("rel", "="))
 SPOKEN |= {"union": ("cmd", "cup"), "square": ("power", "2"), "sq": ("power", "2"), "cubic": ("power", "3")}
-FILLERS = set(
-    """th st nd rd about around approximately exactly the an only roughly
-    we find get obtain""".split()
-)
+BETWEEN = {("in", "name"): ("rel", "in"), ("a", "unit"): ("op", "/"), ("an", "unit"): ("op", "/")}
+FILLERS = set("th st nd rd about around approximately exactly the an only roughly we find get".split())
 SHORT_WORDS = set("no so he we it if of by at on do be my us up go or an as".split())
-WORD_COMMANDS = set("pi infinity infty theta alpha beta emptyset".split())
-KNOWN_WORDS = set(UNITS) | set(FUNCTIONS)
-KNOWN_WORDS |= set("pi infty infinity inf sqrt floor ceil max min gcd lcm and or".split())
-
+WORD_COMMANDS = set("pi infinity infty inf oo theta alpha beta emptyset".split())
+KNOWN_WORDS = {*UNITS, *FUNCTIONS, *"pi infty infinity inf sqrt floor ceil max min gcd lcm and or".split()}
 TEXT_COMMANDS = set(
     """text textbf textrm textit texttt textsf textnormal mbox hbox mathrm operatorname rm emph
     mathsf mathit mathbf boldsymbol bf bm mathcal underline""".split()
 )
-IGNORED_COMMANDS = set(
+IGNORED = set(
     """left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle limits
-    therefore implies noindent quad qquad hspace vspace thinspace middle""".split()
+    therefore implies noindent quad qquad hspace vspace thinspace middle large Large huge " ` ?""".split()
 )
-
+IGNORED |= TEXT_COMMANDS
+MARKS = {r"\lbrack": "[", r"\rbrack": "]", r"\lparen": "(", r"\rparen": ")", r"\{": r"\{", r"\}": r"\}"}
+MARKS = {written: ("op", sign) for written, sign in MARKS.items()} | {"\\\\": ("sep", "\\\\")}
+MARKS |= dict.fromkeys(("%", r"\%"), ("unit", "percent")) | {r"\dollar": ("unit", "dollar")}
+MARKS |= {",": ("sep", ","), ";": ("sep", ";")}
 # Characters, and the commands or the plain text that they stand for.
 COMMANDS = """
-    × times   · cdot   ⋅ cdot   ∙ cdot   ± pm   ∓ mp   √ sqrt   π pi   ∞ infty
+    × times   · cdot   ⋅ cdot   ∙ cdot   ± pm   ∓ mp   √ sqrt   ∛ sqrt[3]   ∜ sqrt[4]   π pi   ∞ infty
     ≤ le   ≥ ge   ≠ ne   ≈ approx   ∈ in   ∪ cup   ∩ cap   ∖ setminus   ∅ emptyset   ø emptyset
     α alpha   β beta   γ gamma   θ theta   λ lambda   φ phi   ω omega
     ⟨ langle   ⟩ rangle   ⌊ lfloor   ⌋ rfloor   ⌈ lceil   ⌉ rceil
@@ -96,17 +83,50 @@ FRACTIONS = "½12 ⅓13 ⅔23 ¼14 ¾34 ⅕15 ⅖25 ⅗35 ⅘45 ⅙16 ⅚56 ⅛1
 SYMBOLS |= {sign: r"\frac{%s}{%s}" % (top, bottom) for sign, top, bottom in FRACTIONS}
 SYMBOLS |= {sign: "_{%s}" % plain for sign, plain in zip("₀₁₂₃₄₅₆₇₈₉", "0123456789")}
 SYMBOLS = str.maketrans(SYMBOLS)
+# Numbers in words: twelve, forty-two, two thousand five hundred, three quarters.
+ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
+    fifteen sixteen seventeen eighteen nineteen""".split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6}
+WORD_NUMBERS = {word: n for n, word in enumerate(ONES)} | {word: 10 * n for n, word in enumerate(TENS, 2)}
+PARTS = {"half": 2, "halve": 2, "quarter": 4, "third": 3, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10}
+PARTS |= {f"{part}s": n for part, n in PARTS.items()}
+BELOW_100 = rf"(?:(?:{'|'.join(TENS)})(?:[ -](?:{'|'.join(ONES[1:10])}))?|(?:{'|'.join(reversed(ONES))}))"
+NUMBER_IN_WORDS = re.compile(
+    rf"(?i)(?<![a-zA-Z\\])({BELOW_100}(?:[ -](?:{'|'.join(SCALES)})(?:(?: and)?[ -]{BELOW_100})?)*)"
+    rf"(?:[ -]({'|'.join(sorted(PARTS, reverse=True))}))?(?![a-zA-Z])"
+)
 
-# ------------------------------------------------------------------ one way of writing
+
+def in_digits(words: re.Match) -> str:
+    """A number in words as digits, or as a fraction."""
+    total = part = 0
+    for word in re.findall("[a-z]+", words[1].lower()):
+        if word == "hundred":
+            part = 100 * part
+        elif word in SCALES:
+            total, part = total + SCALES[word] * part, 0
+        else:
+            part += WORD_NUMBERS.get(word, 0)
+    number = total + part
+    return r"\frac{%d}{%d}" % (number, PARTS[words[2].lower()]) if words[2] else str(number)
+
 
 SPELLINGS = [
     (re.compile(pattern), plain)
     for pattern, plain in (
         (r"\\(?:begin|end)\s*\{(?:aligned|align|split|gathered|equation)\*?\}", ""),
-        (r"&\s*=", "="),
-        (r"<=", r"\\le "),
-        (r">=", r"\\ge "),
-        (r"(?<=\s)!=", r"\\ne "),
+        (r"&\s*(=|\\[lg]eq?\b|<|>)", r"\1"),
+        (r"<=|=<|\\not\s*(?:>|\\gt\b)|\\ngtr\b", r"\\le "),
+        (r">=|\\not\s*(?:<|\\lt\b)|\\nless\b", r"\\ge "),
+        (r"(?<=\s)!=|=/=|<>|\\not\s*=", r"\\ne "),
+        (r"(?<![\\a-zA-Z])(?:cbrt|root\s*\((\d{1,3})\))(?=\s*\()", lambda m: rf"\sqrt[{m[1] or 3}]"),
+        (r"(?<![\\a-zA-Z])(?=(?:frac|sqrt)[\d{])", r"\\"),
+        (r"\\(?=(?:max|min)(?![a-zA-Z]))", r"\\rm "),
+        (r"(\d)\s*o\s?'?\s?clock", r"\1:00"),
+        (r"(?i)\b(?:12 )?noon\b", "12:00 pm"),
+        (r"(?<=[\d}])\s*\\q?quad\s*(?=-?\d|\\(?:frac|sqrt)|[a-z]\s*=)", ", "),
+        (r"(?<=[\d}])\s*(?:\\text\s*\{\s*)?\(([a-z]{3,}[a-z ]*)\)\s*\}?", r"\\text{ \1 }"),
         (r"(?<!\^)\{\}|\{\}(?=\w)", ""),
         (r"(?<=\d)\s*x\s*(?=10\s*\^)", r"\\times "),
         (r"\\\\\s*$", ""),
@@ -114,45 +134,60 @@ SPELLINGS = [
         (r"\\(?:text)?color\s*\{[^{}]*\}", ""),
         (r"\^\s*\{?\s*(?:\\text\s*\{)?\s*(?:st|nd|rd|th)\b\s*\}{0,2}", ""),
         (r"\b(sq|cu|in|ft|hr|min|sec|oz|lb)\.(?=\s|$)", r"\1"),
-        (r"(?:\\[,;:! ]|\s)+$", ""),
-        (r"(?<=\d)\s*(?:\\text\s*\{)?\s*thousand\b\s*\}?", r"\\cdot 10^{3}"),
-        (r"(?<=\d)\s*(?:\\text\s*\{)?\s*million\b\s*\}?", r"\\cdot 10^{6}"),
-        (r"(?<=\d)\s*(?:\\text\s*\{)?\s*billion\b\s*\}?", r"\\cdot 10^{9}"),
+        (r"(?:\\(?:[,;:! ]|$)|\s)+$", ""),
+        (r"\\(?:left|right)\s*\.", ""),
+        (r"\bMatrix\((?=\[)(.*)\)$", r"\1"),
+        (r"(?:^|(?<=[\s,;]))(?:\\text\s*\{)?\(?(?:[a-h]|i{1,3})\)\s*\}?\s*(?=[-\d$])", ", "),
+        (r"^[\s,]+|(?<=\*)\s*I\b", lambda m: "i" if "I" in m[0] else ""),
+        (r"^([\[\]])([^\[\]]*,[^\[\]]*)([\[\]])$", lambda m: "[("[m[1] == "]"] + m[2] + "])"[m[3] == "["]),
+        (r"(?<=\d)\s*(?:\\cup|\bU\b)\s*(?=[a-z]\s*[<>\\])", " or "),
+        (r"=\s*(-?\d+\.\d+)\s*(?:\\[lc]?dots|\.\.\.|…)", r"\\approx \1"),
+        (r"(?<!\d)(\d{0,50}\.\d{0,50}?)(\d{1,20}?)\2\2+\s*(?:\\[lc]?dots|\.\.\.|…)", r"\1\\overline{\2}"),
+        (
+            r"[_^]\{?(\d+)\}?\s*C_\{?(\d+)\}?|(?<!\w)C\((\d+), *(\d+)\)",
+            lambda m: r"\binom{%s}{%s}" % tuple(x for x in m.groups() if x),
+        ),
+        (r"(\d)'\s*(\d+)(?:''|\")", r"\1 feet \2 inches"),
+        (r"(?<=\w)\s+and\s+(?:a|one)[ -]half\b", " 1/2"),
+        (NUMBER_IN_WORDS, in_digits),
+        (r"\b(\d\w*)\s*\(?(?:in\s+)?base[ -]?(\d+)\)?", r"\1_{\2}"),
+        (r"(?i)\b(?:minus|negative)\s+(?=\d)", "-"),
+        (
+            r"(?<=\d)\s*(?:\\text\s*\{)?\s*(dozen|thousand|million|billion)\b\s*\}?",
+            lambda m: r"\cdot %d " % {"dozen": 12, "thousand": 10**3, "million": 10**6}.get(m[1], 10**9),
+        ),
         (r"(?<=\d)\s*(?:,\s?\\!|\{,\}\\!|\{,\}|\\,|,\\,|\\ |,\\;)\s*(?=\d{3}(?!\d))", ","),
         (r"(?<![\d.,/}])\d{1,3}(?: \d{3})+(?![\d,./]| ?/)", lambda m: m[0].replace(" ", "")),
         (r"(\d)[eE]([+-]?\d{1,6})(?![\d.a-zA-Z])", r"\1\\cdot 10^{\2}"),
     )
 ]
-# Numbers in words: twelve, forty-two, two thousand five hundred, three quarters.
-ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
-    fifteen sixteen seventeen eighteen nineteen""".split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6}
-WORD_NUMBERS = {word: n for n, word in enumerate(ONES)} | {word: 10 * n for n, word in enumerate(TENS, 2)}
-PARTS = {"half": 2, "third": 3, "thirds": 3, "quarter": 4, "quarters": 4, "fifth": 5, "fifths": 5}
-BELOW_100 = rf"(?:(?:{'|'.join(TENS)})(?:[ -](?:{'|'.join(ONES[1:10])}))?|(?:{'|'.join(reversed(ONES))}))"
-NUMBER_IN_WORDS = re.compile(
-    rf"""(?<![a-zA-Z\\]) ( {BELOW_100} (?: [ -](?:{"|".join(SCALES)}) (?: (?:[ ]and)?[ -]{BELOW_100} )? )* )
-    (?: [ -]({"|".join(sorted(PARTS, reverse=True))}) )? (?![a-zA-Z])""".replace("[ -]", "[\\ -]"),
-    re.IGNORECASE | re.VERBOSE,
+COMPARED = [  # words, and the sign that they stand for
+    (re.compile(rf"(?i)(?:\b(?:is|are|of)\s+)?\b(?:strictly\s+)?(?:{words})\b(?! \w+ than)"), sign)
+    for words, sign in (
+        (r"(?:greater|larger) than or equal to|at least|(?:no|not) (?:less|smaller) than", r"\\ge "),
+        (r"(?:less|smaller) than or equal to|at most|(?:no|not) (?:more|greater|larger) than", r"\\le "),
+        (r"(?:greater|larger|more) than", ">"),
+        (r"(?:less|smaller) than", "<"),
+    )
+]
+NUMBERS = r"(?:the set of )?(?:all|any) (?:real |possible )?(?:numbers?|reals?|values?(?: of)?)?"
+ALL_NUMBERS = re.compile(
+    rf"(?i){NUMBERS} ?([a-z](?![a-z]))?,? ?(?:that are|which are|such that|with|for which|where)? ?(.*)"
+)
+ENDS = re.compile(
+    rf"(?i)(?:{NUMBERS} ?(?:[a-z] )?(?:(?:that|which) are |lying )?|x is )?(?P<strictly>strictly )?"
+    r"(?:between|(?P<from>from)) (?P<low>\S+) (?:and|to) (?P<high>[^\s,]+)(?P<closed>,? \(?inclusive\)?)?"
 )
 SUPERSCRIPT = re.compile("⁻?[⁰¹²³⁴⁵⁶⁷⁸⁹ⁿ]+")
 POWER_OF_PYTHON = re.compile(r"(?<=[a-zA-Z)])\*\*(?=[\d(])")
-REPEATING = re.compile(
-    r"(\d{0,50}) \. (\d{0,50}) \\(?:overline|bar|dot) \s* (?: \{(\d{1,50})\} | (\d) )",
-    re.ASCII | re.VERBOSE,
-)
+REPEATING = re.compile(r"([0-9]{0,50})\.([0-9]{0,50})\\(?:overline|bar|dot)\s*(?:\{([0-9]{1,50})\}|([0-9]))")
 MODULO = re.compile(
-    r"""\(? \s{0,9}
-    (?: \\(?:text|mathrm|operatorname)\{\s*mod\s*\} | \\[bp]?mod | \bmod )
-    [\s{]{0,9} (\d{1,9}) \s{0,9} \}? \s{0,9} \)?""",
-    re.VERBOSE,
+    r"\(?\s{0,9}(?:\\(?:text|mathrm|operatorname)\{\s*mod\s*\}|\\[bp]?mod|\bmod)"
+    r"[\s{]{0,9}(\d{1,9})\s{0,9}\}?\s{0,9}\)?"
 )
 SET_BUILDER = re.compile(
-    r"""\\(?:\{|lbrace) \s* ([a-zA-Z]) \s*
-    (?: \\in\s*\\mathbb\s*\{?\s*R\s*\}? | \\in\s*\\R )? \s*
-    (?: \| | : | \\mid | \\vert ) (.*) \\(?:\}|rbrace)""",
-    re.DOTALL | re.VERBOSE,
+    r"(?s)\\(?:\{|lbrace)\s*([a-zA-Z])\s*(?:\\in\s*\\mathbb\s*\{?\s*R\s*\}?|\\in\s*\\R)?\s*"
+    r"(?:\||:|\\mid|\\vert)(.*)\\(?:\}|rbrace)"
 )
 LONGEST_FIRST = sorted(TEXT_COMMANDS, key=len, reverse=True)
 WRAPPED = re.compile(rf"\\(?:{'|'.join(LONGEST_FIRST)})\s*\{{([^{{}}]*)\}}")
@@ -160,33 +195,41 @@ WRAPPED = re.compile(rf"\\(?:{'|'.join(LONGEST_FIRST)})\s*\{{([^{{}}]*)\}}")
 
 def fraction_of(repeating: re.Match) -> str:
     r"""A repeating decimal as a fraction: 0.1\overline{6} is \frac{15}{90}."""
-    whole = repeating[1] or "0"
-    once = repeating[2]
-    again = repeating[3] or repeating[4]
+    whole, once, again = repeating[1] or "0", repeating[2], repeating[3] or repeating[4]
     top = int(whole + once + again) - int(whole + once)
     bottom = 10 ** len(once) * (10 ** len(again) - 1)
     return r"{\frac{%d}{%d}}" % (top, bottom)
 
 
-def in_digits(words: re.Match) -> str:
-    """A number in words as digits, or as a fraction."""
-    total = 0
-    part = 0
-    for word in re.findall("[a-z]+", words[1].lower()):
-        if word == "hundred":
-            part = 100 * part
-        elif word in SCALES:
-            total += SCALES[word] * part
-            part = 0
-        else:
-            part += WORD_NUMBERS.get(word, 0)
-    if words[2]:
-        return r"\frac{%d}{%d}" % (total + part, PARTS[words[2].lower()])
-    return str(total + part)
+def region_in_words(text: str) -> str:
+    """A set of numbers told in words, as an interval or an inequality: at least 3, between 1 and 4."""
+    if not re.search(r"(?i)\b(?:all|any|between|inclusive|than|least|most)\b", text):
+        return text
+    text = re.sub(r"\s+", " ", WRAPPED.sub(r" \1 ", text)).strip(" .")
+    for words, sign in COMPARED:
+        text = words.sub(sign, text)
+    ends = ENDS.fullmatch(text)
+    if ends:
+        closed = (ends["from"] or ends["closed"]) and not ends["strictly"]
+        return ("[%s,%s]" if closed else "(%s,%s)") % (ends["low"], ends["high"])
+    told = ALL_NUMBERS.fullmatch(text)
+    if not told:
+        return text
+    rest = told[2]
+    if rest.startswith("except"):
+        return r"\mathbb{R} \setminus \{%s\}" % re.sub(r"\band\b", ",", rest[6:])
+    bound = re.match(r"(<|>|\\[lg]e )\s*(\S+)$", rest)
+    if bound and not told[1]:
+        closed = bound[1][0] == "\\"
+        below = bound[1] in ("<", "\\le ")
+        return (r"(-\infty,%s" + ")]"[closed] if below else "(["[closed] + r"%s,\infty)") % bound[2]
+    return text if not rest else rest if told[1] and told[1] in rest else f"{told[1] or ''} {rest}"
 
 
 def clean(text: str) -> str:
     """One way of writing for what LaTeX and people write in several."""
+    if re.fullmatch(r"-?[0-9]*\.?[0-9]+\.?", text):
+        return text.rstrip(".")
     text = re.sub(r"\s{9,}", " ", text)  # long runs make some of the patterns slow
     text = SUPERSCRIPT.sub(r"^{\g<0>}", text).translate(SYMBOLS)
     text = unicodedata.normalize("NFKC", text).translate(SYMBOLS)
@@ -194,14 +237,13 @@ def clean(text: str) -> str:
     text = POWER_OF_PYTHON.sub("^", text).replace("**", " ").replace("{:}", ":")
     for pattern, plain in SPELLINGS:
         text = pattern.sub(plain, text)
-    text = NUMBER_IN_WORDS.sub(in_digits, text)
     text = REPEATING.sub(fraction_of, text)
     text = MODULO.sub(r"\\pmod{\1}", text)
+    text = region_in_words(text)
     builder = SET_BUILDER.search(text)
     if not builder:
         return text.strip().rstrip(".,;:")
-    name, condition = builder.groups()
-    return f"{name} \\in {condition}" if "\\in" in condition else condition
+    return f"{builder[1]} \\in {builder[2]}" if "\\in" in builder[2] else builder[2]
 
 
 def words_of(text: str) -> str:
@@ -224,49 +266,29 @@ def braces(text: str, start: int) -> str | None:
     return None
 
 
-# ------------------------------------------------------------------ tokens
-
-NUMBER = r"\d+\.\d+ | \d+\.(?!\d) | \.\d+ | \d+"
-THOUSANDS = r"\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?"
-TOKEN = r"""
-      (?P<space> \s+ | ~ )
-    | (?P<num> %s )
-    | \\(?P<cmd> [a-zA-Z]+\*? )
-    | \\(?P<esc> . )
-    | (?P<word> [A-Za-z]+ (?: \.[a-z]\.?(?![a-zA-Z]) )? )
-    | (?P<op> . )"""
-FLAGS = re.VERBOSE | re.DOTALL | re.ASCII
-TOKEN_PLAIN = re.compile(TOKEN % NUMBER, FLAGS)
-TOKEN_THOUSANDS = re.compile(TOKEN % f"{THOUSANDS} | {NUMBER}", FLAGS)
+NUMBER = r"\d+\.\d+|\d+\.(?!\d)|\.\d+|\d+"
+TOKEN = r"(?P<space>\s+|~)|(?P<num>%s)|\\(?P<cmd>[a-zA-Z]+\*?)|\\(?P<esc>.)"
+TOKEN += r"|(?P<word>[A-Za-z]+(?:\.[a-z]\.?(?![a-zA-Z]))?)|(?P<op>.)"
+TOKEN_PLAIN = re.compile(TOKEN % NUMBER, re.DOTALL | re.ASCII)
+THOUSANDS = r"\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|"
+TOKEN_THOUSANDS = re.compile(TOKEN % (THOUSANDS + NUMBER), re.DOTALL | re.ASCII)
 
 
-class Token(NamedTuple):
-    """kind: num, name, func, unit, power, word, sep, rel, op, cmd, end; spaced: whether a space precedes."""
-
-    kind: str
-    value: str
-    spaced: bool = False
-
-
-def tokens_of(text: str, thousands: bool = True, split: bool = False) -> list[Token]:
-    """The tokens of a cleaned text. Raises Unreadable beyond MAX_ANSWER and MAX_TOKENS.
-
-    thousands: 1,234 is one number, not two. split: an unknown run of letters is
-    a product of variables, not a word.
-    """
-    return Tokenizer(text, thousands, split).run()
+# kind: num, name, func, unit, power, word, sep, rel, op, cmd, end. spaced: whether a space precedes.
+Token = namedtuple("Token", "kind value spaced", defaults=(False,))
 
 
 class Tokenizer:
-    r"""Goes through a text once. depth: how many \text{...} are around it."""
+    r"""Goes through a cleaned text once; run() gives its tokens.
+
+    thousands: 1,234 is one number, not two. split: an unknown run of letters is a product
+    of variables, not a word. depth: how many \text{...} are around it.
+    """
 
     def __init__(self, text: str, thousands: bool, split: bool, depth: int = 0):
         if depth > 8 or len(text) > MAX_ANSWER:
             raise Unreadable("too long")
-        self.text = text
-        self.thousands = thousands
-        self.split = split
-        self.depth = depth
+        self.text, self.thousands, self.split, self.depth = text, thousands, split, depth
         self.position = 0
         self.spaced = False
         self.tokens = []
@@ -279,7 +301,7 @@ class Tokenizer:
             if m.lastgroup == "space":
                 self.spaced = True
             elif not self.wrapped_text(m):
-                new = self.read(m.lastgroup, m[m.lastgroup], m.start())
+                new = self.word(m[0], m.start()) if m["word"] else token_of(m)
                 self.tokens += [Token(kind, value, self.spaced) for kind, value in new]
                 self.spaced = False
             if len(self.tokens) > MAX_TOKENS:
@@ -300,16 +322,6 @@ class Tokenizer:
         self.spaced = True
         return True
 
-    def read(self, group: str, value: str, start: int) -> list[tuple[str, str]]:
-        """The (kind, value) of the tokens in a match of TOKEN that begins at `start`."""
-        if group == "num":
-            return [("num", value.replace(",", ""))]
-        if group == "word":
-            return self.word(value, start)
-        if group == "cmd":
-            return command_token(value)
-        return escaped_token(value) if group == "esc" else sign_token(value)
-
     def word(self, run: str, start: int) -> list[tuple[str, str]]:
         """What a run of letters is: a word, a unit, a function, or variables."""
         low = run.lower()
@@ -317,10 +329,8 @@ class Tokenizer:
         in_text = self.depth > 0
         if low in SPOKEN:
             return [SPOKEN[low]]
-        if low == "in" and before == "name":
-            return [("rel", "in")]
-        if low in ("a", "an") and before == "unit":  # 5 dollars an hour
-            return [("op", "/")]
+        if (low, before) in BETWEEN:
+            return [BETWEEN[low, before]]
         if low in FILLERS or (run == "a" and in_text):
             return []
         unit = UNITS.get(run) or (len(run) > 3 and UNITS.get(low))
@@ -329,10 +339,11 @@ class Tokenizer:
         if run in FUNCTIONS or low in ("ln", "log", "sqrt"):
             return [("func", run if run in FUNCTIONS else low)]
         if low in WORD_COMMANDS:
-            return [("cmd", "infty" if low == "infinity" else low)]
+            return [("cmd", "infty" if low in ("infinity", "inf", "oo") else low)]
         if len(run) == 1:
             return [("name", run)]
-        apart = low in SHORT_WORDS and self.stands_apart(start)
+        around = self.text[max(0, start - 1) : start] + self.text[self.position : self.position + 1]
+        apart = low in SHORT_WORDS and re.fullmatch(r"\s?[\s.,;]?", around)
         if in_text or apart or len(run) > 4 or (len(run) > 2 and not self.split):
             return [("word", low)]
         return [("name", letter) for letter in run]
@@ -340,44 +351,24 @@ class Tokenizer:
     def unit(self, run: str, unit: str, before: str) -> tuple[str, str]:
         """A run of letters that can be a unit, as one, or else as a variable or a word."""
         right = self.text[self.position : self.position + 40]
-        behind_number = before in ("num", "unit") and self.spaced and not re.match(r"\s*[\w^]", right)
-        clear = len(run) > 1 and run not in AMBIGUOUS_UNITS
-        if self.depth or clear or behind_number:
+        refused = r"\d|\s*\d" if run == "in" else r"\d|\s*[a-zA-Z_^]"
+        per = [token.kind for token in self.tokens[-2:]] == ["unit", "op"] and self.tokens[-1].value == "/"
+        behind_number = (per or before in ("num", "unit") and self.spaced) and not re.match(refused, right)
+        if self.depth or behind_number or len(run) > 1 and run not in AMBIGUOUS_UNITS:
             return ("unit", unit)
         return ("name", run) if len(run) == 1 else ("word", run.lower())
 
-    def stands_apart(self, start: int) -> bool:
-        """Whether the run of letters from `start` to the position is a word of its own."""
-        left = self.text[max(0, start - 1) : start].strip()
-        right = self.text[self.position : self.position + 1]
-        return not left and (not right or right in ".,;" or right.isspace())
 
-
-def command_token(name: str) -> list[tuple[str, str]]:
-    if name == "dollar":
-        return [("unit", "dollar")]
-    if name in RELATIONS:
+def token_of(m: re.Match) -> list[tuple[str, str]]:
+    """The (kind, value) of the token in a match of TOKEN that is no word, if it stands for anything."""
+    name = m["cmd"] or m["esc"] or m["op"] or ""
+    if m["num"]:
+        return [("num", m[0].replace(",", ""))]
+    if m[0] in MARKS:
+        return [MARKS[m[0]]]
+    if name in RELATIONS and not m["esc"]:
         return [("rel", RELATIONS[name])]
-    if name in FUNCTIONS or name == "sqrt":
+    if m["cmd"] and (name in FUNCTIONS or name == "sqrt"):
         return [("func", name)]
-    return [] if name in IGNORED_COMMANDS or name in TEXT_COMMANDS else [("cmd", name)]
-
-
-def escaped_token(sign: str) -> list[tuple[str, str]]:
-    """A character behind a backslash."""
-    if sign == "%":
-        return [("unit", "percent")]
-    if sign in "{}\\":
-        return [("op", "\\" + sign)]
-    return [("op", sign)] if sign in "|&" else []
-
-
-def sign_token(sign: str) -> list[tuple[str, str]]:
-    """A single character that is no letter, digit or space."""
-    if sign == "%":
-        return [("unit", "percent")]
-    if sign in RELATIONS:
-        return [("rel", RELATIONS[sign])]
-    if sign in ",;":
-        return [("sep", sign)]
-    return [] if sign in '"`?' else [("op", sign)]
+    ignored = name not in "|&" if m["esc"] else name in IGNORED
+    return [] if ignored else [("cmd" if m["cmd"] else "op", name)]

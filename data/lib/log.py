@@ -16,12 +16,9 @@ from data.lib.stream import Stream
 
 
 class Interrupt:
-    """SIGTERM and SIGINT ask the run to save and to leave after the current step.
-
-    A second signal ends it at once if it comes more than 5 seconds later: a job manager
-    and torchrun may each send one for the same request. torchrun kills what is still
-    there after 30 seconds.
-    """
+    """SIGTERM and SIGINT ask the run to save and to leave after the current step. A second signal ends
+    it at once if it comes more than 5 seconds later: a job manager and torchrun may each send one for
+    the same request. torchrun kills what is still there after 30 seconds."""
 
     def __init__(self):
         self.signal = 0
@@ -53,11 +50,8 @@ class Interrupt:
 
 
 class Log:
-    """One line on the terminal for each step, and a thousand or so in metrics.jsonl.
-
-    Speed is measured from this start of the run; `seconds` include the time before an
-    interruption.
-    """
+    """One line on the terminal for each step, and a thousand or so in metrics.jsonl. Speed is measured
+    from this start of the run; `seconds` include the time before an interruption."""
 
     def __init__(self, s, config, device: str, steps: int, position: Position):
         self.s = s
@@ -75,11 +69,9 @@ class Log:
         return time.time() - self.begin
 
     def step(self, done: int, loss: float, norm: float, share: float, tokens: int) -> None:
-        """Tell of a step: `done` steps and `tokens` tokens so far, the mean loss in nats a
-        token, the gradient norm, and the learning rate as a share of its peak.
-
-        Raises UserError if the loss or the norm is not finite.
-        """
+        """Tell of a step: `done` steps and `tokens` tokens so far, the mean loss in nats a token, the
+        gradient norm, and the learning rate as a share of its peak. Raises UserError if the loss or the
+        norm is not finite."""
         if not math.isfinite(loss + norm):
             raise UserError(
                 f"{self.s.out_dir}: loss {loss}, gradient norm {norm} at step {done - 1}; "

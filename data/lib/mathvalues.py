@@ -1,14 +1,14 @@
 """Values of answers: arithmetic within bounds, numbers to many digits, sets of real numbers.
 
-What a model wrote is data. It is cut into tokens (latex_tokens.py) and parsed
-(latex.py), and the parser builds sympy objects by calling the functions below,
-which refuse numbers that are too large to work with. No string ever reaches
-sympy, whose own readers would run it as Python.
+What a model wrote is data: cut into tokens (latex_tokens.py), parsed (latex.py), and built into
+sympy objects by the functions below, which refuse numbers that are too large to work with. No
+string ever reaches sympy, whose own readers would run it as Python.
 """
 
 import functools
 import math
 import operator
+from collections import namedtuple
 from typing import NamedTuple
 
 import mpmath
@@ -36,8 +36,6 @@ class Undefined(Unreadable):
 # What reading or comparing hostile text can raise: callers take it as "cannot be read".
 FAILURES = (Unreadable, RuntimeError, ValueError, ArithmeticError, TypeError, AttributeError)
 
-# ------------------------------------------------------------------ arithmetic within bounds
-
 
 def is_matrix(value) -> bool:
     return isinstance(value, sympy.MatrixBase)
@@ -50,31 +48,23 @@ def scalar(value):
     return value
 
 
-def bits(fraction) -> int:
-    """Bits of the numerator or the denominator, whichever is larger."""
-    return max(abs(fraction.p).bit_length(), fraction.q.bit_length())
-
-
 def size_of(value) -> int:
     """Bits of the largest number in an expression."""
-    return max(map(bits, value.atoms(sympy.Rational)), default=1)
+    sizes = (max(abs(x.p).bit_length(), x.q.bit_length()) for x in value.atoms(sympy.Rational))
+    return max(sizes, default=1)
 
 
 def bounded(value):
     """The value. Raises Unreadable if it is undefined or too large to go on with."""
     if value in (sympy.nan, zoo):
         raise Unreadable("no number")
-    if isinstance(value, sympy.Rational) and bits(value) > MAX_BITS:
+    if isinstance(value, sympy.Rational) and size_of(value) > MAX_BITS:
         raise Unreadable("number too large")
     return value
 
 
 def worked_out(value):
-    """The value. Raises Undefined if it is a constant whose size is out of bounds.
-
-    Such values are built with evaluate=False, so that sympy does not expand
-    them before we know that they are small enough.
-    """
+    """The value, built with evaluate=False: sympy expands it only once it is known to be small enough."""
     if not value.free_symbols:
         numeric(value, {})
     return value
@@ -120,10 +110,8 @@ def factorial(n, double: bool = False):
     """n!, or with double n!! = n (n-2) (n-4) ..."""
     n = scalar(n)
     if isinstance(n, Integer) and 0 <= n <= 1500:
-        factors = range(int(n), 0, -2 if double else -1)
-        return Integer(math.prod(factors))
-    function = sympy.factorial2 if double else sympy.factorial
-    return worked_out(function(n, evaluate=False))
+        return Integer(math.prod(range(int(n), 0, -2 if double else -1)))
+    return worked_out((sympy.factorial2 if double else sympy.factorial)(n, evaluate=False))
 
 
 def choose(n, k):
@@ -142,17 +130,12 @@ def number(text: str):
     return Rational(int(whole + decimals or "0"), 10 ** len(decimals))
 
 
-# ------------------------------------------------------------------ numbers to many digits
-
 mp = mpmath.mp.clone()  # a context of our own, so that nobody else's precision changes
 MP_NAMES = {"Abs": "fabs", "ceiling": "ceil", "factorial2": "fac2", "log": "ln"}  # where sympy's differ
 
 
 def numeric(expression, point: dict):
-    """The value of a sympy expression as an mpmath number; point maps its symbols to numbers.
-
-    Raises Undefined where there is none.
-    """
+    """The value of an expression, as of mpmath, where its symbols are those of the point; or Undefined."""
     if expression.is_Rational:
         return mp.mpf(expression.p) / expression.q
     if expression.is_Symbol:
@@ -192,9 +175,6 @@ def applied(expression, arguments: list):
     return getattr(mp, MP_NAMES.get(name, name))(*arguments)
 
 
-# ------------------------------------------------------------------ sets of real numbers
-
-
 class Value(NamedTuple):
     """What is more than a number (a sympy expression) or a matrix (a sympy matrix).
 
@@ -205,6 +185,7 @@ class Value(NamedTuple):
     region  intervals              ""
     rel     the sides              the signs between them: "=" "<" ">=" "in" ":" ...
     words   what they stand before the words
+    cases   (value, condition)     ""
     """
 
     kind: str
@@ -212,13 +193,7 @@ class Value(NamedTuple):
     items: tuple
 
 
-class Interval(NamedTuple):
-    low: sympy.Expr
-    low_closed: bool
-    high: sympy.Expr
-    high_closed: bool
-
-
+Interval = namedtuple("Interval", "low low_closed high high_closed")
 EMPTY = Value("region", "", ())
 REALS = Value("region", "", (Interval(-oo, False, oo, False),))
 MIRRORED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
@@ -230,10 +205,7 @@ def interval(low, low_closed: bool, high, high_closed: bool) -> Value:
 
 
 def region_of(value) -> Value:
-    """The region that a set, an interval, an inequality or "x in ..." describes.
-
-    Raises Unreadable for anything else.
-    """
+    """The region that a set, an interval, an inequality or "x in ..." describes, or Unreadable."""
     kind = value.kind if isinstance(value, Value) else "number"
     if kind == "region":
         return value
@@ -255,13 +227,10 @@ def solved(value: Value) -> Value:
     """The region of x > 3, 1 < x <= 2 or x != 5, where x is alone on its side."""
     places = [n for n, x in enumerate(value.items) if isinstance(x, Symbol)]
     signs = value.marks
-    if len(places) != 1 or len(signs) > 2 or not set(signs) <= set(MIRRORED):
-        raise Unreadable("not solved")
-    if any(isinstance(x, Value) for x in value.items):
+    known = len(places) == 1 and len(signs) < 3 and set(signs) <= set(MIRRORED)
+    if not known or any(isinstance(x, Value) for x in value.items) or len(signs) == 2 and places != [1]:
         raise Unreadable("not solved")
     at = places[0]
-    if len(signs) == 2 and at != 1:
-        raise Unreadable("not solved")
     parts = [half_line(sign, end) for sign, end in zip(signs[at:], value.items[at + 1 :])]
     parts += [half_line(MIRRORED[sign], end) for sign, end in zip(signs[:at], value.items)]
     return parts[0] if len(parts) == 1 else common(*parts)
@@ -290,14 +259,13 @@ def place(end):
     return mp.re(value)
 
 
-def cuts(part: Interval) -> tuple:
-    """Where an interval cuts the line at its two ends, each as (place, whether behind that number)."""
-    return (place(part.low), not part.low_closed), (place(part.high), part.high_closed)
-
-
 def joined(*regions: Value) -> Value:
     """The union of regions, as intervals in order that do not touch."""
-    parts = [(*cuts(part), part) for region in regions for part in region.items]
+    parts = [  # where each begins and ends, as (place, whether behind that number)
+        ((place(x.low), not x.low_closed), (place(x.high), x.high_closed), x)
+        for region in regions
+        for x in region.items
+    ]
     if len(parts) > MAX_ITEMS:
         raise Unreadable("too many intervals")
     out = []

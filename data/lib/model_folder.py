@@ -14,6 +14,7 @@ import torch
 from data.lib.cli import UserError, read_json, write_json
 from data.lib.ranks import put, rank, whole
 from data.lib.safetensors import read_safetensors, write_safetensors
+from data.lib.sources import refuse_stand_in
 from data.lib.tokenizer import Tokenizer
 
 # ---- config.json
@@ -43,12 +44,8 @@ FAMILIES = {
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 MAX_PADDING = 1024  # rows that some makers add to the embedding, for speed
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *LLAMA3_ROPE}
-EXPECTED = {
-    int: "a positive whole number",
-    float: "a positive number",
-    bool: "true or false",
-    str: "a string",
-}
+EXPECTED = {int: "a positive whole number", float: "a positive number"}
+EXPECTED |= {bool: "true or false", str: "a string"}
 
 
 def fits(value, kind: type) -> bool:
@@ -62,13 +59,12 @@ def fits(value, kind: type) -> bool:
 
 
 def read_config(folder: Path) -> dict:
-    """config.json of a supported architecture as the arguments of train.Config.
-
-    Raises UserError that names what is missing, wrong or not supported.
-    """
+    """config.json of a supported architecture as the arguments of train.Config. Raises UserError that
+    names what is missing, wrong or not supported."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such model folder")
     path = folder / "config.json"
+    refuse_stand_in(path)
     raw = read_json(path)
     check_family(path, raw)
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # transformers 4 and 5
@@ -78,25 +74,20 @@ def read_config(folder: Path) -> dict:
     found = with_defaults(path, raw, rope)
     for name, (theirs, kind) in NAMES.items():
         value = found.get(theirs)
-        if name == "rope_scaling":
-            continue
-        if value is None:
-            raise UserError(f"{path}: {theirs} is missing")
-        if not fits(value, kind):
-            raise UserError(f"{path}: {theirs} is {value!r:.80}, expected {EXPECTED[kind]}")
+        if name != "rope_scaling" and not fits(value, kind):
+            said = "missing" if value is None else f"{value!r:.80}, expected {EXPECTED[kind]}"
+            raise UserError(f"{path}: {theirs} is {said}")
     config = {name: found[theirs] for name, (theirs, _) in NAMES.items()}
     if config["rope_scaling"]:
         check_llama3_rope(path, config["rope_scaling"])
     if config["dtype"] not in ("float32", "bfloat16", "float16"):
-        dtype = f"{config['dtype']!r:.80}"
-        raise UserError(f"{path}: dtype is {dtype}, expected float32, bfloat16 or float16")
+        said = f"{config['dtype']!r:.80}, expected float32, bfloat16 or float16"
+        raise UserError(f"{path}: dtype is {said}")
     if config["dtype"] == "float16":
         config["dtype"] = "float32"  # which holds it exactly
     if config["n_head"] % config["n_kv_head"] or config["head_dim"] % 2:
-        raise UserError(
-            f"{path}: {config['n_head']} query heads, {config['n_kv_head']} key heads "
-            f"of {config['head_dim']} coordinates do not fit together"
-        )
+        heads = f"{config['n_head']} query heads, {config['n_kv_head']} key heads"
+        raise UserError(f"{path}: {heads} of {config['head_dim']} coordinates do not fit together")
     return config
 
 
@@ -144,6 +135,11 @@ def with_defaults(path: Path, raw: dict, rope: dict) -> dict:
         "num_key_value_heads": heads,
         "dtype": raw.get("torch_dtype") or "float32",
     }
+    # As in transformers, where these sizes do not follow from others
+    if raw["model_type"] == "qwen3":
+        found["head_dim"] = 128
+    if raw["model_type"] != "llama" and "num_key_value_heads" not in raw:
+        found["num_key_value_heads"] = 32
     found |= {key: value for key, value in raw.items() if value is not None}
     found["rope_theta"] = rope.get("rope_theta", found["rope_theta"])
     is_llama3 = rope.get("rope_type", rope.get("type")) == "llama3"
@@ -177,11 +173,7 @@ def check_vocabulary(folder: Path, n_vocab: int, tok: Tokenizer) -> None:
 
 def write_config(folder: Path, c, tok: Tokenizer) -> None:
     """config.json of a train.Config, as transformers 4 and 5 read it."""
-    raw = {
-        "architectures": [FAMILIES[c.model_type]],
-        "hidden_act": "silu",
-        "mlp_bias": False,
-    }
+    raw = {"architectures": [FAMILIES[c.model_type]], "hidden_act": "silu", "mlp_bias": False}
     raw |= {NAMES[name][0]: value for name, value in asdict(c).items()}
     raw |= {"torch_dtype": c.dtype, "bos_token_id": tok.bos, "eos_token_id": tok.eos}
     if c.rope_scaling:
@@ -193,9 +185,8 @@ def write_config(folder: Path, c, tok: Tokenizer) -> None:
 
 
 def read_weights(folder: Path, n_layer: int) -> tuple[dict[str, torch.Tensor], Path]:
-    """The tensors of model.safetensors, or of the shards that its index names, by our
-    names (without the prefix "model."); and the file that names them. UserError unless
-    there are so many layers."""
+    """The tensors of model.safetensors, or of the shards that its index names, by our names (without
+    the prefix "model."); and the file that names them. UserError unless there are so many layers."""
     path = folder / "model.safetensors"
     index = folder / "model.safetensors.index.json"
     if index.exists() and not path.exists():
@@ -219,6 +210,7 @@ def read_weights(folder: Path, n_layer: int) -> tuple[dict[str, torch.Tensor], P
 
 def read_shards(folder: Path, index: Path) -> dict[str, torch.Tensor]:
     """The tensors of all files that an index names; each tensor must be in its file."""
+    refuse_stand_in(index)
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not all(is_shard_name(file) for file in where.values()):
         raise UserError(f"{index}: weight_map should give a file of this folder for each tensor")

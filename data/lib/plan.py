@@ -3,8 +3,8 @@
 import math
 import os
 import re
+import resource
 import sys
-import time
 from typing import NamedTuple
 
 import torch
@@ -51,33 +51,13 @@ def this_device(device: str) -> Device:
         found = torch.cuda.get_device_properties(device)
         known = known_device(found.name)
         return Device(found.name, known and known.flops, found.total_memory)
-    try:
-        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows
-        room = math.inf
-    return Device(device, None, room)
-
-
-def measured_peak(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, for devices whose peak is not known."""
-    a = torch.randn(1024, 1024, device=device, dtype=dtype)
-    times = []
-    for _ in range(10):
-        begin = time.perf_counter()
-        (a @ a)[0, 0].item()
-        times.append(time.perf_counter() - begin)
-    return 2 * 1024**3 / min(times)
+    return Device(device, None, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def used_memory(device: str) -> int:
-    """Peak bytes so far: allocated on a GPU, else resident in this process; 0 where the
-    system does not tell."""
+    """Peak bytes so far: allocated on a GPU, else resident in this process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -204,12 +184,10 @@ def describe(row: dict) -> str:
     )
 
 
-def planned_devices(s, dtype: str, device: str) -> tuple[int, Device]:
+def planned_devices(s, device: str) -> tuple[int, Device]:
     """How many devices --plan is for, and of which kind."""
     if s.plan == "here":
-        here = this_device(device)
-        flops = here.flops or measured_peak(device, getattr(torch, dtype))
-        return world(), here._replace(flops=flops)
+        return world(), this_device(device)
     number, _, name = s.plan.rpartition("x")
     known = known_device(name)
     if not re.fullmatch(r"[1-9][0-9]*|", number) or not known:
@@ -226,13 +204,12 @@ def print_plan(c, s, stream: Stream | None, steps: int, step_tokens: float, devi
     c is the model's train.Config, s the run's train.Settings, step_tokens the expected
     tokens of an optimiser step.
     """
-    n_devices, kind = planned_devices(s, c.dtype, device)
+    n_devices, kind = planned_devices(s, device)
     micro_steps, micro_rows = micro_plan(s, n_devices)
     parts = memory(c, s, n_devices, micro_rows, micro_steps)
     total = sum(parts.values())
     tokens = steps * step_tokens
     flops = flops_per_token(c, s.seq_len) * tokens
-    hours = flops / (n_devices * kind.flops * EXPECTED_MFU) / 3600
 
     def line(label: str, text: str) -> None:
         print(f"{label:<18}{text}")
@@ -247,8 +224,10 @@ def print_plan(c, s, stream: Stream | None, steps: int, step_tokens: float, devi
         line("memory", f"{value / 1e9:8.2f} GB  {part}")
     line("memory", f"{total / 1e9:8.2f} GB of {kind.memory / 1e9:.0f} GB on a device ({kind.name})")
     line("arithmetic", f"{flops:.3g} FLOPs")
-    peak = f"{kind.flops / 1e12:,.3g} TFLOP/s"
-    line("time", f"{hours:,.2f} hours at {EXPECTED_MFU:.0%} of {peak} a device")
+    if kind.flops:
+        hours = flops / (n_devices * kind.flops * EXPECTED_MFU) / 3600
+        peak = f"{kind.flops / 1e12:,.3g} TFLOP/s"
+        line("time", f"{hours:,.2f} hours at {EXPECTED_MFU:.0%} of {peak} a device")
     if total > kind.memory:
         raise UserError(
             f"needs {total / 1e9:.1f} GB a device, there are {kind.memory / 1e9:.1f}: lower "

@@ -1,4 +1,4 @@
-"""What --preset of train.py changes; flags given beside it win.
+"""What --preset of train.py and of em.py changes; flags given beside it win.
 
 The recipe for 1.1B parameters is the paper's (its section 4 and appendix).
 """
@@ -21,4 +21,19 @@ PRESETS = {
     "smollm2-135m": BIG | SMOLLM2,
     "tinyllama-1.1b": BIG | TINYLLAMA | {"batch_size": 192, "max_steps": 33060},
     "tinyllama-1.1b-warm": BIG | TINYLLAMA | {"batch_size": 96, "max_steps": 4069},
+}
+
+# SmolLM2-135M thinks in equations. All sequences are short, so rows are packed with documents
+# that do not see one another, and M-steps start from M0: they take a third of the steps.
+WORDS = "--preset=smollm2-135m --attention=document --seq_len=512 --batch_size=2"
+EM_PRESETS = {
+    "toy": {},
+    "word-problems": {
+        "m_steps_from": "M0",
+        "max_new": 40,
+        "controls": True,
+        "only": "warm_flops,uniform,gold",
+        "train": f"{WORDS} --max_steps=90",
+        "warm_train": "--max_steps=94",
+    },
 }

@@ -1,22 +1,23 @@
 """Benchmark problems: one record a problem, whatever the published file calls its fields.
 
 A file's rows are read as published (read_rows), and each becomes an Item (read_item) or
-is refused with its file and line (fault says why). choose_shots picks worked examples.
+is refused with its file and line. choose_shots picks worked examples.
 `s` of find_file and choose_shots are the settings of eval_math.py.
 """
 
-import contextlib
 import csv
 import io
 import json
+import math
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from data.lib.answers import BOX, boxed
 from data.lib.cli import UserError
-from data.lib.grader import extract_answer
-from data.lib.sources import optional, read_jsonl
+from data.lib.sources import ONE_VALUE, optional, read_jsonl, refuse_stand_in, refused
 
 DATA = Path(__file__).resolve().parent.parent
 N_SHOTS = {"gsm8k": 8, "math": 4, "math500": 4, "mmlu_stem": 4}
@@ -37,10 +38,8 @@ class Item(NamedTuple):
 
     @property
     def answer_text(self) -> str:
-        """The sentence that a response must end with.
-
-        The answer stands in dollar signs where the problem writes its formulas so.
-        """
+        """The sentence that a response must end with. The answer stands in dollar signs where the
+        problem writes its formulas so."""
         dollar = "$" if "$" in self.question + self.solution else ""
         return f"\nThe final answer is {dollar}{self.answer}{dollar}."
 
@@ -48,132 +47,151 @@ class Item(NamedTuple):
 # ------------------------------------- rows of a file
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a file, as published; UserError for one that is damaged."""
-    if path.suffix == ".parquet":
-        return parquet_rows(path)
-    if path.suffix == ".csv":
-        return csv_rows(path)
-    if path.suffix == ".json":
-        # One problem, or a list of them. What is neither may be jsonl under this name.
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(path.read_text(encoding="utf-8"))
-            return value if isinstance(value, list) else [value]
-    return read_jsonl(str(path), json.loads, skip_bad=None)
+def read_rows(path: Path, use: Callable = lambda row: row) -> list:
+    """use(row) of each row of a file as published. UserError for a damaged file, and for a row that
+    `use` refuses by a ValueError."""
+    refuse_stand_in(path)
+    kinds = {".parquet": parquet_rows, ".csv": csv_rows, ".json": json_rows}
+    rows = kinds[path.suffix](path) if path.suffix in kinds else None
+    if rows is None:
+        return read_jsonl(str(path), lambda line: use(json.loads(line)), skip_bad=None)
+    used = []
+    for number, row in rows:
+        try:
+            used.append(use(row))
+        except ValueError as e:
+            raise refused(f"{path}:{number}", e, may_skip=False) from None
+    return used
 
 
-def parquet_rows(path: Path) -> list[dict]:
+def json_rows(path: Path) -> list[tuple[int, dict]] | None:
+    """One problem, or a list of them. What is neither may be jsonl under this name."""
+    raw = path.read_bytes()
+    try:
+        value = json.loads(raw.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as e:
+        if ONE_VALUE.match(raw):
+            raise refused(str(path), e, may_skip=False) from None
+        return None
+    return list(enumerate(value if isinstance(value, list) else [value], 1))
+
+
+def parquet_rows(path: Path) -> list[tuple[int, dict]]:
     parquet = optional("pyarrow.parquet", str(path))
     arrow = optional("pyarrow", str(path))
     try:
-        return parquet.read_table(path).to_pylist()
+        return list(enumerate(parquet.read_table(path).to_pylist(), 1))
     except (OSError, arrow.ArrowException) as e:
         raise UserError(f"{path}: not a parquet file ({e})") from None
 
 
-def csv_rows(path: Path) -> list[dict]:
-    """MMLU's form, which has no header: the question, its choices, the answer's letter."""
+def csv_rows(path: Path) -> list[tuple[int, dict]]:
+    """(line, row) of a csv file with a header, or in MMLU's form without one."""
     try:
-        text = path.read_text(encoding="utf-8")
-        lines = list(csv.reader(io.StringIO(text, newline="")))
+        text = path.read_text(encoding="utf-8-sig")
+        reader = csv.reader(io.StringIO(text, newline=""))
+        found = [(reader.line_num, cells) for cells in reader if any(cells)]
     except (csv.Error, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not a csv file in UTF-8 ({e})") from None
-    rows = []
-    for line in lines:
-        if len(line) < 3:
-            rows.append({})  # which fault() refuses, with its line
-            continue
-        question, *choices, letter = line
-        answer = LETTERS.find(letter) if len(letter) == 1 else -1
-        rows.append({"question": question, "choices": choices, "answer": answer})
-    return rows
+    header = [name if name in LETTERS else name.lower() for name in found[0][1]] if found else []
+    if {"question", "answer"} <= {*header}:
+        return [(line, dict(zip(header, cells))) for line, cells in found[1:]]
+    return [(line, mmlu_row(*cells)) for line, cells in found]
+
+
+def mmlu_row(question: str, *cells: str) -> dict:
+    """The question, its choices, the answer's letter. read_item() refuses too few of them."""
+    *choices, letter = cells or [""]
+    answer = LETTERS.find(letter) if letter_of(letter, len(LETTERS)) else -1
+    return {"question": question, "choices": choices, "answer": answer}
 
 
 # ------------------------------------- rows to problems
 
 
-def question_of(row: dict):
-    return row.get("question", row.get("problem"))
+def is_said(value) -> bool:
+    """Whether there is a text, or a number: true, NaN and infinity are none."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    return type(value) in (int, float) and abs(value) < math.inf
 
 
-def has_choices(row: dict) -> bool:
-    choices = row.get("choices")
-    return isinstance(choices, list) and 0 < len(choices) <= len(LETTERS)
+def choices_of(row: dict) -> list:
+    """The choices of a question, under one of three names; empty for none."""
+    letters = [row.get(letter) for letter in LETTERS]
+    while letters and not is_said(letters[-1]):
+        letters.pop()
+    choices = row.get("choices") or row.get("options") or (letters if len(letters) > 1 else [])
+    if not isinstance(choices, list) or not all(map(is_said, choices)):
+        raise ValueError('field "choices" or "options" is no list, or one is empty')
+    if len(choices) > len(LETTERS):
+        raise ValueError(f"there are {len(choices)} choices, at most {len(LETTERS)} are read")
+    return choices
 
 
-def fault(row) -> str:
-    """Why a row is no problem; "" when it is one: a question, and an answer in one of four forms."""
-    if not isinstance(row, dict):
-        return "expected a JSON object"
-    question = question_of(row)
-    solution = row.get("solution") or ""
-    if not isinstance(question, str) or not question.strip() or not isinstance(solution, str):
-        return 'field "question", "problem" or "solution" is missing or no text'
-    return answer_fault(row, solution)
-
-
-def answer_fault(row: dict, solution: str) -> str:
-    answer = row.get("answer")
-    if has_choices(row):
-        n = len(row["choices"])
-        named = answer in (*range(n), *LETTERS[:n])
-        return "" if named else 'field "answer" names none of the choices'
-    if answer is None:
-        if re.search(r"\\f?boxed\b", solution):
-            return ""
-        return 'field "answer" is missing, and the solution has no \\boxed answer'
+def letter_of(answer, n: int) -> str:
+    """The letter of the choice that an answer names by it or by its number from 0 on; or ""."""
     if isinstance(answer, str):
-        good = bool(answer.rpartition("####")[2].strip())
-    else:
-        good = isinstance(answer, (int, float)) and not isinstance(answer, bool)
-    return "" if good else 'field "answer" is empty, or neither text nor a number'
+        return answer.strip() if answer.strip() in [*LETTERS[:n]] else ""
+    return LETTERS[int(answer)] if is_said(answer) and answer in range(n) else ""
 
 
-def read_item(row: dict, where: str) -> Item:
-    """A row of GSM8K, MATH, MATH-500, MMLU or any {question, answer}, told apart by its fields.
+def last_box(solution: str) -> str:
+    """What the last \\boxed of a solution holds, which is the answer in MATH."""
+    boxes = [boxed(solution, m.start()) for m in BOX.finditer(solution)]
+    return boxes[-1] or "" if boxes else ""
 
-    where: "file:line", for the message of the UserError when the row is no problem.
-    """
-    if why := fault(row):
-        expected = "expected are rows of GSM8K, MATH, MMLU, or question and answer"
-        raise UserError(f"{where}: {why} ({expected})")
-    question = question_of(row).strip()
-    answer = row.get("answer")
+
+def read_item(row) -> Item:
+    """A row of GSM8K, MATH, MMLU or any {question, answer}, told apart by its fields. ValueError for
+    anything else."""
+    if not isinstance(row, dict):
+        raise ValueError("expected a JSON object")
+    question = row.get("question", row.get("problem"))
     solution = row.get("solution") or ""
-    if has_choices(row):
-        if isinstance(answer, int):
-            answer = LETTERS[answer]
-        choices = [f"({letter}) {choice}" for letter, choice in zip(LETTERS, row["choices"])]
-        question = "\n".join([question, *choices])
+    answer = row.get("answer")
+    if not isinstance(question, str) or not question.strip() or not isinstance(solution, str):
+        raise ValueError('field "question", "problem" or "solution" is missing or no text')
+    why = 'field "answer" is empty, or neither text nor a number'
+    if choices := choices_of(row):
+        why = 'field "answer" names none of the choices'
+        answer = letter_of(answer, len(choices))
+        shown = [f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices)]
+        question = "\n".join([question.strip(), *shown])
+    elif answer is None:
+        why = 'field "answer" is missing, and so is the solution\'s last \\boxed, or it is empty'
+        answer = last_box(solution)
     elif isinstance(answer, str) and "####" in answer:
         # GSM8K: the solution, with <<2+3=5>> for a calculator, then "#### 5".
         solution, _, answer = answer.rpartition("####")
         solution = re.sub(r"<<[^<>]*>>", "", solution)
-    elif answer is None:
-        answer = extract_answer(solution)
-    if not answer and answer != 0:
-        raise UserError(f"{where}: its solution says no answer")
+    if not is_said(answer):
+        raise ValueError(why)
     # A blank line would look like the end of an example.
     solution = " ".join(solution.split("\n\n")).strip()
-    return Item(question, solution, str(answer).strip(), about_of(row))
+    return Item(question.strip(), solution, str(answer).strip(), about_of(row))
+
+
+def checked(row) -> dict:
+    """The row; ValueError when it is no problem."""
+    read_item(row)
+    return row
 
 
 def about_of(row: dict) -> dict:
     """{level, subject}, each where the row has it: "Level 3" -> "3"."""
     about = {}
-    if row.get("level") is not None:
+    if is_said(row.get("level")):
         about["level"] = str(row["level"]).removeprefix("Level ")
     subject = row.get("subject") or row.get("type")
-    if subject:
+    if is_said(subject):
         about["subject"] = str(subject)
     return about
 
 
 def read_items(path: Path) -> list[Item]:
     """All problems of a file; UserError for a row that is none, and for a file without any."""
-    items = []
-    for number, row in enumerate(read_rows(path), 1):
-        items.append(read_item(row, f"{path}:{number}"))
+    items = read_rows(path, read_item)
     if not items:
         raise UserError(f"{path}: holds no problem")
     return items
@@ -185,14 +203,10 @@ def read_items(path: Path) -> list[Item]:
 def find_file(s, split: str) -> Path:
     """The file of a split ("train" or "test"), named by a flag or lying in data/benchmarks; or UserError."""
     ours = s.benchmark in N_SHOTS
-    if split == "train":
-        named = s.train_file
-    else:
-        named = s.file or ("" if ours else s.benchmark)
+    named = s.train_file if split == "train" else s.file or ("" if ours else s.benchmark)
     folder = DATA / "benchmarks" / s.benchmark
     places = [folder / f"{split}.jsonl", folder / f"{split}.parquet"]
-    if named:
-        places = [Path(named)]
+    places = [Path(named)] if named else places
     for path in places:
         if path.is_file():
             return path
@@ -208,19 +222,14 @@ def find_file(s, split: str) -> Path:
 
 
 def choose_shots(s, tested: list[Item]) -> list[Item]:
-    """The worked examples, in their order; none of them is also tested.
-
-    --shots=train draws them from the training problems by --seed.
-    """
-    n = s.n_shots
-    if n < 0:
-        n = N_SHOTS.get(s.benchmark, 4 if s.shots else 0)
+    """The worked examples, in their order; none of them is also tested. --shots=train draws them from
+    the training problems by --seed."""
+    n = s.n_shots if s.n_shots >= 0 else N_SHOTS.get(s.benchmark, 4 if s.shots else 0)
     if not n:
         return []
     path = shots_file(s, n)
     questions = {item.question for item in tested}
-    solved = [item for item in read_items(path) if item.solution]
-    items = [item for item in solved if item.question not in questions]
+    items = [x for x in read_items(path) if x.solution and x.question not in questions]
     if s.shots == "train":
         random.Random(s.seed).shuffle(items)
     if len(items) < n:

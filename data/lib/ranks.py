@@ -10,6 +10,8 @@ from data.lib.cli import UserError
 
 # ---- ranks
 
+TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets beside WORLD_SIZE
+
 
 def rank() -> int:
     """The number of this process; 0 without torchrun."""
@@ -32,23 +34,22 @@ def add_up(*values: float) -> list[float]:
 
 
 def join_ranks(device: str) -> str:
-    """The device of this process. Under torchrun it also joins the other ranks, and all
-    but the first become quiet.
-
-    Raises UserError for a device that is not there.
-    """
+    """The device of this process. Under torchrun it also joins the other ranks, and all but the first
+    become quiet. Raises UserError for a device that is not there, and for variables that are no
+    torchrun's."""
     if "WORLD_SIZE" not in os.environ:
         return pick_device(device)
+    missing = ", ".join(name for name in TORCHRUN if not os.environ.get(name))
+    if missing:
+        raise UserError(f"WORLD_SIZE is set, but not {missing}: start by torchrun, or unset WORLD_SIZE")
     if device.startswith("cuda:"):
-        raise UserError(
-            f"--device={device}: torchrun gives each process a device; "
-            "leave it out, or use --device=cuda"
-        )
-    if torch.cuda.is_available() and device in ("", "cuda"):
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    device = pick_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        raise UserError(f"--device={device}: torchrun gives each process one; leave it out, or say cuda")
+    device = own_device(device)
+    try:
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    except (ValueError, RuntimeError) as e:
+        reason = str(e).splitlines()[0]
+        raise UserError(f"the ranks cannot meet ({reason}): start by torchrun, or unset WORLD_SIZE") from None
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
     return device
@@ -70,21 +71,24 @@ def pick_device(name: str) -> str:
     return "cpu"
 
 
-def worker_device(name: str) -> str:
-    """The device of this process, by --device.
-
-    Each rank of torchrun is a worker with a GPU of its own; one of them speaks.
-    """
-    if int(os.environ.get("RANK", 0)):
-        sys.stdout = open(os.devnull, "w")
+def own_device(name: str) -> str:
+    """The same under torchrun, where each process has a GPU of its own."""
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available() and name in ("", "cuda"):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device(name)
-    if device == "mps" and not name:
-        device = "cpu"  # the engine adds up in float64, which mps lacks
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     return device
+
+
+def worker_device(name: str) -> str:
+    """The device of this process, by --device. Each rank of torchrun is a worker with a GPU of its own;
+    one of them speaks."""
+    if "WORLD_SIZE" in os.environ and os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w")
+    device = own_device(name)
+    # The engine adds up in float64, which mps lacks.
+    return "cpu" if device == "mps" and not name else device
 
 
 # ---- sharded parameters
@@ -96,11 +100,8 @@ def is_sharded(p: torch.Tensor) -> bool:
 
 
 def shard_offset(p) -> int:
-    """The first row of a sharded parameter that this rank holds.
-
-    fully_shard cuts dimension 0 as torch.chunk does: all shards but the last ones have
-    ceil(rows / shards) rows.
-    """
+    """The first row of a sharded parameter that this rank holds. fully_shard cuts dimension 0 as
+    torch.chunk does: all shards but the last ones have ceil(rows / shards) rows."""
     [axis] = [i for i, placement in enumerate(p.placements) if placement.is_shard()]
     rows = -(-len(p) // p.device_mesh.size(axis))
     return min(len(p), p.device_mesh.get_local_rank(axis) * rows)

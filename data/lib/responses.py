@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.lib.cli import Progress, replacing
+from data.lib.cli import Progress, naming, replacing
 from data.lib.corpus import Corpus
 
 
@@ -36,15 +36,14 @@ def answers_end_with_line(corpus: Corpus) -> bool:
     such chunk begins on a new line, and no answer has a line end inside. Elsewhere, as in
     documents of one problem, a response ends at EOS.
     """
-    decode = corpus.tokenizer.decode
     answers = asked_chunks(corpus)
     behind = answers[answers + 1 < corpus.n_chunks] + 1
     behind = behind[corpus.doc_of(behind) == corpus.doc_of(behind - 1)]
     if not len(behind):
         return False
-    if not all(decode(corpus.chunk(i)[:8]).startswith("\n") for i in behind):
+    if not all(corpus.text(i).startswith("\n") for i in behind):
         return False
-    return not any("\n" in decode(corpus.chunk(i)).strip() for i in answers)
+    return not any("\n" in corpus.text(i).strip() for i in answers)
 
 
 class Records:
@@ -88,7 +87,7 @@ class Records:
         return "".join(lines).encode("utf-8", "replace")
 
     def add(self, records: list[dict]) -> None:
-        with open(self.partial, "ab") as f:
+        with naming(self.partial), open(self.partial, "ab") as f:
             f.write(self.lines(records))
         self.records += records
         if len(self.records) == self.n:

@@ -6,11 +6,16 @@ model code.
 """
 
 import math
+import os
+import platform
+import shlex
+import time
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 
-from data.lib.cli import UserError, read_json
+from data.lib.cli import UserError, append_jsonl, read_json
 from data.lib.corpus import open_corpus, open_thoughts
 
 FIGURES = (
@@ -121,6 +126,48 @@ def summarise(rows: list[dict]) -> list[dict]:
                 summary[key] = float(np.mean(values)), deviation
         summaries.append(summary)
     return summaries
+
+
+def note_run(out_dir: Path, seconds: float, memory: str) -> None:
+    """A line in runs.jsonl: when, how long, on what, with which versions."""
+    packages = ("torch", "numpy", "tiktoken", "sympy")
+    versions = {"python": platform.python_version()} | {p: metadata.version(p) for p in packages}
+    ended = time.strftime("%Y-%m-%d %H:%M:%S")
+    record = {"ended": ended, "seconds": round(seconds), "memory": memory.strip(", ")}
+    record |= {"machine": f"{platform.platform()}, {os.cpu_count()} cores"} | versions
+    append_jsonl(out_dir / "runs.jsonl", record)
+
+
+LEFT_OUT = """cut_off all_cut_off no_gain empty_picks n_empty n_too_long n_short_context cut_tokens no_answer
+forced not_graded answers_too_long too_long questions_too_long empty docs_left_out short_context killed"""
+
+
+def stage_cells(folder: Path) -> list[list[str]]:
+    """What ran in a folder: a header, and a line for each stage that is complete."""
+    left = "cut off, left out, dropped"
+    lines = [[f"stage of {folder.name}", "seconds", "tokens", left, "command"]]
+    scripts = {"training.json": "train.py", "samples.npz": "infer_thoughts.py"}
+    scripts["results.json"] = "eval_math.py"
+    begun = {path: path.stat().st_mtime for path in folder.rglob("settings.json")}
+    for stage in (path.parent for path in sorted(begun, key=begun.get)):
+        settings = read_json(stage / "settings.json")
+        maker = "data/digits.py" if "max_ops" in settings else "data/methods.py"
+        script = next((s for name, s in scripts.items() if (stage / name).exists()), maker)
+        files = ("meta.json", "training.json", "results.json", "timing.json")
+        found = [read_json(stage / name) for name in files if (stage / name).exists()]
+        said = {key: figure for numbers in found for key, figure in numbers.items()}
+        counts = {k: said[k] for k in LEFT_OUT.split() if said.get(k)}
+        names = {k: k.removeprefix("n_").replace("_", " ") for k in counts}
+        left = ", ".join(f"{names[k]} {n:,}" for k, n in counts.items())
+        flags = {k: v for k, v in settings.items() if v != ""} | {"out_dir": stage}
+        words = [f"--{k}={v}" for k, v in flags.items()]
+        command = shlex.join(["python", script, *words])
+        seconds = f"{said['seconds']:.1f}" if "seconds" in said else "-"
+        tokens = said.get("train_tokens") or said.get("sampled_tokens")
+        tokens = f"{tokens:,}" if tokens else "-"
+        name = str(stage.relative_to(folder))
+        lines.append([name, seconds, tokens, left or "-", command])
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------ statistics

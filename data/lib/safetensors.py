@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from data.lib.cli import UserError, replacing
+from data.lib.sources import refuse_stand_in
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MAX_HEADER = 100_000_000  # bytes; the safetensors library reads no longer header either
@@ -27,11 +28,7 @@ def write_safetensors(path, shapes: dict, values, dtype: torch.dtype) -> None:
     offset = 0
     for name, shape in shapes.items():
         end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {
-            "dtype": name_of[dtype],
-            "shape": list(shape),
-            "data_offsets": [offset, end],
-        }
+        header[name] = {"dtype": name_of[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)  # the tensors start at a multiple of 8
@@ -42,11 +39,10 @@ def write_safetensors(path, shapes: dict, values, dtype: torch.dtype) -> None:
 
 
 def read_safetensors(path) -> dict[str, torch.Tensor]:
-    """All tensors of a file by name, memory-mapped: nothing is read before it is used.
-
-    Raises UserError when the file is missing, cut off or not of this format.
-    """
+    """All tensors of a file by name, memory-mapped: nothing is read before it is used. Raises UserError
+    when the file is missing, cut off or not of this format."""
     path = Path(path)
+    refuse_stand_in(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; the model folder is missing or was not finished")
     try:

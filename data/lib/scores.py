@@ -147,7 +147,7 @@ class Scored(NamedTuple):
 
 
 def n_bytes(corpus: Corpus, numbers) -> list[int]:
-    return [corpus.tokenizer.n_bytes(corpus.chunk(i)) for i in numbers]
+    return [len(corpus.raw(i)) for i in numbers]
 
 
 def by_document(corpus: Corpus, scored: Scored, nats: dict, questions) -> dict:

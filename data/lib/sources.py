@@ -10,6 +10,7 @@ import glob
 import io
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from data.lib.cli import UserError
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 KINDS |= {".txt": "txt", ".text": "txt", ".md": "txt"}
 CODECS = (".gz", ".zst")
+# How a file begins that is one JSON value: a list of objects, or an object over several lines
+ONE_VALUE = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:\[\s*(?:\{|\Z)|[\[{][ \t\r]*\n)")
 BLOCK = 1 << 20  # bytes that are read at a time
 
 
@@ -63,12 +66,34 @@ def from_hub(repo: str, instead: str, call: Callable):
 
 # -------------------------------------------------------------------------- files
 
+# A file of a model folder: what may be there in its place, and what to do
+SAVE = "is not read; transformers writes the other: {}.from_pretrained(FOLDER).save_pretrained(NEW)"
+STAND_INS = {
+    "config.json": ("adapter_config.json", "is a LoRA adapter's; merge it by peft into its model"),
+    "model.safetensors": ("pytorch_model*.bin *.pth *.gguf", SAVE.format("AutoModelForCausalLM")),
+    "tokenizer.json": ("tokenizer.model vocab.json", SAVE.format("AutoTokenizer")),
+}
+LFS = b"version https://git-lfs"
+
+
+def refuse_stand_in(path: Path) -> None:
+    """UserError where something else stands for a file of a model folder."""
+    if path.is_dir():
+        raise UserError(f"{path}: a folder, expected a file")
+    if path.is_file():
+        with open(path, "rb") as f:
+            if f.read(len(LFS)) == LFS:
+                raise UserError(f"{path}: a Git LFS pointer, not the file; `git lfs pull` fetches it")
+        return
+    patterns, what = STAND_INS.get(path.name, ("", ""))
+    found = [name for pattern in patterns.split() for name in sorted(path.parent.glob(pattern))]
+    if found and not path.exists():
+        raise UserError(f"{path}: no such file; {found[0].name} beside it {what}")
+
 
 def expand(words: list[str]) -> list[str]:
-    """File names from names and quoted patterns, sorted, each file once.
-
-    ** in a pattern stands for folders in folders. UserError when a name or pattern fits no file.
-    """
+    """File names from names and quoted patterns, sorted, each file once. ** in a pattern stands for
+    folders in folders. UserError when a name or pattern fits no file."""
     found: dict[str, str] = {}  # {the file itself: its shortest name}
     for word in words:
         for name in names_of(word):
@@ -110,11 +135,9 @@ def kind_of(path: str, given: str = "auto") -> tuple[str, str]:
 
 
 class Unpacked(io.RawIOBase):
-    """A .gz or .zst file as a stream that gives all there is before a damage, then EOFError.
-
-    Python's gzip loses what it had unpacked last, and zstandard's own reader ends silently
-    where a file was cut off.
-    """
+    """A .gz or .zst file as a stream that gives all there is before a damage, then EOFError. Python's
+    gzip loses what it had unpacked last, and zstandard's own reader ends silently where a file was cut
+    off."""
 
     def __init__(self, raw, path: str, codec: str):
         self.raw = raw
@@ -169,11 +192,8 @@ def open_stream(path: str, codec: str):
 
 
 def lines(stream, start: int, end: int, limit: int) -> Iterator[tuple[int, bytes | None]]:
-    """(place behind it, line) for each line that begins in [start, end).
-
-    The line is None if it is longer than `limit` bytes. The stream stands at `start`, where a
-    line begins.
-    """
+    """(place behind it, line) for each line that begins in [start, end). The line is None if it is
+    longer than `limit` bytes. The stream stands at `start`, where a line begins."""
     at = start
     while at < end and (line := stream.readline(limit)):
         at += len(line)
@@ -190,6 +210,13 @@ def end_of_line(stream, at: int, limit: int) -> int:
         if block.endswith(b"\n"):
             break
     return at
+
+
+def refuse_one_value(stream, path: str) -> None:
+    """UserError for a file, not read yet, that is JSON but not an object a line."""
+    if ONE_VALUE.match(stream.peek(64)[:64]):
+        make = "make such a file by jq -c '[.] | flatten(1)[]'"
+        raise UserError(f"{path}: one JSON value, expected an object on each line; {make}")
 
 
 def skip_to(stream, start: int) -> int:
@@ -221,9 +248,8 @@ class Format(NamedTuple):
 
 def texts(path: str, form: Format, start: int, end: int) -> Iterator[Found]:
     """The texts that begin in bytes [start, end) of a file, which is all of it but for plain lines.
-
-    Damaged is raised where the file cannot be read on.
-    """
+    Damaged is raised where the file cannot be read on."""
+    refuse_stand_in(Path(path))
     if form.kind == "parquet":
         yield from rows(path, form)
         return
@@ -237,6 +263,8 @@ def texts(path: str, form: Format, start: int, end: int) -> Iterator[Found]:
                 yield Found(1, raw.tell(), text)
                 return
             parse = jsonl_text if form.kind == "jsonl" else line_text
+            if parse is jsonl_text:
+                refuse_one_value(stream, path)
             at = skip_to(stream, start)
             for after, content in lines(stream, at, end, 4 * form.max_bytes + BLOCK):
                 line += 1
@@ -307,6 +335,7 @@ def string_text(value, form: Format) -> bytes | Bad:
         kind = "null" if value is None else type(value).__name__
         return Bad("damaged", f"field {form.field!r} is {kind}, expected text")
     try:
+        value = value.removeprefix("\ufeff")  # a byte order mark is no text
         raw = value.encode()
     except UnicodeEncodeError:
         return Bad("not UTF-8", "half a surrogate pair, which UTF-8 cannot hold")
@@ -334,18 +363,18 @@ def too_long(form: Format) -> Bad:
 
 
 def read_jsonl(path: str, parse: Callable, skip_bad: bool | None = False, hint: str = "") -> list:
-    """parse(line) of each line of a jsonl file.
-
-    UserError for the first line that `parse` refuses by a ValueError, or, with skip_bad, a
-    printed count. skip_bad=None: the user has no --skip_bad. `hint` is added to "no such file".
-    """
+    """parse(line) of each line of a jsonl file but blank ones. UserError for the first line that
+    `parse` refuses by a ValueError, or, with skip_bad, a printed count. skip_bad=None: the user has no
+    --skip_bad. `hint` is added to "no such file"."""
     found = []
     bad = 0
+    refuse_stand_in(Path(path))
     try:
         with open_stream(path, kind_of(path, "jsonl")[1])[0] as f:
-            for number, line in enumerate(io.TextIOWrapper(f, encoding="utf-8"), 1):
+            refuse_one_value(f, path)
+            for number, line in enumerate(io.TextIOWrapper(f, encoding="utf-8-sig"), 1):
                 try:
-                    found.append(parse(line))
+                    found += [] if line.isspace() else [parse(line)]
                 except (ValueError, RecursionError) as e:
                     if not skip_bad:
                         raise refused(f"{path}:{number}", e, skip_bad is False) from None

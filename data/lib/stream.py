@@ -66,8 +66,7 @@ class Document(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """One pass over the mix: its documents in their order. All arrays [n], but `starts`
-    [n + 1]."""
+    """One pass over the mix: its documents in their order. All arrays [n], but `starts` [n + 1]."""
 
     source: np.ndarray  # which corpus
     doc: np.ndarray  # which document of it
@@ -293,6 +292,17 @@ class Stream:
         owner = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
         return np.concatenate(pieces), owner
 
+    def check_answers(self) -> None:
+        """Say how many documents of the first epoch are cut off before anything is learned;
+        UserError if all of them are."""
+        n = self.rows_of_epoch()
+        cut = sum(not self.padded_row(row).learned[1:].any() for row in range(n))
+        said = f"{cut} of {n} documents have no answer within --seq_len={self.seq_len}"
+        if cut == n:
+            raise UserError(f"--loss=completion: {said}; raise it")
+        if cut:
+            print(f"{said}: nothing of them is learned")
+
     # ---- batches
 
     def micro_batches(self, first: int, n: int, groups: int, mine: slice) -> list[Batch]:
@@ -323,8 +333,8 @@ class Stream:
         if self.attention != "padded":
             return n * self.seq_len
         rows = range(first, first + n)
-        if self.rows.completion:
-            return sum(int(self.padded_row(row).learned[1:].sum()) for row in rows)
+        if self.rows.completion:  # where it is none, the loss is 0, and no mean is 0 / 0
+            return max(1, sum(int(self.padded_row(row).learned[1:].sum()) for row in rows))
         return sum(self.row_length(row) - 1 for row in rows)
 
 
@@ -343,23 +353,16 @@ def pad(documents: list[Document]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def rows_of(s, seed: int) -> Rows:
     """How train.py's settings make rows."""
-    return Rows(
-        seq_len=s.seq_len,
-        seed=seed,
-        attention=s.attention,
-        bare=s.bare,
-        completion=s.loss == "completion",
-    )
+    same = {name: getattr(s, name) for name in ("seq_len", "attention", "bare")}
+    return Rows(seed=seed, completion=s.loss == "completion", **same)
 
 
 def open_stream(
     corpora: str, thoughts: str, weights: str, tok: Tokenizer | None, rows: Rows
 ) -> Stream:
-    """The stream of the folders and weights in lists with commas between. Without `tok` the
-    first corpus' tokenizer counts.
-
-    Raises UserError for folders, lists or settings that do not fit together.
-    """
+    """The stream of the folders and weights in lists with commas between. Without `tok` the first
+    corpus' tokenizer counts. Raises UserError for folders, lists or settings that do not fit
+    together."""
     folders = corpora.split(",")
     spans = thoughts.split(",") if thoughts else [""] * len(folders)
     shares = read_shares(weights, len(folders))
@@ -383,10 +386,11 @@ def open_stream(
             "--loss=completion: needs --attention=padded, and corpora with questions "
             "(questions.npy), for instance data/gsm8k.py's"
         )
-    carried = []
-    for span, corpus in zip(spans, opened):
-        carried.append(open_thoughts(span, corpus) if span else None)
-    return Stream(opened, carried, tok, rows, shares)
+    carried = [open_thoughts(span, corpus) if span else None for span, corpus in zip(spans, opened)]
+    stream = Stream(opened, carried, tok, rows, shares)
+    if rows.completion:
+        stream.check_answers()
+    return stream
 
 
 def read_shares(weights: str, n: int) -> list[float] | None:

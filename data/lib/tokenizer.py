@@ -14,13 +14,16 @@ A tokenizer.json is of one of two families:
                     and a space goes before each text: Llama 2, TinyLlama
 
 Ids equal those of the `tokenizers` library. A file for which that cannot be promised
-is refused by name. What is written here opens in `tokenizers` and `transformers` with
-the same ids. Text is never searched for added tokens: a document that spells out
-"<|END_OF_LATENT|>" is encoded as ordinary characters.
+is refused by name. What is written here opens in `tokenizers`, and in `transformers` (4
+and 5) as a PreTrainedTokenizerFast, with the same ids. Text is never searched for added
+tokens: a document that spells out "<|END_OF_LATENT|>" is encoded as ordinary characters.
 
 decode(encode(text)) is the text again, as far as the family allows: Qwen's gives its
 NFC form, byte fallback a space for each "▁", and SmolLM2's vocabulary lacks 8 bytes
 that text can hold.
+
+A document in pieces has the ids of its whole text: see encode_documents(). Only its
+first piece gets byte fallback's space; text behind a marker is never a first piece.
 """
 
 import functools
@@ -29,6 +32,7 @@ import json
 import re
 import unicodedata
 from collections import Counter, defaultdict
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -37,6 +41,7 @@ import regex  # comes with tiktoken, which splits with the same syntax
 import tiktoken
 
 from data.lib.cli import UserError, read_json, replacing
+from data.lib.sources import refuse_stand_in
 
 MARKERS = (
     "<|START_OF_LATENT|>",
@@ -47,8 +52,8 @@ MARKERS = (
 BOS = "<|BOS|>"
 EOS = "<|EOS|>"
 
-# tiktoken's only special token. Texts are never searched for it: encode_pieces()
-# puts it between them.
+# tiktoken's only special token. Texts are never searched for it: it stands between
+# texts that are encoded together, each of which is encoded alone.
 SEPARATOR = "<|never|>"
 
 # ----------------------------------------------------------------- patterns of words
@@ -121,8 +126,8 @@ class Family(NamedTuple):
     """How a tokenizer.json treats text before its merges."""
 
     pattern: str  # of the words, for tiktoken
-    prepare: Callable[[str], str]  # what is done to a text first
-    rules: dict  # what of this decides the ids
+    normalize: Callable[[str], str]  # what is done to a text first
+    rules: dict  # what of this decides the ids; "prefix": the space before a text
 
 
 class Tokenizer:
@@ -143,9 +148,12 @@ class Tokenizer:
         self.spaced = bool(model.get("byte_fallback"))
         family = read_spaced(spec) if self.spaced else read_byte_level(spec)
         self.pattern = family.pattern
-        self.prepare = family.prepare
+        self.normalize = family.normalize
+        self.prefix = family.rules.get("prefix")
         self.pieces = pieces_of(vocab, self.spaced)
         self.pieces |= {i: name.encode() for name, i in self.special.items()}
+        self.sizes = np.zeros(self.n_vocab, dtype=np.int32)  # bytes of each token
+        self.sizes[[*self.pieces]] = [*map(len, self.pieces.values())]
         units = set(vocab) if self.spaced else set(byte_names())
         whole_words = []
         if model.get("ignore_merges"):
@@ -174,9 +182,14 @@ class Tokenizer:
         bos = read_name(config, "bos_token", self.special)
         eos = read_name(config, "eos_token", self.special)
         if eos is None:
-            field = "tokenizer_config.json beside it: eos_token"
+            field = "tokenizer_config.json, special_tokens_map.json, config.json beside it: eos_token"
             raise Refused(field, None, "must name one of its added tokens")
-        self.config = dict(config)
+        # Other classes of transformers have rules of their own for words and first spaces.
+        self.config = config | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        if isinstance(config.get("added_tokens_decoder"), dict):
+            # Where there is this table, some of those classes know no other added tokens.
+            table = {str(self.special[name]): {"content": name} | FLAGS for name in MARKERS}
+            self.config["added_tokens_decoder"] = config["added_tokens_decoder"] | table
         if bos is None:  # GPT-2's way: one token for both
             bos = eos
             self.config["bos_token"] = bos
@@ -192,6 +205,7 @@ class Tokenizer:
         # Ids from n_vocab on stand for byte sequences that tiktoken must know and
         # the vocabulary does not have: id -> the ids of the vocabulary that are meant.
         self.stand_ins: dict[int, list[int]] = {}
+        self.lacking = b""  # bytes that text can hold and the vocabulary has not
         ids = self._ids_of_characters(vocab) if self.spaced else self._ids_of_bytes(vocab)
         for token in order:
             piece = self.pieces[vocab[token]]
@@ -237,46 +251,90 @@ class Tokenizer:
             ids[raw] = vocab[character]
         return ids
 
+    def prepare(self, text: str) -> str:
+        """A whole text as it is encoded."""
+        text = self.normalize(text)
+        opens = self.prefix == "always" or self.prefix and not text.startswith(" ")
+        return " " + text if text and opens else text
+
     def encode(self, text: str) -> list[int]:
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
         """The ids of a text as uint32 [n_ids], without a list of Python's integers."""
-        text = self.prepare(text)
+        return self._encode(self.prepare(text))
+
+    def encode_thought(self, text: str) -> np.ndarray:
+        """The ids of a text behind a marker: nothing is put before it.
+
+        So a thought opens with the token that it would have at the beginning of a line.
+        """
+        return self._encode(self.normalize(text))
+
+    def _encode(self, text: str) -> np.ndarray:
         ids = self.encoding.encode_to_numpy(text, disallowed_special=())
         if self.table is not None:
             ids = self.table.take(ids)
-        if not self._has_stand_ins(ids):
+        if np.maximum.reduce(ids, initial=0) < self.n_vocab:  # there is no stand-in
             return ids
         if not self.spaced:
             return np.array(self._encode_without_lacking(text), dtype=np.uint32)
         meant = [j for i in ids.tolist() for j in self.stand_ins.get(i, (i,))]
         return np.array(meant, dtype=np.uint32)
 
-    def _has_stand_ins(self, ids: np.ndarray) -> bool:
-        return bool(self.stand_ins) and np.maximum.reduce(ids, initial=0) >= self.n_vocab
-
-    def encode_pieces(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of several texts end to end, and how many each has.
-
-        uint32 [n_ids] and int64 [n_texts]. They equal those of encode_array for each,
-        but come from one call for all: a special token of tiktoken's stands behind each
-        text, and what lies between two of them is encoded alone.
-        """
-        joined = SEPARATOR.join([*map(self.prepare, texts), ""])
-        if joined.count(SEPARATOR) == len(texts):
+    def _encode_all(self, texts: list[str]) -> np.ndarray:
+        """The ids of prepared texts end to end, from one call: SEPARATOR keeps them apart."""
+        joined = SEPARATOR.join(texts)
+        if joined.count(SEPARATOR) < len(texts):
             allowed = {"allowed_special": {SEPARATOR}, "disallowed_special": ()}
             ids = self.encoding.encode_to_numpy(joined, **allowed)
-            is_end = ids == self.encoding.encode_single_token(SEPARATOR)
-            lengths = np.diff(np.flatnonzero(is_end), prepend=-1) - 1
-            ids = ids[~is_end]
+            ids = ids[ids != self.encoding.encode_single_token(SEPARATOR)]
             if self.table is not None:
                 ids = self.table.take(ids)
-            if not self._has_stand_ins(ids):
-                return ids, lengths
-        each = [self.encode_array(text) for text in texts]
-        lengths = np.array([len(ids) for ids in each], dtype=np.int64)
-        return np.concatenate([np.zeros(0, np.uint32), *each]), lengths
+            if np.maximum.reduce(ids, initial=0) < self.n_vocab:
+                return ids
+        return np.concatenate([np.zeros(0, np.uint32), *map(self._encode, texts)])
+
+    def encode_documents(self, documents: list[list[str]]) -> tuple[np.ndarray, np.ndarray, int]:
+        """The ids of documents, each in pieces, end to end.
+
+        uint32 [n_ids], how many each piece has (int64 [n_pieces]), and how many borders
+        of pieces lie inside a token. A document has the ids of its whole text, but for
+        such tokens: the tokens of their two sides replace them, so that the ids of each
+        piece stand for its text. Llama 2 and SmolLM2 have no token beyond the end of a
+        line or sentence; Llama 3 and Qwen have one for ".\\n".
+        """
+        wholes, sizes = [], []
+        for pieces in documents:
+            raws = []
+            for piece in pieces:
+                prepare = self.normalize if any(raws) else self.prepare
+                raws.append(to_bytes(prepare(piece)))
+            wholes.append(b"".join(raws).decode())
+            sizes += [len(raw.translate(None, self.lacking)) for raw in raws]
+        ids = self._encode_all(wholes)
+        ends = np.cumsum(sizes, dtype=np.int64)  # in bytes; those of tokens are in `bounds`
+        bounds = np.append(0, np.cumsum(self.sizes.take(ids)))
+        at = np.searchsorted(bounds, ends)
+        inside = bounds[at] != ends
+        if inside.any():
+            ids = self._cut(ids, bounds, np.unique(ends[inside]).tolist())
+            at = np.searchsorted(np.append(0, np.cumsum(self.sizes.take(ids))), ends)
+        return ids, np.diff(at, prepend=0), int(inside.sum())
+
+    def _cut(self, ids: np.ndarray, bounds: np.ndarray, places: list[int]) -> np.ndarray:
+        """The ids without the tokens that a place lies in, with their parts instead."""
+        found, done = [], 0
+        for i, inside in groupby(places, lambda place: np.searchsorted(bounds, place) - 1):
+            raw = self.pieces[int(ids[i])]
+            cuts = [0, *(place - bounds[i] for place in inside), len(raw)]
+            found += [ids[done:i], *(self._encode_word(raw[a:b]) for a, b in pairwise(cuts))]
+            done = i + 1
+        return np.concatenate([*found, ids[done:]]).astype(np.uint32)
+
+    def _encode_word(self, word: bytes) -> list[int]:
+        ids = self.encoding._encode_single_piece(word) if word else []
+        return ids if self.table is None else self.table[ids].tolist()
 
     @functools.cached_property
     def _first_word(self) -> tiktoken.Encoding:
@@ -292,8 +350,7 @@ class Tokenizer:
 
         As in `tokenizers`, they vanish from their word before it is merged.
         """
-        # Lone surrogates become U+FFFD, as in tiktoken.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = to_bytes(text).decode()
         ids = []
         start = 0
         width = 64
@@ -304,24 +361,22 @@ class Tokenizer:
             if end + 2 > start + width < len(text):
                 width *= 2
                 continue
-            word = word.translate(None, self.lacking)
-            ids += self.encoding._encode_single_piece(word) if word else []
+            ids += self._encode_word(word.translate(None, self.lacking))
             start = end
             width = 64
-        return ids if self.table is None else self.table[ids].tolist()
+        return ids
 
-    def decode_bytes(self, ids) -> bytes:
-        """The bytes of the ids. An id without a name gives U+FFFD."""
+    def decode_bytes(self, ids, first: bool = True) -> bytes:
+        """The bytes of the ids; an id without a name gives U+FFFD.
+
+        first=False: behind other text or a marker, where a first space is the text's own.
+        """
         raw = b"".join([self.pieces.get(int(i), b"\xef\xbf\xbd") for i in ids])
-        return raw[1:] if self.spaced and raw[:1] == b" " else raw
+        return raw[1:] if first and self.spaced and raw[:1] == b" " else raw
 
-    def decode(self, ids) -> str:
+    def decode(self, ids, first: bool = True) -> str:
         """Text of the ids, special tokens by name; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def n_bytes(self, ids) -> int:
-        """How many bytes of text the ids stand for."""
-        return len(self.decode_bytes(ids))
+        return self.decode_bytes(ids, first).decode("utf-8", errors="replace")
 
     def save(self, folder) -> None:
         """Write what was read, and the markers, into a folder.
@@ -347,16 +402,32 @@ def load_tokenizer(path) -> Tokenizer:
     path = Path(path)
     if path.is_dir():
         path = path / "tokenizer.json"
+    refuse_stand_in(path)
     spec = read_json(path)
     beside = path.with_name("tokenizer_config.json")
     config = read_json(beside) if beside.exists() else {}
     try:
-        return Tokenizer(spec, config)
+        return Tokenizer(spec, with_names(config, path, spec))
     except Refused as e:
         raise UserError(f"{path}: {e}") from None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
         what = f"{type(e).__name__}: {str(e)[:100]!r}"
         raise UserError(f"{path}: damaged, or not a tokenizer.json ({what})") from None
+
+
+def with_names(config: dict, path: Path, spec: dict) -> dict:
+    """tokenizer_config.json with BOS and EOS from the files beside it, if it names no EOS."""
+    if config.get("eos_token") is not None:
+        return config
+    names = {token["id"]: token["content"] for token in spec.get("added_tokens", [])}
+    named = {}
+    for beside in map(path.with_name, ("config.json", "special_tokens_map.json")):
+        said = read_json(beside) if beside.exists() else {}
+        for key in ("bos_token", "eos_token"):
+            ids = said.get(f"{key}_id")  # one, or a list of them
+            first = names.get(ids[0] if isinstance(ids, list) else ids)
+            named[key] = said.get(key) or first or named.get(key)
+    return config | {key: name for key, name in named.items() if config.get(key) is None}
 
 
 def is_id(i) -> bool:
@@ -513,7 +584,7 @@ def read_spaced(spec: dict) -> Family:
     prepend = {"type": "Prepend", "prepend": "▁"}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     if normalizer == [prepend, replace] and not steps:
-        return Family(SPACED_WORDS, space_first, {"prefix": "always"})
+        return Family(SPACED_WORDS, with_spaces, {"prefix": "always"})
     if normalizer or not steps:
         raise Refused("normalizer", spec.get("normalizer"))
     step = steps[0]
@@ -522,16 +593,19 @@ def read_spaced(spec: dict) -> Family:
     known_scheme = known_scheme and step.get("split") is False
     if len(steps) > 1 or not is_metaspace or not known_scheme:
         raise Refused("pre_tokenizer", spec["pre_tokenizer"])
-    return Family(SPACED_WORDS, space_unless_there, {"prefix": "unless there"})
+    return Family(SPACED_WORDS, with_spaces, {"prefix": "unless there"})
 
 
-def space_first(text: str) -> str:
-    return " " + text.replace("▁", " ") if text else ""
+def with_spaces(text: str) -> str:
+    return text.replace("▁", " ")
 
 
-def space_unless_there(text: str) -> str:
-    text = text.replace("▁", " ")
-    return text if text.startswith(" ") or not text else " " + text
+def to_bytes(text: str) -> bytes:
+    """The text in UTF-8; half a surrogate pair becomes U+FFFD, as in tiktoken."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
 def to_nfc(text: str) -> str:
@@ -632,9 +706,11 @@ def byte_names() -> list[str]:
 # -------------------------------------------------------------------------- writing
 
 
+FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+
+
 def added_token(name: str, i: int) -> dict:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return {"id": i, "content": name} | flags | {"special": True}
+    return {"id": i, "content": name} | FLAGS
 
 
 def byte_level_steps(pattern: str) -> dict:

@@ -1,0 +1,293 @@
+"""The EM loop on real word problems, for tests/gpu.sh; and how its weights and data reach the machine.
+
+    python tests/gpu_words.py --pack=/tmp/smollm2 [--data=../shared/data] [--out_dir=tests/gpu/weights]
+
+writes the model folder and the problems into part-0, part-1 ... of at most 60 MB each and index.json, so
+that each part fits into one call of a tool that carries 64 MiB. bf16 weights are stored in two planes: of
+their high bytes (sign and exponent), which zlib makes less than half as long, and of their low bytes.
+Nothing is lost. join() puts all together, and checks the hash of every file.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from gpu_report import Report, script
+
+from data.lib.cli import ROOT, UserError, opt, read_json, replacing, run, start, write_json
+from data.lib.presets import EM_PRESETS
+
+PART_BYTES = 60_000_000
+DATA = ("word/train.jsonl", "word/test.jsonl", "word/raw_more.jsonl", "gsm8k/train.jsonl", "gsm8k/test.jsonl")
+
+
+@dataclass(kw_only=True)
+class Settings:
+    pack: str = opt(help="model folder whose weights are packed")
+    data: str = opt(str(ROOT.parent / "shared/data"), "folder of word/ and gsm8k/, if there are any")
+    out_dir: str = opt(str(ROOT / "tests/gpu/weights"), "where the parts go")
+    part_bytes: int = opt(PART_BYTES, "size of a part", low=1)
+
+
+# ---- packing
+
+
+def encode(raw: bytes, in_planes: bool) -> bytes:
+    """The bytes of a file, shorter; in planes: first the odd bytes, shortened, then the even ones."""
+    if not in_planes:
+        return zlib.compress(raw, 6)
+    high = zlib.compress(raw[1::2], 1)
+    return len(high).to_bytes(8, "little") + high + raw[0::2]
+
+
+def decode(packed: bytes, in_planes: bool) -> bytes:
+    if not in_planes:
+        return zlib.decompress(packed)
+    end = 8 + int.from_bytes(packed[:8], "little")
+    high, low = zlib.decompress(packed[8:end]), packed[end:]
+    raw = bytearray(len(high) + len(low))
+    raw[1::2], raw[0::2] = high, low
+    return bytes(raw)
+
+
+def files_to_pack(s: Settings) -> dict[str, Path]:
+    """{name in the pack: file}; UserError unless the model folder is whole."""
+    folder = Path(s.pack)
+    files = {f"model/{path.name}": path for path in sorted(folder.glob("*")) if path.is_file()}
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        if f"model/{name}" not in files:
+            raise UserError(f"--pack={folder}: {name} is missing; expected a model folder")
+    found = {f"data/{name}": Path(s.data) / name for name in DATA}
+    return files | {name: path for name, path in found.items() if path.exists()}
+
+
+def pack(s: Settings) -> None:
+    out_dir = Path(s.out_dir)
+    shutil.rmtree(out_dir, ignore_errors=True)
+    out_dir.mkdir(parents=True)
+    index, stream = {"files": []}, b""
+    for name, path in files_to_pack(s).items():
+        raw = path.read_bytes()
+        in_planes = name.endswith(".safetensors")
+        packed = encode(raw, in_planes)
+        about = {"name": name, "in_planes": in_planes, "packed": len(packed)}
+        index["files"].append(about | {"sha256": hashlib.sha256(raw).hexdigest()})
+        stream += packed
+    starts = range(0, len(stream), s.part_bytes)
+    for n, first in enumerate(starts):
+        (out_dir / f"part-{n}").write_bytes(stream[first : first + s.part_bytes])
+    index["parts"] = [min(s.part_bytes, len(stream) - first) for first in starts]
+    write_json(out_dir / "index.json", index)
+    shown = ", ".join(f"part-{n} {size / 1e6:.1f} MB" for n, size in enumerate(index["parts"]))
+    print(f"{out_dir}: {len(index['files'])} files in {shown}")
+
+
+def join(folder: Path, out_dir: Path) -> None:
+    """Unpack into out_dir/model and out_dir/data. UserError for parts that are missing or damaged."""
+    if not (folder / "index.json").exists():
+        raise UserError(f"{folder}: no weights there; pack them by tests/gpu.sh --pack=MODEL_FOLDER")
+    index = read_json(folder / "index.json")
+    parts = [folder / f"part-{n}" for n in range(len(index["parts"]))]
+    wrong = [path.name for path, size in zip(parts, index["parts"])
+             if not path.exists() or path.stat().st_size != size]  # fmt: skip
+    if wrong:
+        named = ", ".join(wrong)
+        raise UserError(f"{folder}: of {len(parts)} parts {named} missing or cut off; bring all of them")
+    stream, first = b"".join(path.read_bytes() for path in parts), 0
+    for about in index["files"]:
+        try:
+            raw = decode(stream[first : first + about["packed"]], about["in_planes"])
+        except (zlib.error, ValueError):
+            raw = b""
+        first += about["packed"]
+        if hashlib.sha256(raw).hexdigest() != about["sha256"]:
+            raise UserError(f"{folder}: {about['name']} is damaged; pack again")
+        path = out_dir / about["name"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_bytes(raw)
+
+
+# ---- the loop
+
+# em.py's recipe, without checkpoints: they would fill the disk of that machine.
+PRESET = {"preset": "word-problems"}
+PRESET |= {"train": f"{EM_PRESETS['word-problems']['train']} --save_every=100000"}
+GSM8K_TRAIN = "--preset=smollm2-135m --attention=document --seq_len=512 --batch_size=16 --save_every=100000"
+GSM8K = PRESET | {
+    "train": f"{GSM8K_TRAIN} --max_steps=200",
+    "warm_train": "--max_steps=45",
+    "max_new": 192,
+}
+NO_CONTROLS = {"only": ","}
+TINY = "--preset=toy --max_steps=2 --seq_len=256 --batch_size=4"
+TINY_LOOP = NO_CONTROLS | {"train": TINY, "warm_train": TINY, "max_new": 8}
+TINY_LOOP |= {"eval": "--limit=2 --bound_docs=1"}
+
+
+def rows_so_far(out_dir: Path) -> dict:
+    """What the evaluations that have ended found: {model: figures}."""
+    found = {}
+    keys = "n accuracy accuracy_se nll_document nll_thoughtless_document nll_bound_document ess".split()
+    for path in sorted(out_dir.glob("seed*/**/eval/results.json")):
+        got = read_json(path)
+        model = path.parent.parent
+        row = {key: got[key] for key in keys if key in got}
+        if "sampled" in got:
+            row["sampled"] = got["sampled"]["accuracy"]
+        training = model / "training.json"
+        if training.exists():
+            row |= {key: read_json(training)[key] for key in ("steps", "train_tokens", "seconds")}
+        found[str(model.relative_to(out_dir))] = row
+    for path in sorted(out_dir.glob("seed*/**/E[0-9]*/meta.json")):
+        got = read_json(path)
+        row = {key: got.get(key) for key in ("n_inferred", "cut_off_share", "ess", "gain_picked", "no_gain")}
+        row["timing"] = read_json(path.with_name("timing.json"))
+        found[str(path.parent.relative_to(out_dir))] = row
+    return found
+
+
+def run_loops(report: Report, loops: dict[str, dict]) -> None:
+    """em.py for each {name: flags} side by side, until all have ended or the time is over; what they have
+    found is kept every few seconds, and in the end each one's own results."""
+    children, logs = {}, {}
+    for name, flags in loops.items():
+        out_dir = Path(flags["out_dir"])
+        out_dir.mkdir(parents=True, exist_ok=True)
+        logs[name] = out_dir / "log.txt"
+        with open(logs[name], "wb") as log:
+            children[name] = start("em.py", flags, stdout=log, stderr=subprocess.STDOUT)
+    saved = time.time()
+    while any(child.poll() is None for child in children.values()) and report.left() > 6:
+        time.sleep(0.2)
+        if time.time() > saved + 10:
+            saved = time.time()
+            for name, flags in loops.items():
+                report.found[name] = rows_so_far(Path(flags["out_dir"]))
+            report.save()
+    for name, child in children.items():
+        flags = loops[name]
+        report.found[name] = {"flags": flags} | rows_so_far(Path(flags["out_dir"]))
+        if child.poll() is None:
+            child.stdin.close()  # which ends it, and its stages
+            report.record["skipped"][name] = "the time was over before the loop"
+        elif child.returncode:
+            report.record["errors"][name] = logs[name].read_text(errors="replace")[-5000:]
+        else:
+            results = read_json(Path(flags["out_dir"]) / "results.json")
+            report.found[name] |= {key: results[key] for key in ("summary", "tests", "likelihood")}
+        report.save()
+        report.say(f"{name}: {logs[name].read_text(errors='replace')[-3000:]}")
+
+
+def lend(whose: Path, out_dir: Path) -> None:
+    """Link the models of another loop that do not depend on K, so that they are not trained again."""
+    for model in whose.glob("seed*/M0"), whose.glob("seed*/raw_tokens"):
+        for folder in model:
+            target = out_dir / folder.relative_to(whose)
+            without_eval = shutil.ignore_patterns("eval", "checkpoints")
+            if (folder / "config.json").exists() and not target.exists():
+                shutil.copytree(folder, target, copy_function=os.link, ignore=without_eval)
+
+
+def made_up_problems(folder: Path) -> None:
+    """A few word problems for a rehearsal, in the format of the real ones."""
+    (folder / "word").mkdir(parents=True, exist_ok=True)
+    for name, n in (("train", 24), ("test", 8)):
+        lines = [
+            {"question": f"Ann has {a} nuts and finds {a % 5}. How many has she?",
+             "answer": f"{a} + {a % 5} = {a + a % 5}\n#### {a + a % 5}"}
+            for a in range(n)
+        ]  # fmt: skip
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "word" / f"{name}.jsonl").write_text(text)
+
+
+def toy_base(report: Report, work: Path) -> None:
+    """For a rehearsal: a toy model and made-up problems, packed into small parts and joined again."""
+    source = work / "to_pack"
+    script("data/digits.py", out_dir=source / "digits", warm=8, raw=2, heldout=2)
+    flags = {"corpus": source / "digits/warm", "max_steps": 0, "device": report.device}
+    script("train.py", **flags, out_dir=source / "model")
+    made_up_problems(source / "data")
+    pack(Settings(pack=str(source / "model"), data=str(source / "data"), out_dir=str(work / "packed"),
+                  part_bytes=100_000))  # fmt: skip
+
+
+def problems_corpus(work: Path, name: str, warm: int) -> Path:
+    """The corpus of data/word or data/gsm8k in the base model's tokens."""
+    data, out_dir = work / "joined/data" / name, work / f"{name}_corpus"
+    files = {"train": data / "train.jsonl", "test": data / "test.jsonl"}
+    script("data/gsm8k.py", **files, tokenizer=work / "base/tokenizer.json", warm=warm, out_dir=out_dir)
+    return out_dir
+
+
+def prepare(report: Report, s, work: Path) -> bool:
+    """The base model with its markers and the corpus of word problems; False without weights."""
+    folder = Path(s.weights)
+    if s.rehearse:
+        toy_base(report, work)
+        folder = work / "packed"
+    try:
+        join(folder, work / "joined")
+    except UserError as e:
+        report.put("weights", f"none, so the loop runs on digits, from new weights: {e}")
+        return False
+    flags = {"init_from": work / "joined/model", "max_steps": 0, "device": report.device}
+    script("train.py", **flags, marker_rows="words", out_dir=work / "base")
+    report.put("weights", read_json(folder / "index.json"))
+    problems_corpus(work, "word", 8 if s.rehearse else 250)
+    return True
+
+
+def words(report: Report, s) -> None:
+    """K = 4 with three seeds; then K = 1 and 16, which share its M0; then GSM8K."""
+    work, here = Path(s.work) / "words", {"device": report.device}
+    work.mkdir(parents=True, exist_ok=True)
+    pretrained = prepare(report, s, work)
+    common = here | {"seeds": 3, "iterations": 3, "jobs": 8}
+    if pretrained:
+        common |= PRESET | {"corpus": work / "word_corpus", "base": work / "base"}
+    if s.rehearse:
+        common |= TINY_LOOP | {"seeds": 1, "iterations": 1, "jobs": 2}
+    what = "word problems" if pretrained else "digits"
+    loops = {f"{what}, K = {k}": common | {"samples": k, "out_dir": work / f"K{k}"} for k in (4, 1, 16)}
+    first, *others = loops
+    with report.part(first):
+        run_loops(report, {first: loops[first]})
+    if s.rehearse or report.skip("K = 1 and 16", 60):
+        return show(report)
+    with report.part("K = 1 and 16"):
+        for name in others:
+            lend(work / "K4", loops[name]["out_dir"])
+            loops[name] |= NO_CONTROLS if pretrained else {}
+        run_loops(report, {name: loops[name] for name in others})
+    if pretrained and not report.skip("GSM8K", 60):
+        with report.part("GSM8K"):
+            flags = here | GSM8K | {"corpus": problems_corpus(work, "gsm8k", 500), "base": work / "base"}
+            run_loops(report, {"GSM8K": flags | {"iterations": 3, "jobs": 3, "out_dir": work / "gsm8k"}})
+    show(report)
+
+
+def show(report: Report) -> None:
+    """Accuracies by model, last, for whoever reads only the end of the output."""
+    for name, rows in report.found.items():
+        if isinstance(rows, dict):
+            right = {model: row["accuracy"] for model, row in rows.items()
+                     if isinstance(row, dict) and "accuracy" in row}  # fmt: skip
+            if right:
+                report.say(f"{name}: {json.dumps(right)}")
+
+
+if __name__ == "__main__":
+    run(pack, Settings)
