@@ -63,7 +63,7 @@ import numpy as np
 from data.digits import true_nats
 from data.lib.cli import LEAST, UserError, duration, opt, read_json, run, write_json
 from data.lib.corpus import open_corpus
-from data.lib.pictures import compare_table, plot, table, test_lines
+from data.lib.pictures import align, compare_cells, plot, table_cells, test_cells
 from data.lib.presets import EM_PRESETS
 from data.lib.report import write_report
 from data.lib.results import comparisons, in_order, likelihood_gaps, make_row, note_run, summarise
@@ -360,7 +360,7 @@ def report_compare(s: Settings, rows: list[dict], out_dir: Path, config: dict) -
     """Write compare.json and compare.png; the report as text."""
     write_json(out_dir / "compare.json", {"config": config, "rows": rows})
     files = written(rows, s, out_dir / "compare.json", "compare.png")
-    return f"{compare_table(rows)}\n\n{files}"
+    return f"{align(compare_cells(rows))}\n\n{files}"
 
 
 def report_loop(s: Settings, rows: list[dict], out_dir: Path, config: dict) -> str:
@@ -375,11 +375,11 @@ def report_loop(s: Settings, rows: list[dict], out_dir: Path, config: dict) -> s
         "rules_nats_document": nats_of_rules(rows, s, out_dir),
     }
     write_json(out_dir / "results.json", results)
-    text = table(results["summary"])
+    text = align(table_cells(results["summary"]))
     if results["rules_nats_document"]:
         nats = f"{results['rules_nats_document']:.3f} nats a document"
         text += f"\n\nUnder the corpus's own rules the scored answers have {nats}."
-    tests = test_lines(results["tests"], results["likelihood"])
+    tests = align(test_cells(results["tests"], results["likelihood"]))
     files = written(rows, s, out_dir / "results.json", "curves.png")
     return f"{text}\n\n{tests}\n\n{files}"
 

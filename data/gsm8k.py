@@ -16,10 +16,7 @@ in "#### 72". Written to --out_dir:
                             the loop reads; for the control `gold`, and to count
                             the picks that are what the author wrote
 
-With --questions_and_solutions instead, raw/ and heldout/ hold plain text with the
-solution in it (question, solution, answer), and there is no warm start: the corpus
-for ordinary training. A line that cannot be used is refused, or with --skip_bad
-counted.
+A line that cannot be used is refused.
 
     python data/gsm8k.py --train=train.jsonl --test=test.jsonl --out_dir=out/gsm8k
     python em.py --corpus=out/gsm8k
@@ -51,10 +48,8 @@ class Settings:
     warm: int = opt(500, "training documents that keep their solution as a thought", low=1)
     raw: int = opt(0, "how many of the others to use; 0: all", low=0)
     heldout: int = opt(0, "how many test documents to use; 0: all", low=0)
-    questions_and_solutions: bool = opt(False, "plain text with the solutions, no thoughts")
     raw_more: str = opt("", "another such file; its problems are raw, and need no solution")
     truth: bool = opt(False, "also write raw_truth and heldout_truth")
-    skip_bad: bool = opt(False, "leave out lines that cannot be used, and count them")
     tokenizer: str = opt("", "a tokenizer.json; none: learn one from what is trained on")
     n_vocab: int = opt(1024, "text tokens of the learned tokenizer; 256: plain bytes", low=256)
     seed: int = opt(0, "which documents are warm")
@@ -76,10 +71,10 @@ def read_problem(line: str) -> Problem:
     return record["question"].strip(), solution.strip(), answer.strip()
 
 
-def read_problems(path: str, skip_bad: bool) -> list[Problem]:
-    """All problems of a file. UserError for the first bad line, or a printed count."""
+def read_problems(path: str) -> list[Problem]:
+    """All problems of a file; UserError for the first bad line."""
     hint = "; `python data/benchmarks.py gsm8k` fetches train.jsonl and test.jsonl"
-    problems = read_jsonl(path, read_problem, skip_bad, hint=hint)
+    problems = read_jsonl(path, read_problem, hint=hint)
     if not problems:
         raise UserError(f"{path}: holds no problem")
     return problems
@@ -87,66 +82,53 @@ def read_problems(path: str, skip_bad: bool) -> list[Problem]:
 
 def split_problems(s: Settings) -> dict[str, list[Problem]]:
     """The problems of warm, raw and heldout, without training problems that are tested."""
-    train = read_problems(s.train, s.skip_bad)
-    test = read_problems(s.test, s.skip_bad)
+    train = read_problems(s.train)
+    test = read_problems(s.test)
     random.Random(s.seed).shuffle(train)
     n_train = len(train)
-    train += read_problems(s.raw_more, s.skip_bad) if s.raw_more else []
+    train += read_problems(s.raw_more) if s.raw_more else []
     tested = {question for question, _, _ in test}
     kept = [problem for problem in train if problem[0] not in tested]
     n_tested = len(train) - len(kept)
     if n_tested:
         print(f"{n_tested} training problems are also test problems: left out")
-    n_warm = 0 if s.questions_and_solutions else s.warm
-    if n_warm >= len(kept) - len(train) + n_train:
+    if s.warm >= len(kept) - len(train) + n_train:
         there = f"{s.train} has {len(kept)} problems that are not tested"
         raise UserError(f"--warm={s.warm}: {there}; leave some for raw")
     return {
-        "warm": kept[:n_warm],
-        "raw": kept[n_warm:][: s.raw or None],
+        "warm": kept[: s.warm],
+        "raw": kept[s.warm :][: s.raw or None],
         "heldout": test[: s.heldout or None],
     }
 
 
-def write_document(problem: Problem, in_plain_text: bool) -> list[tuple[str, str, str]]:
+def write_document(problem: Problem) -> list[tuple[str, str, str]]:
     """A document of one problem: its question, thought and answer."""
     question, solution, answer = problem
     thought = f"\n{solution}" if solution else ""
-    answer = f"\nThe answer is {answer}."
-    if in_plain_text:
-        return [(question, "", thought + answer)]
-    return [(question, thought, answer)]
+    return [(question, thought, f"\nThe answer is {answer}.")]
 
 
 def texts_to_learn_from(documents: dict[str, list]):
     """What a tokenizer may be learned from: all but the thoughts of raw documents."""
-    for [(question, thought, answer)] in documents.get("warm", ()):
+    for [(question, thought, answer)] in documents["warm"]:
         yield from (question, thought, answer)
     for [(question, _, answer)] in documents["raw"]:
         yield from (question, answer)
 
 
 def main(s: Settings) -> None:
-    parts = split_problems(s)
     thoughts = {"warm": "warm_thoughts"}
     if s.truth:
         thoughts |= {"raw": "raw_truth", "heldout": "heldout_truth"}
-    if s.questions_and_solutions:
-        del parts["warm"]
-        thoughts = {}
-    in_plain_text = s.questions_and_solutions
     documents = {}
-    for part, problems in parts.items():
-        documents[part] = [write_document(p, in_plain_text) for p in problems]
+    for part, problems in split_problems(s).items():
+        documents[part] = list(map(write_document, problems))
     if s.tokenizer:
         tok = load_tokenizer(s.tokenizer)
     else:
         tok = make_tokenizer(texts_to_learn_from(documents), s.n_vocab)
-    source = {
-        "maker": "data/gsm8k.py",
-        "seed": s.seed,
-        "questions_and_solutions": s.questions_and_solutions,
-    }
+    source = {"maker": "data/gsm8k.py", "seed": s.seed}
     write_parts(documents, tok, claim(s.out_dir, s), source, thoughts)
 
 

@@ -4,8 +4,9 @@
     python data/text.py "pages/*.parquet" --tokenizer=T --out_dir=out/math --splits=paper
     zcat pages.jsonl.gz | python data/text.py - --tokenizer=T --out_dir=out/pages
 
-FILE is jsonl, parquet or txt, compressed (.gz, .zst) or not, a quoted pattern,
-or - for stdin. Each split becomes a corpus folder in --out_dir:
+FILE is jsonl, parquet or txt (a document each), compressed (.gz, .zst) or not, a
+quoted pattern, or - for jsonl on stdin. Each split becomes a corpus folder in
+--out_dir:
 
     --splits=train=0.98,heldout=0.02   shares of the shuffled documents
     --splits=paper                     validation: i % 1000 == 0 for the index i; of the
@@ -35,7 +36,6 @@ While it runs it needs disk space for the text once and its tokens twice, and ab
 
 import contextlib
 import errno
-import filecmp
 import gc
 import io
 import json
@@ -46,7 +46,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -56,7 +55,7 @@ from functools import lru_cache
 from itertools import groupby
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 # Run as `python data/text.py`, its package is the folder above.
 if not __package__:
@@ -68,7 +67,7 @@ from data.lib.chunking import chunk, text_digest
 from data.lib.cli import Progress, UserError, claim, hold, new_folder, opt, read_json, run, write_json
 from data.lib.corpus import CorpusWriter, token_dtype
 from data.lib.decontaminate import Finder
-from data.lib.sources import Bad, Damaged, Format, Found, expand, kind_of, lines, read_jsonl, sizes, texts
+from data.lib.sources import Bad, Damaged, Found, Wanted, expand, kind_of, lines, read_jsonl, sizes, texts
 from data.lib.tokenizer import Tokenizer, load_tokenizer
 
 # Sizes in bytes
@@ -80,18 +79,15 @@ COST = 300  # of memory for a document beside its text, or for one left out
 ROW = 24  # of an index: two halves of the hash, bytes of text
 
 RANGES = 64  # of hashes, unless they get too small
-CHECKED = 100  # one in so many documents is decoded again
 TO_THE_END = 1 << 62
 
 
 @dataclass(kw_only=True)
 class Settings:
-    files: list = opt(help="jsonl, parquet or txt, also .gz and .zst; patterns in quotes; - for stdin")
+    files: list = opt(help="jsonl, parquet, txt, also .gz and .zst; - for jsonl on stdin")
     tokenizer: str = opt(help="tokenizer.json of the model to be trained, or its folder")
     out_dir: str = opt(help="where the corpus folders go")
     text_field: str = opt("text", "the field or column that holds the text")
-    format: Literal["auto", "jsonl", "parquet", "txt"] = opt("auto", "auto: by the name; stdin is jsonl")
-    txt: Literal["file", "line"] = opt("file", "of a txt file, what is a document")
     splits: str = opt("train=1", "paper, or name=share,... that sum to 1")
     decontaminate: str = opt("", "benchmark files: jsonl with question, problem or text; commas between")
     dedup: bool = opt(False, "keep one of several documents with the same text")
@@ -159,12 +155,12 @@ class Piece(NamedTuple):
     end: int
 
 
-def plan(files: list[str], s: Settings) -> list[list[Piece]]:
+def plan(files: list[str]) -> list[list[Piece]]:
     """The input as tasks of about PART bytes each."""
     tasks: list[list[Piece]] = []
     room = 0
     for path in files:
-        for piece in pieces_of(path, s):
+        for piece in pieces_of(path):
             weight = min(PART, os.path.getsize(path) - piece.start)
             if not tasks or weight > room:
                 tasks.append([])
@@ -174,12 +170,11 @@ def plan(files: list[str], s: Settings) -> list[list[Piece]]:
     return tasks
 
 
-def pieces_of(path: str, s: Settings) -> list[Piece]:
+def pieces_of(path: str) -> list[Piece]:
     """Only files of plain lines can be read from the middle."""
-    kind, codec = kind_of(path, s.format)
-    by_line = kind == "jsonl" or kind == "txt" and s.txt == "line"
     size = os.path.getsize(path)
-    starts = range(0, size, PART) if by_line and not codec and size else [0]
+    by_line = kind_of(path) == ("jsonl", "")
+    starts = range(0, size, PART) if by_line and size else [0]
     return [Piece(path, a, b) for a, b in zip(starts, [*starts[1:], TO_THE_END])]
 
 
@@ -193,7 +188,7 @@ def questions_of(path: str) -> list[str]:
                 return record[field]
         raise ValueError("no field question, problem or text")
 
-    return read_jsonl(path, parse, skip_bad=None)
+    return read_jsonl(path, parse)
 
 
 @lru_cache(maxsize=1)
@@ -297,10 +292,9 @@ def scan(s: Settings, work: Path, number: int, pieces: list[Piece]) -> Iterator[
 
 def read_piece(s: Settings, piece: Piece) -> Iterator[Found]:
     """What is found in a piece; UserError at what is damaged, unless it is counted."""
-    kind, codec = kind_of(piece.path, s.format)
-    form = Format(kind, codec, s.text_field, s.txt == "line", s.max_bytes)
+    want = Wanted(s.text_field, s.max_bytes)
     try:
-        for found in texts(piece.path, form, piece.start, piece.end):
+        for found in texts(piece.path, want, piece.start, piece.end):
             if not s.skip_bad:
                 refuse_damage(piece, found)
             yield found
@@ -390,15 +384,13 @@ def write_tokens(s: Settings, name: Path, documents: list[Document], n_copies: i
     """Write the tokens of a range; the .npz, last, makes it complete.
 
     It holds `lengths` (tokens of each chunk), `chunks` and `bytes` (of each
-    document), and `counts`: copies, documents that were decoded again, those that
-    came back different, and borders of chunks inside a token.
+    document), and `counts`: copies, and borders of chunks inside a token.
     """
     tok = tokenizer_of(s.tokenizer)
     sizes = [len(document.raw) for document in documents]
     tokens = []
     lengths = [np.zeros(0, np.uint32)]
     chunks = []
-    came_back = []
     n_cut = 0
     for first, last in batches(sizes):
         pieces = chunks_of(documents[first:last])
@@ -407,14 +399,10 @@ def write_tokens(s: Settings, name: Path, documents: list[Document], n_copies: i
         tokens.append(ids.astype(token_dtype(tok.n_vocab)).tobytes())
         lengths.append(counts.astype(np.uint32))
         chunks += map(len, pieces)
-        ends = np.cumsum(counts)[np.cumsum(chunks[first:]) - 1]
-        for document, own in zip(documents[first:last], np.split(ids, ends[:-1])):
-            if document.second % CHECKED == 0:
-                came_back.append(tok.decode_bytes(own) == document.raw)
     put(name.with_suffix(".bin"), tokens)
     arrays = {"lengths": np.concatenate(lengths), "chunks": np.array(chunks, np.uint32)}
     arrays["bytes"] = np.array(sizes, np.uint32)
-    arrays["counts"] = [n_copies, len(came_back), came_back.count(False), n_cut]
+    arrays["counts"] = [n_copies, n_cut]
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     put(name.with_suffix(".npz"), [buffer.getvalue()])
@@ -543,29 +531,16 @@ def follow(label: str, function: Callable, tasks: list[tuple], total: int, worke
 
 
 def n_workers(asked: int) -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return asked or len(os.sched_getaffinity(0))
     return asked or os.cpu_count() or 1
 
 
-def save_stdin(work: Path, s: Settings) -> str:
-    """Keep stdin as a file, so that a run that was cut off can go on.
-
-    UserError when stdin brings something else the second time.
-    """
+def save_stdin(work: Path) -> str:
+    """Stdin as a file. It is new each time, so such a run cannot go on when it is cut off."""
     if sys.stdin is None or sys.stdin.isatty():
         raise UserError("-: nothing is piped in; as in: zcat pages.jsonl.gz | python data/text.py - ...")
-    path = work / ("stdin.jsonl" if s.format == "auto" else "stdin")
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as f:
+    path = work / "stdin.jsonl"
+    with open(path, "wb") as f:
         shutil.copyfileobj(sys.stdin.buffer, f, 1 << 20)
-    if not path.exists():
-        os.replace(temporary, path)
-    elif not filecmp.cmp(path, temporary, shallow=False):
-        raise UserError(
-            "-: stdin brings other text than when this run began; "
-            f"remove {work.parent} or give another --out_dir"
-        )
     return str(path)
 
 
@@ -619,15 +594,13 @@ def summary(tasks: list[list[Piece]], parts: list[Path], ranges: list[Path], out
     counts = list_dropped(tasks, parts, out)
     damaged_files = counts.pop("damaged file", 0)
     counted = [np.load(name)["counts"] for name in ranges]
-    copies, checked, differ, cut = np.sum([[0] * 4, *counted], axis=0).tolist()
+    copies, cut = np.sum([[0, 0], *counted], axis=0).tolist()
     reasons = ("empty", "not UTF-8", "over-long", "damaged", "contaminated")
     return {
         "documents_in": sum(counts.values()),
         "documents_out": counts["kept"] - copies,
         "dropped": {reason: counts[reason] for reason in reasons} | {"copies": copies},
         "damaged_files": damaged_files,
-        "round_trips_checked": checked,
-        "round_trips_that_differ": differ,
         "chunk_borders_inside_tokens": cut,
     }
 
@@ -665,25 +638,9 @@ def clear(out: Path, work: Path) -> None:
         out.rmdir()
 
 
-@contextlib.contextmanager
-def alone(lock: Path):
-    """Hold the folder; a killed run gets a few seconds to let go of it."""
-    for _attempt in range(50):
-        # The other run may have removed the folder at its end.
-        lock.parent.mkdir(exist_ok=True)
-        with hold(lock, wait=False) as held:
-            if held:
-                yield
-                return
-        time.sleep(0.1)
-    raise UserError(
-        f"{lock.parent.parent}: another run is at work there; wait for it or give another --out_dir"
-    )
-
-
 def make_documents(s: Settings, out: Path, work: Path, files: list[str]):
     """Scan the input: (tasks, parts). UserError when no document is left."""
-    tasks = plan(files, s)
+    tasks = plan(files)
     total = sum(map(os.path.getsize, files))
     scans = [(s, work, i, pieces) for i, pieces in enumerate(tasks)]
     follow("scan", scan, scans, total, n_workers(s.workers))
@@ -712,7 +669,7 @@ def build(s: Settings, out: Path, work: Path, files: list[str]) -> None:
     """The whole run, or what is left of it."""
     for left in work.glob("*.tmp"):
         left.unlink()
-    files = [save_stdin(work, s) if path == "-" else path for path in files]
+    files = [save_stdin(work) if path == "-" else path for path in files]
     same_input(files, s, work / "input.json")
     tasks, parts = make_documents(s, out, work, files)
     ranges = make_tokens(s, work, parts)
@@ -724,19 +681,11 @@ def build(s: Settings, out: Path, work: Path, files: list[str]) -> None:
     source |= {name: value for name, value in asdict(s).items() if name not in free}
     n_docs = counts["documents_out"]
     splits = join(s, out, work, len(ranges), n_docs, source | {"counts": counts})
-    n_dropped = sum(counts["dropped"].values())
-    if sum(c["n_docs"] for c in splits.values()) + n_dropped != counts["documents_in"]:
-        raise RuntimeError(f"documents were lost: {counts}, {splits}")
     os.replace(out / "dropped.jsonl.tmp", out / "dropped.jsonl")
     listed = [{"file": name_of(e["file"], out), "bytes": e["bytes"]} for e in sizes(files)]
     meta = {"kind": "text", "files": listed, "counts": counts}
     write_json(out / "meta.json", meta | {"splits": splits, "source": source})
     show(counts, splits, out)
-    if counts["round_trips_that_differ"]:
-        print(
-            f"note: {counts['round_trips_that_differ']} of {counts['round_trips_checked']} "
-            "checked documents are not what this tokenizer decodes to"
-        )
 
 
 def main(s: Settings) -> None:
@@ -746,13 +695,16 @@ def main(s: Settings) -> None:
     finder_of(s.decontaminate)
     files = expand(s.files)
     for path in files:
-        kind_of(path, "jsonl" if path == "-" and s.format == "auto" else s.format)
+        if path != "-":
+            kind_of(path)
     fresh = not os.path.exists(os.path.join(s.out_dir, "settings.json"))
     if fresh:
         refuse_others(s.out_dir, ["work", "meta.json", *names])
     out = claim(s.out_dir, s, free=("workers", "skip_bad"))
     work = out / "work"
-    with alone(work / "lock"):
+    work.mkdir(exist_ok=True)
+    with hold(work / "lock"):  # a second run waits for the first
+        work.mkdir(exist_ok=True)
         if (out / "meta.json").exists():
             meta = read_json(out / "meta.json")
             print(f"{out}: complete already")

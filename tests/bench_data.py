@@ -236,7 +236,7 @@ def total(counts) -> dict[str, int]:
 
 def chunks(s: Settings) -> None:
     pages = read(Path(s.data) / "calculus/calculus_made_easy.jsonl", "text")
-    ours = sentence_ends(pages)
+    ours = list(map(sentence_ends, pages))
     print(f"calculus: {sum(map(len, ours)):,} sentences; torn: {total(map(torn, pages, ours))}")
     try:
         theirs = [punkt_ends(page) for page in pages]
@@ -256,7 +256,7 @@ def chunks(s: Settings) -> None:
         f"{max(counts)} at most"
     )
     long, n = "\n\n".join(pages), 40
-    counts = [n for seed in range(n) for n in sentences_a_chunk(long, sentence_ends([long])[0], seed)]
+    counts = [n for seed in range(n) for n in sentences_a_chunk(long, sentence_ends(long), seed)]
     print(
         f"the whole book as one text, {n} seeds: {sum(counts) / len(counts):.2f} sentences a chunk, "
         f"{max(counts)} at most"

@@ -28,10 +28,11 @@ from data.lib.stream import Rows, Stream
 
 # Two letters and six special tokens: every thought of a few tokens can be written down.
 TOY = SimpleNamespace(n_vocab=8, bos=2, eos=3, sol=4, eol=5, pri=6, pos=7)
+TOY.decode_bytes = staticmethod(lambda ids, first=True: bytes(ids.tolist()))  # a byte a token
 
 
 def script(
-    name: str, *flags: str, env: dict | None = None, code: int = 0, timeout: int = 300
+    name: str, *flags: str, env: dict | None = None, code: int = 0, timeout: int = 900
 ) -> subprocess.CompletedProcess:
     """Run one of the scripts as a user would; the exit code must be `code`."""
     done = subprocess.run(

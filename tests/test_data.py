@@ -346,17 +346,10 @@ def test_gsm8k_folders(tmp_path):
     assert not (tmp_path / "g/raw_truth").exists()
     few = inside(gsm8k, *flags, f"--out_dir={tmp_path}/few", "--warm=27", code=1).stderr
     assert "has 25 problems that are not tested; leave some" in few
-    inside(gsm8k, *flags, f"--out_dir={tmp_path}/plain", "--questions_and_solutions")
-    plain = open_corpus(tmp_path / "plain/raw")
-    assert plain.n_docs == 25 and plain.tokenizer.decode(plain.tokens).count("secret") == 25
     (tmp_path / "train.jsonl").write_text(
         '{"question": "a", "answer": "#### 1"}\nnonsense\n{"question": "b", "answer": "#### 1"}'
     )
     assert "train.jsonl:2: " in inside(gsm8k, *flags, f"--out_dir={tmp_path}/bad", "--warm=1", code=1).stderr
-    assert (
-        "1 lines left out"
-        in inside(gsm8k, *flags, f"--out_dir={tmp_path}/bad", "--warm=1", "--skip_bad").stdout
-    )
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared is absent: no real GSM8K to read")

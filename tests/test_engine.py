@@ -194,7 +194,7 @@ def test_a_wrong_engine_stops_the_run(toy_model, monkeypatch, tmp_path):
     got = infer(Engine(toy_model), corpus, numbers, e_step)
     assert (infer_thoughts.check(toy_model, corpus, numbers, got, e_step, {}) < 1e-5).all()
     s = infer_thoughts.Settings(corpus="", model="", out_dir="", max_new=4)
-    corpus.tokenizer = type("Tok", (), vars(TOY) | {"decode": staticmethod(str)})
+    corpus.tokenizer = type("Tok", (), vars(TOY) | {"decode": staticmethod(lambda ids, first=True: str(ids))})
     fast = engine_module.draw
     monkeypatch.setattr(engine_module, "draw", lambda *a: (lambda t, p: (t, p + 0.01))(*fast(*a)))
     with pytest.raises(UserError, match="differs from the slow function by 0.01 nats a token"):
@@ -212,7 +212,7 @@ def test_an_error_at_every_token_is_no_rounding(monkeypatch, tmp_path, dtype, er
     model.config.dtype = dtype
     corpus, numbers = corpus_of([[[0, 1], [1, 0, 1]]] * 20), np.arange(1, 40, 2)
     s = infer_thoughts.Settings(corpus="", model="", out_dir="", max_new=60, samples=8)
-    corpus.tokenizer = type("Tok", (), vars(TOY) | {"decode": staticmethod(str)})
+    corpus.tokenizer = type("Tok", (), vars(TOY) | {"decode": staticmethod(lambda ids, first=True: str(ids))})
 
     path = tmp_path / "000000.npz"  # the part of which something is always checked
 

@@ -50,7 +50,6 @@ BYTE_LEVEL = (
     "gpt2",
     *SPLITS,
     "digits",
-    "digit runs",
     "other ids",
     "lacks bytes",
     "whole words",
@@ -165,8 +164,8 @@ def train_byte_level(family: str, texts: list[str]) -> dict:
         level = pre_tokenizers.Sequence(
             [pre_tokenizers.Split(tokenizers.Regex(SPLITS.get(family, LLAMA3)), "isolated"), level]
         )
-    if family.startswith("digit"):
-        level = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=family == "digits"), level])
+    if family == "digits":
+        level = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), level])
     if family.startswith("qwen"):
         tok.normalizer = normalizers.NFC()
     tok.pre_tokenizer, tok.decoder = level, decoders.ByteLevel()
@@ -596,6 +595,8 @@ def test_corpora_made_earlier_keep_their_tokenizers_identity():
 # ------------------------------------------------------------------------------------------------- refusals
 
 SPLIT_BY_WORDS = {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}
+GPT2_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+DIGIT_RUNS = {"type": "Digits", "individual_digits": False}
 LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 
@@ -632,6 +633,10 @@ def split_by(pattern: str) -> dict:
         ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer"),
         ({"pre_tokenizer": LEVEL | {"add_prefix_space": True, "use_regex": True}}, "pre_tokenizer"),
         ({"pre_tokenizer": LEVEL}, "pre_tokenizer"),
+        (
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [DIGIT_RUNS, GPT2_LEVEL]}},
+            'pre_tokenizer .*"Digits"',
+        ),
         (
             {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT_BY_WORDS, SPLIT_BY_WORDS, LEVEL]}},
             "pre_tokenizer",

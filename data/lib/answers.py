@@ -1,7 +1,6 @@
 """Finds the answer in a response: extract_answer(response).
 The table ANNOUNCEMENTS says what announces an answer, such as "final answer" or \\boxed. Without any, it is a
-response that is an answer, or the last formula or number, before any made-up next problem.
-"""
+response that is an answer, or the last formula or number, before any made-up next problem."""
 
 import bisect
 import re
@@ -30,7 +29,14 @@ THOUGHT_END = re.compile(
 HOPE = re.compile(r"I hope (?:it|this) is correct", re.IGNORECASE)
 # A choice, and then talk; or the choices, and then one of them.
 LETTER = re.compile(r"\s*(\(?[A-J][).]?)\.?[ \t]*\n|\s*\(?A[).](?s:.{1,999})\n\s*(\(?[A-J][).]?)\s*$")
-BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])")
+BOX = re.compile(r"\\?\bboxed(?=\s*\{)|\\(?:boxed|f(?:rame)?box)(?![a-zA-Z])")
+# A number that is said not to be the answer, or of which the answer is a part.
+DENIED = re.compile(
+    r"(?i)(?:,?\s+(?:rather than|instead of|(?:and |is |can)?not)|n't)(?: be)?"
+    r" \$?-?\d[\d.,]*\b\$?(?! \w)(?!.{0,40}\bbut\b)"
+    r"|(?<![\d.,])-?\d[\d.,]{0,20}\$? is (?:not (?:a|the|right|correct)\b|wrong|incorrect)"
+    r"|(?<=\d) of the \d+\b|(?<=[a-z]) out of (?:the )?\d+\b"
+)
 
 # (priority, pattern): the answer follows the pattern. The lowest priority that is
 # found wins, and of several such places the last one.
@@ -40,16 +46,17 @@ ANNOUNCEMENTS = [
         (0, r"(?i)final\s+answer\b[*_}.]*\s*(?:(?:is|are|:|=)+|\n)"),
         (1, BOX.pattern),
         (1, r"(?:^|\n|\s)####(?!#)[ \t]*(?=\S)"),
-        (1, r"(?i)<answer>"),
+        (1, r"(?i)[<\[](?:final_)?answer[>\]]|(?:^|\n)[*_# ]{0,5}answer[*_]*\s*:|\bcorrect answer is\b"),
         (2, r"(?i)(?:^|\n)#+[ \t]*answer[ \t]*\n|\\text(?:bf|it)\{answers?[.:]?\}|\*\*answer[.:]?\*\*"),
-        (2, r"(?i)(?:antwort|réponse|respuesta|ответ|答案)\s*(?:[:：]|ist\b|est\b|es\b|是|为)\s*"),
+        (2, r"(?i)(?:antwort|réponse|resp(?:ue|o)sta|ответ|答案|答え)\s*(?:[:：是为]|(?:ist|est?)\b)+\s*"),
+        (2, r"选[:：择]?\s*(?=[A-J])"),
         (2, r"(?i)final\s+answer\b[*_}.]*(?!:|\s*[a-z]{2,}\s+[a-z])"),
         (2, r"""(?ix) \b (?: answers? | ans | choice | option ) \b [*_"']* \s*
             (?: is | are | would\ be | must\ be | : | = )+"""),
-        (3, r"\b(?:option|choice|answer)\s+(?=\(?[A-J]\b)"),
-        (4, r"(?i)\b(?:solutions?|roots?|values?|zeros)\s+(?:is|are)\s*:?\s*\n(?=\s*(?:[-*•]|1[.)])\s)"),
-        (4, r"\b(?:[Cc]hoose|[Ss]elect|[Pp]ick|go with|[Oo]nly|so)\s+(\(?[A-J]\)?)(?=[\s.,*]|$)"),
-        (4, r"(?<!\w)(\(?[A-J]\)?)\** (?:holds|fits|works|is (?:the )?(?:correct|right|answer|best))\b"),
+        (4, r"\b(?:option|choice|answer)\s+(?=\(?[A-J]\b)"),
+        (4, r"(?i)\b(?:solution|root|value|zero)s?\s+(?:is|are)\s*:?\s*\n(?=\s*(?:[-*•1]|\$?[a-z]\s*=))"),
+        (4, r"\b(?:[Cc]hoose|[Ss]elect|[Pp]ick|go with|[Oo]nly|so|[Ii]t's)\s+(\(?[A-J]\)?)(?=[\s.,*]|$)"),
+        (4, r"(?<!\w)(\(?[A-J]\)?)\** (?:holds|works|(?:is|must be) (?:the )?(?:correct|right|answer))\b"),
     )
 ]  # fmt: skip
 
@@ -63,7 +70,7 @@ BECAUSE = re.compile(
     |and (?:the|so|we|this|it))\b""".replace("\n    ", "")
 )
 ROUNDED = re.compile(
-    r"(?i),?\s*(?:\(|\bor\b|\bi\.e\.?,?)\s*(?:about|approximately|approx|roughly|≈|\\approx).*"
+    r"(?i),?\s*(?:[(,]|\bor\b|\bi\.e\.?,?)\s*(?:about|approximately|approx|roughly|≈|\\approx).*"
 )
 # What goes on behind a number that is the answer: 42 for 6 rows of 7, 42 miles in 2 hours.
 GOES_ON = re.compile(
@@ -73,16 +80,18 @@ GOES_ON = re.compile(
     (?!.*\band\b.*\d))""".replace("\n    ", "")  # "3 for x and 4 for y" is not just 3
 )
 ASIDE = r"(?i)\((?:see|as|from|since|because|by|using|note|check|where|with|not|compare)\b[^()]{0,200}\)"
+ASIDE += r"|, (?:which|because|since) [^\n.]{0,200}"
 REMARK, ASIDE = re.compile(ASIDE + r"\s*$"), re.compile(ASIDE)
 SUBJECT = re.compile(r"^\$?[^$]{0,99}\b(?:answer|value)\s*(?:is|:)[\s}:]*")
-TOLD = re.compile(r"^[A-Za-z ]*[A-Za-z]{2,} (?:is|are|equals?(?! to)|gives) +")
+TOLD = re.compile(r"^(?:[A-Za-z ]*[A-Za-z]{2,} (?:is|are|equals?(?! to)|gives)|[Tt]otal:) +")
+CONCLUDED = re.compile(r"=|\b(?:so|thus|hence|therefore|then|totale?|gives|makes)\b")
 TRAILING = re.compile(
     r"[\s$.]*\\(?:blacksquare|square|qed|Box)[\s$.]*$"
     r"|\s*\\end\{(?:align|equation|gather|eqnarray|split)(?:ed)?\*?\}[\s$\]\\]*$"
 )
 HTML = re.compile(r"</?(?:p|b|strong|div|br|span|em|i|u|code|center|li|ul)\b[^<>]{0,40}>", re.IGNORECASE)
 DOUBLED = re.compile(r"\\\\(?=(?:boxed|d?frac|sqrt|text|pi|left|cdot|times)\b)")
-PUNCTUATION = re.compile(r"(?s)\\[()\[\]]|\\begin|\\end|\\.|\$\$?|[{}\n。]|\.(?=\s|$|[A-Z\"*])|</")
+PUNCTUATION = re.compile(r"(?s)\\(?:begin|end|.)|\$\$?|[{}\n。]|!(?=\s+[A-Z])|\.(?=\s|$|[A-Z\"*])|[<\[]/")
 ABBREVIATION = re.compile(r"\b(?:[ap]\.m|vs|approx|i\.e)$")
 NAMED = re.compile(r"(?<![\w}])([a-z])\s*=\s*$")
 BULLET = r"(?:[-*•]|\(?(?:\d|[a-h]|i{1,3})[.)])"
@@ -93,18 +102,20 @@ EQUATIONS = re.compile(r"\s{0,9}(?:\*\*\s{1,9})?((?:\$?([a-z])\s*=[^\n=]{1,60}(?
 GAP = r"(?:[\s$]|\\q?quad\b|\\[ ,;()\[\]])*"
 BETWEEN_BOXES = re.compile(
     rf"{GAP}[.,;]?{GAP}(?:\\text\{{)?\s*(?:and|or|,|&)?\s*\}}?{GAP}"
-    rf"(?:\n\s*(?:[Pp]art\s)?{BULLET}:?)?{GAP}(?:[a-z]\s*=\s*)?"
+    rf"\s*(?:[Pp]art\s\(?\w\)?:?|{BULLET}:?)?{GAP}(?:[a-z]\s*=\s*)?"
 )
 FORMULA = r"\$\$(.{1,2000}?)\$\$|(?<!\\)\$([^$]{1,2000}?)(?<!\\)\$|\\\((.{1,2000}?)\\\)|\\\[(.{1,2000}?)\\\]"
 TWO_FORMULAS = re.compile(rf"\s*(?:{FORMULA})\s*(?:or|and)\s*(?:{FORMULA})", re.DOTALL)
 FORMULA = re.compile(FORMULA, re.DOTALL)
 ATOM = r"""(?: \d[\d,]*(?:\.\d+)? | \.\d+ | [√∛π∞()\[\]|!^_²³°{}] | \\[a-zA-Z]+
     | (?:arc)?(?:sin|cos|tan)(?![a-z]) | (?:log|ln|sqrt|exp)(?![a-z]) | (?<![a-zA-Z])[a-zA-Z](?![a-zA-Z]) )"""
+EQUATION = re.compile(r"(?<![^\s(])\d*[a-z](?:\^\d+)?(?:\s?[-+]\s?\d*[a-z](?:\^\d+)?)*\s*$")
 PLAIN = re.compile(rf"(?:[-−+±]\s?)? {ATOM} (?: (?:\s? [-−+*/·×] \s?)? {ATOM} )*", re.VERBOSE)
 GROUP = r"[(\[{]\s*[^()\[\]{}\n]{1,60}[)\]}]"
 TOGETHER = re.compile(  # an interval, a set, a point, or a measure in two units
     rf"(?=[^,\n]{{1,60}},){GROUP}(?:\s*(?:∪|\\cup|U)\s*{GROUP})*"
     r"|\d[\d.]* [a-z]+(?:,? (?:and )?\d[\d.]* [a-z]+)+"
+    r"|(?<=are )-?[\d.]*\d(?:, -?[\d.]*\d)*,? (?:and|or) -?[\d.]*\d(?=[.\s]*$)"
 )
 LAST_ASIDE = re.compile(r"\n[ \t]{0,9}\([^()\n]*\)\s*$")
 BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*")
@@ -122,8 +133,10 @@ def first_problem(text: str) -> str:
     """The response without markup, up to the next made-up problem or turn that an answer precedes."""
     text = re.sub(r"[ \t]{9,}", " ", text)  # long runs make some of the patterns below slow
     text = re.sub(r"((?:\s|[*#$_-]{1,2}))\1{8,}", r"\1\1\1", text)
-    behind = THOUGHT_END.split(text)[-1]
-    text = THOUGHT.split(behind if behind.strip() else text, maxsplit=1)[0]
+    *thought, behind = THOUGHT_END.split(text)
+    told = behind.strip() or not thought
+    text = THOUGHT.split(behind, maxsplit=1)[0] if told else THOUGHT.split(thought[-1])[-1]
+    text = DENIED.sub("", text)
     text = HTML.sub(" ", re.sub(r"[\ufeff\u200b]|<<[^<>\n]*>>", "", text))
     if "\\begin" not in text:  # there, \\ ends a row
         text = DOUBLED.sub(r"\\", text)
@@ -147,11 +160,11 @@ def sentence_end(text: str, start: int) -> int:
             depth += 1
         elif mark in ("\\)", "\\]", "\\end", "}") and depth:
             depth -= 1
-        elif mark in ("\\)", "\\]", "\\end", "}", "</"):
+        elif mark in ("\\)", "\\]", "\\end", "}", "</", "[/"):
             return m.start()
         elif mark in ("$", "$$"):
             in_formula = not in_formula
-        elif mark in ("\n", ".", "。") and not depth and not in_formula:
+        elif mark in "\n.。!" and not depth and not in_formula:
             if mark != "." or not ABBREVIATION.search(text[max(0, m.start() - 8) : m.start()]):
                 return m.start()
     return limit
@@ -169,9 +182,11 @@ def sentence(text: str, start: int) -> str:
 
 def boxed(text: str, start: int) -> str | None:
     """What the \\boxed at `start` holds."""
-    brace = re.compile(r"\\(?:boxed|fbox)\s*").match(text, start)
+    brace = re.compile(r"\\?\w+\s*").match(text, start)
     if text[brace.end() : brace.end() + 1] == "{":
-        return braces(text, brace.end())
+        line = text[brace.end() + 1 :].split("\n", 1)[0]  # of a box that is not closed
+        inside = braces(text, brace.end())
+        return line.rstrip(" $.") if inside is None else inside
     word = re.compile(r"[^\s$.,]{1,100}").match(text, brace.end())
     return word and word[0]
 
@@ -215,9 +230,20 @@ def announced(text: str, m: re.Match, boxes: list[int]) -> str:
         answer = last_boxed(text, boxes[: bisect.bisect_right(boxes, m.start())]) or ""
     else:
         answer = listed(text, m.end()) or sentence(text, m.end())
+        answer = answer.rsplit("=")[-1] if m[0].rstrip()[-1:] == "=" else answer
         answer = last_boxed(answer, [b.start() for b in BOX.finditer(answer)]) or answer
-        answer = BECAUSE.split(BEFORE.sub("", answer))[0]
-        answer = ROUNDED.sub("", REMARK.sub("", BEFORE.sub("", answer))).rstrip(" \t\n.,;:*_")
+        answer = trimmed(answer)
+    return narrowed(answer)
+
+
+def trimmed(answer: str) -> str:
+    """An answer without what stands around it in its sentence: so 3 because ..., 2/3 or about 0.67."""
+    answer = BECAUSE.split(BEFORE.sub("", answer))[0]
+    return ROUNDED.sub("", REMARK.sub("", BEFORE.sub("", answer))).rstrip(" \t\n.,;:*_")
+
+
+def narrowed(answer: str) -> str:
+    """An answer without the words behind its number, and without a subject: the value is 42 for 6 rows."""
     number = NUMBER.match(answer)
     more = GOES_ON.match(answer, number.end()) if number else None
     if more and not readable(answer):
@@ -257,9 +283,8 @@ def prose(text: str) -> bool:
 
 def readable(text: str) -> bool:
     """Whether a text is nothing but an answer, not a sentence around one."""
-    for value, _, words, split in readings(text)[:1]:
-        return not wordy(value) and not split and len(words) < 4
-    return False
+    first = next(iter(readings(text)), None)
+    return first is not None and not wordy(first.value) and not first.split and len(first.words) < 4
 
 
 def wordy(value) -> bool:
@@ -277,10 +302,10 @@ def weak_answer(text: str) -> str | None:
     """The answer of a text that does not announce it."""
     text = BEFORE.sub("", text[:-60] + TRAILING.sub("", text[-60:])).strip()
     line = "\n" not in text
-    decided = re.match(r"(yes|no|true|false)\b[,.]", text, re.IGNORECASE)
-    if decided and not re.search(r"\d", text):
+    decided = re.match(r"(?i)(yes|no|true|false)\b[,.](?: because| since|\D*$)", text)
+    if decided:
         return decided[1]
-    lettered = LINES.fullmatch(text) and re.match(r"\(?a\)", text)
+    lettered = LINES.fullmatch(text) and not re.search("[=:]", text)
     if not line and (lettered or EQUATIONS.fullmatch(text)) and listed(text, 0):
         return listed(text, 0)
     if line and text and len(text) <= 300:
@@ -289,17 +314,13 @@ def weak_answer(text: str) -> str | None:
         if readable(text.rstrip(".")) and not exclaimed or short:
             told = TOLD.sub("", text)
             return told if re.search(r"[ap]\.m\.$|\.\.$", told) else told.rstrip(".")
+        told = TOLD.sub("", text)
+        if (told != text or NUMBER.match(text)) and not exclaimed and not CONCLUDED.search(told):
+            told = narrowed(trimmed(told))
+            if readable(told):
+                return told
     choice = line and re.match(r"\(?[A-J][).:]\)?\s+\S", text)  # B. 12 apples
     return text if choice else last_candidate(text)
-
-
-def around(text: str, start: int, end: int) -> str:
-    """The formula in plain text that holds the number there: 3x+7 around its 7."""
-    for m in PLAIN.finditer(text, max(0, start - 200), end + 200):
-        if m.start() <= start and m.end() >= end:
-            formula = m[0].strip(" ,")
-            return formula if len(formula) > end - start and readable(formula) else text[start:end]
-    return text[start:end]
 
 
 def last_candidate(text: str) -> str | None:
@@ -307,19 +328,25 @@ def last_candidate(text: str) -> str | None:
     tail = LAST_ASIDE.sub("", TRAILING.sub("", text[-5000:])) or text
     found = [(m.end(), -m.start(), m[m.lastindex]) for m in FORMULA.finditer(tail)]
     found += [(m.end(), -m.start(), m[1]) for m in BOLD.finditer(tail)]
-    numbers = list(NUMBER.finditer(tail))[-1:]
-    found += [(m.end(), -m.start(), around(tail, *m.span())) for m in numbers]
+    for m in list(NUMBER.finditer(tail))[-1:]:  # or the formula around it: 3x+7
+        start, end = m.span()
+        plain = PLAIN.finditer(tail, max(0, start - 200), end + 200)
+        wider = [x[0].strip(" ,") for x in plain if x.start() <= start and x.end() >= end]
+        formula = next((x for x in wider if len(x) > end - start and readable(x)), m[0])
+        found.append((end, -start, formula))
     for m in list(TOGETHER.finditer(tail))[-2:]:
-        if readable(m[0]) and (m[0][0] in "([{" or not isinstance(readings(m[0])[0].value, Value)):
+        if readable(m[0]) and (m[0][-1] in ")]}0123456789" or not isinstance(readings(m[0])[0].value, Value)):
             found.append((m.end(), -m.start(), m[0]))
     equals = tail.rfind("=")
     last_line = tail.splitlines()[-1:]
     if equals >= 0 and last_line and equals >= len(tail) - len(last_line[0]) - 1:
         right = sentence(tail, equals + 1)
+        left = EQUATION.search(tail, max(0, equals - 60), equals)
         if not re.search(r"\$(?!\d)", right) and readable(right):
-            found.append((tail.find(right, equals) + len(right), -equals, right))
+            start, end = left.start() if left else equals + 1, tail.find(right, equals) + len(right)
+            found.append((end, -start, tail[start:end]))
     if found:
         return max(found)[2].strip()
     words = [m[0] for m in NUMBER_IN_WORDS.finditer(tail) if m[0].lower() != "one"]
-    said = re.search(r"\b(?:is|are|be|on|in)\s+([A-Za-z][\w' ]{0,40})[.!]?\s*$", tail)
+    said = re.search(r"(?s).*\b(?:is|are|be|on|in)\s+([A-Za-z][\w' ]{0,40})[.!]?\s*$", tail)
     return words[-1] if words else said[1] if said else None

@@ -1,8 +1,7 @@
 """Whether two values that were read from answers mean the same: same(answer, reference).
 
-Numbers and formulas are compared by their values to 30 digits and more, at
-random points where they have variables. Lists, sets, intervals, equations and
-inequalities are compared as what they are.
+Numbers and formulas are compared by their values to 30 digits and more, at random points where they
+have variables. Lists, sets, intervals, equations and inequalities are compared as what they are.
 """
 
 import contextlib
@@ -26,11 +25,8 @@ def close(a, b, digits: int, floor: bool = True) -> bool:
 
 
 def points(symbols: list, far: bool = False):
-    """Six random places, always the same ones: dicts from symbols to numbers.
-
-    Of three scales, so that neither high nor low powers drown the rest; at first all
-    positive, then of both signs. `far` adds four beyond the kinks that people write.
-    """
+    """Six random places, always the same ones, as dicts from symbols to numbers: of three scales, so that
+    no power drowns the rest, at first all positive; `far` adds four beyond the kinks that people write."""
     rng = random.Random(0)
     for n in range(10 if far else 6):
         scale = 10.0 ** (n % 3 - 1) if n < 6 else 10.0 ** (2 * (n // 2) - 3)
@@ -65,10 +61,7 @@ def values_of_both(a, b, symbols: list, part=None) -> list[tuple]:
 
 
 def agree(a, b, same_value, part=None) -> bool:
-    """Whether same_value(a's value, b's value, digits) holds wherever both have one (in an interval).
-
-    Formulas need two such points at least, numbers have just one.
-    """
+    """Whether same_value(a's, b's, digits) holds wherever both have values; formulas: twice at least."""
     symbols = sorted(a.free_symbols | b.free_symbols, key=str)
     digits = min(100, 30 + int(0.302 * max(size_of(a), size_of(b))))
     with mp.workdps(2 * digits + 30):
@@ -120,17 +113,10 @@ def label(value) -> bool:
 
 def function_call(product) -> bool:
     """Whether a product of letters is a function's call: f(x), f^{-1}(x), f(3), P(X)."""
-    letters, rest = set(), []
-    for factor in product.args:
-        if factor.is_Symbol:
-            letters.add(str(factor))
-        elif factor.is_Pow and factor.exp == -1:
-            letters.add(str(factor.base))
-        else:
-            rest.append(factor)
-    if letters & set("fgh"):
-        return all(x.is_Integer for x in rest)
-    return not rest and bool(letters & set("pqPQT"))
+    factors = set(re.split("[*/]", str(product)))
+    if factors & set("fgh"):
+        return all(re.fullmatch(r"-?\w+", x) for x in factors)
+    return bool(factors & set("pqPQT")) and all(map(str.isidentifier, factors))
 
 
 def bare(value, always: bool = False):
@@ -138,19 +124,29 @@ def bare(value, always: bool = False):
     if not is_relation(value, "=", "in"):
         return value
     first, last = value.items[0], value.items[-1]
-    if not always and not label(first) and value.marks[-1] != "in":
+    if value.marks[-1] != "in" and not label(first) and not (always and stated(first, last)):
         return value
     turned = len(value.items) == 2 and isinstance(last, Symbol) and not isinstance(first, Symbol)
     return first if turned and isinstance(first, sympy.Expr) else last  # 5 = x
 
 
+def stated(left, right) -> bool:
+    """Whether an equation says what its left side is: m + n = 7, 3 + 4 = 7. Not one to be solved."""
+    if not isinstance(left, sympy.Expr) or not isinstance(right, sympy.Expr) or right.free_symbols:
+        return True
+    letters = left.free_symbols
+    if not letters:
+        return abs(numeric(left - right, {})) <= abs(numeric(right, {})) / 100
+    terms = sympy.Add.make_args(left)
+    return len(letters) > 1 and all(x.free_symbols and x.as_coeff_Mul()[0] == 1 for x in terms)
+
+
 def named(value) -> bool:
     """Whether a value lists one value each for several names: x = 1, y = 2."""
-    if not isinstance(value, Value) or value.kind != "list":
-        return False
-    names = {x.items[0] for x in value.items if is_relation(x, "=") and len(x.items) == 2}
+    items = value.items if getattr(value, "kind", "") == "list" else ()
+    names = {x.items[0] for x in items if is_relation(x, "=") and len(x.items) == 2}
     plain = all(isinstance(x, Symbol) or getattr(x, "kind", "") == "words" for x in names)
-    return plain and len(names) == len(value.items) > 1
+    return plain and len(names) == len(items) > 1
 
 
 def is_relation(value, *signs: str) -> bool:
@@ -208,12 +204,11 @@ def same(a, b) -> bool:
             return same(several.items[0], one)
     if set(kinds) <= {"list", "set"}:
         return same_collection(a, b)
-    if "region" in kinds:
-        return same_region(region_of(a), region_of(b))
-    if set(kinds) == {"set", "number"}:
-        return matched(*(x.items if isinstance(x, Value) else (x,) for x in (a, b)))
+    if kinds.count("set") == 1 and set(kinds) <= {"set", "number", "seq"}:
+        return matched(*(x.items if getattr(x, "kind", "") == "set" else (x,) for x in (a, b)))
     conditions = (a if kinds[0] == "list" else b) if set(kinds) == {"seq", "list"} else None
-    if conditions and all(is_relation(x, "<", ">", "<=", ">=", "!=") for x in conditions.items):
+    told = conditions and all(is_relation(x, "<", ">", "<=", ">=", "!=") for x in conditions.items)
+    if told or "region" in kinds:
         return same_region(region_of(a), region_of(b))
     if "seq" in kinds and "words" not in kinds:
         return same_tuple(a, b) if kinds[0] == "seq" else same_tuple(b, a)
@@ -313,16 +308,12 @@ def unpacked(value):
     return Value("list", (",",) * (len(pairs) - 1), pairs) if len(left.items) == len(right.items) else value
 
 
-def variables(value) -> set:
-    """The names that stand alone on a side of the relations in a value."""
-    relations = value.items if getattr(value, "kind", "") == "list" else (value,)
-    relations = (x for x in relations if getattr(x, "kind", "") == "rel")
-    return {x for y in relations for x in y.items if isinstance(x, Symbol)}
-
-
 def other_variable(a, b) -> bool:
-    """Whether both values are about variables, and not the same: y > 3 for x > 3."""
-    return bool(variables(a) and variables(b)) and not variables(a) & variables(b)
+    """Whether both values are relations of variables, and not of the same: y > 3 for x > 3."""
+    lists = (x.items if getattr(x, "kind", "") == "list" else (x,) for x in (a, b))
+    relations = ([x for x in xs if getattr(x, "kind", "") == "rel"] for xs in lists)
+    ours, theirs = ({x for y in xs for x in y.items if isinstance(x, Symbol)} for xs in relations)
+    return bool(ours and theirs) and not ours & theirs
 
 
 def same_ratio(ratio: Value, other) -> bool:

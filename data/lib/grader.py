@@ -29,8 +29,8 @@ SPACING = re.compile(
 TEXT_STYLE = r"(?: \\(?:text|textbf|mathrm|mathbf)\{ )?"
 CHOICE = re.compile(rf"\W{{0,9}} {TEXT_STYLE} \W{{0,3}} ([A-J]) \W{{0,9}}", re.VERBOSE)
 CHOSEN = re.compile(  # B, (b), option B, B. 12 apples
-    rf"""\W{{0,9}} (?: (?:option|choice|answer|i\ choose)\s* )? {TEXT_STYLE} \W{{0,3}}
-    (?:option\s+)? ([A-J]) (?![\w^=+*/\\-]) (?: \W{{0,9}}$ | [).:}}] | ,?\s+\w{{3,}} )""",
+    rf"""\W{{0,9}} (?: (?:option|choice|answer|i\ choose)\s* )? {TEXT_STYLE} \W{{0,3}} (?:option\s+)?
+    ([A-J]) (?![\w^=+*/\\-]) (?: \W{{0,9}}$ | [).:}}] | \s+[(–—-] | ,?\s+(?:an?\s+)?\w{{3,}} )""",
     re.IGNORECASE | re.VERBOSE,
 )
 SEVERAL = re.compile(r"\W*(?:[A-J]\W+(?:and\W+)?)+[A-J]\W*")  # the choices A, C
@@ -39,20 +39,27 @@ RESTATED = re.compile(  # 3/4 (75%), 0.75 or 75%
 )
 LETTERED = re.compile(rf"{TEXT_STYLE} \(?[A-J][).:] \s* \}}? (?: \s | \\[ ,;:] )* (?=\S)", re.VERBOSE)
 MONTH = re.compile(r"\b(?:jan|febr)uary|march|april|may|june|july|august|(?:sept|nov|dec)ember|october\b")
+# Letters that may be any other: of f(x) = x + 1, of 2k\pi, the constant of integration.
+ANY_LETTER = re.compile(
+    r"(?<=[fgh]\()[a-z](?=\)\s*=)|(?<![a-zA-Z\\])[klmn](?=\s*\\pi)|(?<=[+ ])[cCkK](?=\$?$)"
+)
+ORDINAL = re.compile(r"(?<=\d)(?:st|nd|rd|th)\b|\bof\b")
 COMPOUND_UNITS = {("mph", 1): (("mile", 1), ("hour", -1)), ("kph", 1): (("kilometer", 1), ("hour", -1))}
 HALVES = {("am", 1), ("pm", 1)}  # of a day
-FACTORS = {"percent": Rational(1, 100), "degree": pi / 180}
+FACTORS = {"percent": Rational(1, 100), "cent": Rational(1, 100), "degree": pi / 180}
 
 
 def squash(text: str) -> str:
     """A text without what never matters: spacing, dollar signs, wrappers of text, a last full stop."""
     text = re.sub(r"\\[dt](?=frac|dots)|\\[lc](?=dots)", r"\\", text)
-    text = WRAPPED.sub(r"\1", SPACING.sub(" ", text)).strip().rstrip(".")
+    text = re.sub(r"(?<!\.)\.$", "", WRAPPED.sub(r"\1", SPACING.sub(" ", text)).strip())
     return re.sub(r"\s+(?!\d)|(?<!\d)\s+", "", text)
 
 
 def units_clash(a: tuple, b: tuple) -> bool:
     """Whether both answers have units, and not the same. A modulus is compared apart; dollars may lack."""
+    if ("prime", 1) in {*a} ^ {*b}:
+        return True  # minutes of an angle, or feet
     a, b = ({part for unit in units for part in COMPOUND_UNITS.get(unit, (unit,))} for units in (a, b))
     for modulus in (True, False):
         xs, ys = ({unit for unit in units if unit[0].startswith("mod") == modulus} for units in (a, b))
@@ -96,6 +103,8 @@ def readings_agree(a: Reading, b: Reading) -> bool:
         things, others = counted(a), counted(b)
         if things and things.keys() == others.keys():
             return all(same(things[name], others[name]) for name in things)
+        if a.words and b.words and not set(a.words) & set(b.words):
+            return False  # 3 apples, 3 pears
         if not units_clash(a.units, b.units) and same(a.value, b.value):
             return True
         return converted(a, b) or converted(b, a)
@@ -117,6 +126,13 @@ def restated(answer: str) -> str:
     return parts["." in parts[0] and "." not in parts[1]] if rounded else answer
 
 
+def in_letters_of(gold: str, answer: str) -> str:
+    """The answer with the reference's letters where any letter would do."""
+    theirs = ANY_LETTER.search(gold)
+    ours = ANY_LETTER.search(answer) if theirs else None
+    return re.sub(rf"(?<![a-zA-Z\\]){ours[0]}(?![a-zA-Z])", theirs[0], answer) if ours else answer
+
+
 def answers_agree(answer: str, gold: str) -> bool:
     """Whether two answers, as they stand in a text, mean the same."""
     if not gold or len(gold) > MAX_ANSWER or len(answer) > MAX_ANSWER:
@@ -134,11 +150,11 @@ def answers_agree(answer: str, gold: str) -> bool:
     if words in ("yes", "no", "true", "false"):
         others = re.sub(r"\s*[,.;:].*", "", answer.lower())
     if MONTH.search(words):
-        words, others = (sorted(re.sub(r"(\d)(?:st|nd|rd|th)\b", r"\1", x).split()) for x in (words, others))
+        words, others = (sorted(ORDINAL.sub("", x).split()) for x in (words, others))
         return words == others
     if re.search(r"[a-z]{3}|^(?:no|am|pm)$", words) and words == others:
         return True
-    answer = LETTERED.sub("", restated(answer))
+    answer = in_letters_of(gold, LETTERED.sub("", restated(answer)))
     return any(readings_agree(a, b) for a in readings(answer) for b in readings(gold))
 
 
@@ -200,11 +216,8 @@ def serve(pipe, megabytes: int) -> None:
 
 
 class Worker:
-    """Grades in another process, which is killed and replaced when it exceeds its limits.
-
-    seconds are those of one ask(), megabytes those beyond what the process has when it
-    begins; killed counts the calls that exceeded them.
-    """
+    """Grades in another process, which is killed and replaced when it exceeds its limits: the seconds
+    of one ask(), and the megabytes beyond what it begins with. killed counts these."""
 
     def __init__(self, seconds: float = 10.0, megabytes: int = 1000):
         self.seconds = seconds

@@ -1,8 +1,6 @@
 """Reads the LaTeX of an answer: readings(text) gives every value that it can mean.
 
-A value is a sympy expression, a sympy matrix, or a Value. The parser goes down from
-lists to single tokens, and builds values by calling constructors only.
-"""
+A value is a sympy expression, a sympy matrix, or a Value: built by constructors only."""
 
 import contextlib
 import functools
@@ -48,12 +46,8 @@ END = Token("end", "")
 
 
 class Parser:
-    r"""Recursive descent over tokens; answer() gives the value of them all.
-
-    sign is what \pm stands for, 1 or -1. units is the list of (name, power) behind
-    numbers, words that of the words behind values; both grow as they are met.
-    Every method raises Unreadable where the tokens are not an answer.
-    """
+    r"""Recursive descent over tokens: answer() gives their value, or raises Unreadable. sign is what \pm
+    stands for; units, as (name, power), and the words behind values are noted as they are met."""
 
     def __init__(self, tokens: list[Token], sign: int = 1):
         self.tokens = list(tokens)
@@ -212,7 +206,9 @@ class Parser:
             elif self.starts_factor() and not isinstance(left, Value):
                 if self.next().kind == self.tokens[self.at - 1].kind == "num":
                     raise Unreadable("two numbers side by side")
-                left = bounded.multiply(left, self.factor())
+                right = self.factor()
+                point = isinstance(left, Symbol) and getattr(right, "kind", "") == "seq"  # P(1, 2)
+                left = right if point else bounded.multiply(left, right)
             else:
                 return left if sign == 1 else bounded.multiply(left, sign)
 
@@ -277,10 +273,8 @@ class Parser:
                 value = value if self.degree() else bounded.power(value, self.argument())
             elif self.accept("op", "!"):
                 value = bounded.factorial(value, bool(self.accept("op", "!")))
-            elif isinstance(value, Integer) and self.found("op", "_"):  # (1011)_2
-                value = self.in_base(str(value))
-            elif isinstance(value, Symbol) and self.found("op", "_"):  # {g}_{k}
-                value = self.symbol(str(value))
+            elif isinstance(value, (Integer, Symbol)) and self.found("op", "_"):  # (1011)_2, {g}_{k}
+                value = (self.in_base if isinstance(value, Integer) else self.symbol)(str(value))
             elif self.accept("op", "'"):
                 if isinstance(value, Symbol):
                     value = Symbol(f"{value}'")
@@ -404,8 +398,6 @@ class Parser:
         rows = [x.items if isinstance(x, Value) and x.marks == "[]" else () for x in items]
         if brackets == "[]" and len({len(row) for row in rows}) == 1 and rows[0]:  # [[1, 2], [3, 4]]
             return sympy.ImmutableDenseMatrix([list(map(bounded.scalar, row)) for row in rows])
-        if len(items) == 1 and brackets not in ("()", "[]"):
-            raise Unreadable("brackets do not match")
         return items[0] if len(items) == 1 else Value("seq", brackets, tuple(items))
 
     def set(self):
@@ -423,7 +415,7 @@ class Parser:
             return bounded.divide(self.digit(), self.digit())
         if name in ("binom", "dbinom", "tbinom"):
             return bounded.choose(self.digit(), self.digit())
-        if name in ("mathbb", "R", "Bbb"):
+        if name in ("mathbb", "R"):
             return self.number_set(name)
         if name == "langle":
             items, _ = self.deeper(self.items)
@@ -440,9 +432,6 @@ class Parser:
     def number_set(self, name: str):
         r"""\mathbb{R} or \mathbb{R}^+ as a region, any other such letter as a word."""
         letter = name if name == "R" else self.take()
-        if letter == "{":
-            letter = self.take()
-            self.take("}")
         if letter == "R" and self.accept("op", "^", "_"):
             return bounded.half_line(">" if self.take("+", "-") == "+" else "<", Integer(0))
         return REALS if letter == "R" else Value("words", (letter,), ())
@@ -463,9 +452,6 @@ class Parser:
             return self.cases()
         if name not in MATRICES:
             raise Unreadable(name)
-        if name == "array" and self.accept("op", "{"):
-            while self.take() != "}":  # the columns' alignment
-                pass
         rows = [[]]
         while not self.found("cmd", "end"):
             rows[-1].append(bounded.scalar(self.expression()))
@@ -572,16 +558,13 @@ def condition(tokens: list[Token]) -> Value:
 
 
 PHRASES = {
-    "no solution|no solutions|no real solution|no real solutions": "\\emptyset",
-    "empty set|none|no real numbers": "\\emptyset",
+    "no solution|no solutions|no real solution|no real solutions|empty set|none|no reals": "\\emptyset",
     "dne|does not exist|undefined|not defined": "undefined",
-    "all real numbers|all reals": "\\mathbb{R}",
-    "half": "1/2", "quarter": "1/4", "dozen": "12", "half dozen": "6",
-    "positive real numbers|all positive real numbers|positive reals": "(0, \\infty)",
-    "negative real numbers|all negative real numbers|negative reals": "(-\\infty, 0)",
-    "nonnegative real numbers|all nonnegative real numbers|non-negative real numbers": "[0, \\infty)",
-    "infinitely many|infinitely many solutions": "infinitely many",
+    "reals|real": "\\mathbb R", "integers": "\\mathbb Z", "positive reals": "(0, \\infty)",
+    "negative reals": "(-\\infty, 0)", "nonnegative reals": "[0, \\infty)",
+    "half": "1/2", "quarter": "1/4", "dozen": "12", "infinitely many solutions": "infinitely many",
 }  # fmt: skip
+EVERY = re.compile(r"^(?:[a-z] can be )?(?:(?:set of )?(?:all|any|every) )?")
 PHRASES = {phrase: meaning for phrases, meaning in PHRASES.items() for phrase in phrases.split("|")}
 
 
@@ -595,7 +578,8 @@ def readings(text: str) -> tuple[Reading, ...]:
     if len(text) > MAX_ANSWER:
         return ()
     text = clean(text)
-    text = PHRASES.get(words_of(text), text)
+    words = EVERY.sub("", words_of(text)).replace("real number", "real")
+    text = PHRASES.get(words.replace("non-", "non"), text)
     commas = re.search(r"\d,\d{3}", text)
     letters = re.search(r"(?<![a-zA-Z\\])[a-zA-Z]{2,4}(?![a-zA-Z])", text)
     found = []

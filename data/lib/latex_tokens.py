@@ -1,7 +1,5 @@
-"""Cuts the LaTeX of an answer into tokens: clean(text), then Tokenizer(text, ...).run().
-The tables say which words are units, functions, relations or fillers, and how
-the many ways to write the same thing are brought to one.
-"""
+"""Cuts the LaTeX of an answer into tokens: clean(text), then Tokenizer(text, ...).run(). The tables say
+which words are units, functions, relations, fillers, and how many ways of writing are brought to one."""
 
 import re
 import unicodedata
@@ -12,26 +10,17 @@ import sympy
 from data.lib.mathvalues import MAX_ANSWER, MAX_TOKENS, Unreadable
 
 UNIT_SPELLINGS = """
-    meter meters metre metres m | centimeter centimeters centimetre centimetres cm cms
-    millimeter millimeters mm | kilometer kilometers kilometre kilometres km kms
-    inch inches in | foot feet ft | yard yards yd yds | mile miles mi
-    second seconds sec secs s | minute minutes min mins | hour hours hr hrs h
-    day days | week weeks | month months | year years yr yrs
-    gram grams g | kilogram kilograms kg kgs | milligram milligrams mg
-    pound pounds lb lbs | ounce ounces oz | ton tons
-    liter liters litre litres L | milliliter milliliters ml mL
-    gallon gallons gal | quart quarts | pint pints | cup cups
-    dollar dollars usd USD | cent cents | euro euros
-    degree degrees deg | radian radians rad | percent percentage
-    unit units | mph | kph | am AM a.m. a.m | pm PM p.m. p.m
-    newton newtons N | joule joules J | watt watts W | volt volts V | hertz Hz
-    Celsius | Fahrenheit | mole moles mol
+    meter metre m | centimeter centimetre cm | millimeter mm | kilometer kilometre km | inch inches in
+    foot feet ft | yard yd | mile mi | second sec s | minute min | hour hr h | day | week | month | year yr
+    gram g | kilogram kg | milligram mg | pound lb | ounce oz | ton | liter litre L | milliliter ml mL
+    gallon gal | quart | pint | cup | dollar usd USD | cent | euro | degree deg | radian rad
+    percent percentage | unit | mph | kph | am AM a.m. a.m | pm PM p.m. p.m | newton N | joule J | watt W
+    volt V | hertz Hz | celsius | fahrenheit | mole mol
 """
-UNITS = {  # spelling -> name
-    spelling: group.split()[0].lower()
-    for group in re.split(r"[|\n]", UNIT_SPELLINGS.strip())
-    for spelling in group.split()
-}
+UNITS = {}  # spelling -> name
+for group in re.split(r"[|\n]", UNIT_SPELLINGS.strip()):
+    name, *others = group.split()
+    UNITS |= {spelling: name for x in (name, *others) for spelling in (x, x + "s" * (len(x) > 1))}
 # These mean a unit only inside \text{...} or behind a number.
 AMBIGUOUS_UNITS = set("m in s h g L N J W V am min rad deg sec".split())
 TRIGONOMETRIC = "sin cos tan cot sec csc".split()
@@ -57,13 +46,12 @@ WORD_COMMANDS = set("pi infinity infty inf oo theta alpha beta emptyset".split()
 KNOWN_WORDS = {*UNITS, *FUNCTIONS, *"pi infty infinity inf sqrt floor ceil max min gcd lcm and or".split()}
 TEXT_COMMANDS = set(
     """text textbf textrm textit texttt textsf textnormal mbox hbox mathrm operatorname rm emph
-    mathsf mathit mathbf boldsymbol bf bm mathcal underline""".split()
+    mathsf num mathit mathbf boldsymbol bf bm mathcal underline""".split()
 )
-IGNORED = set(
+IGNORED = TEXT_COMMANDS | set(
     """left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle limits
     therefore implies noindent quad qquad hspace vspace thinspace middle large Large huge " ` ?""".split()
 )
-IGNORED |= TEXT_COMMANDS
 MARKS = {r"\lbrack": "[", r"\rbrack": "]", r"\lparen": "(", r"\rparen": ")", r"\{": r"\{", r"\}": r"\}"}
 MARKS = {written: ("op", sign) for written, sign in MARKS.items()} | {"\\\\": ("sep", "\\\\")}
 MARKS |= dict.fromkeys(("%", r"\%"), ("unit", "percent")) | {r"\dollar": ("unit", "dollar")}
@@ -87,7 +75,7 @@ SYMBOLS = str.maketrans(SYMBOLS)
 ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
     fifteen sixteen seventeen eighteen nineteen""".split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6}
+SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
 WORD_NUMBERS = {word: n for n, word in enumerate(ONES)} | {word: 10 * n for n, word in enumerate(TENS, 2)}
 PARTS = {"half": 2, "halve": 2, "quarter": 4, "third": 3, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10}
 PARTS |= {f"{part}s": n for part, n in PARTS.items()}
@@ -102,10 +90,8 @@ def in_digits(words: re.Match) -> str:
     """A number in words as digits, or as a fraction."""
     total = part = 0
     for word in re.findall("[a-z]+", words[1].lower()):
-        if word == "hundred":
-            part = 100 * part
-        elif word in SCALES:
-            total, part = total + SCALES[word] * part, 0
+        if word in SCALES:
+            total, part = (total, 100 * part) if word == "hundred" else (total + SCALES[word] * part, 0)
         else:
             part += WORD_NUMBERS.get(word, 0)
     number = total + part
@@ -122,7 +108,6 @@ SPELLINGS = [
         (r"(?<=\s)!=|=/=|<>|\\not\s*=", r"\\ne "),
         (r"(?<![\\a-zA-Z])(?:cbrt|root\s*\((\d{1,3})\))(?=\s*\()", lambda m: rf"\sqrt[{m[1] or 3}]"),
         (r"(?<![\\a-zA-Z])(?=(?:frac|sqrt)[\d{])", r"\\"),
-        (r"\\(?=(?:max|min)(?![a-zA-Z]))", r"\\rm "),
         (r"(\d)\s*o\s?'?\s?clock", r"\1:00"),
         (r"(?i)\b(?:12 )?noon\b", "12:00 pm"),
         (r"(?<=[\d}])\s*\\q?quad\s*(?=-?\d|\\(?:frac|sqrt)|[a-z]\s*=)", ", "),
@@ -130,39 +115,42 @@ SPELLINGS = [
         (r"(?<!\^)\{\}|\{\}(?=\w)", ""),
         (r"(?<=\d)\s*x\s*(?=10\s*\^)", r"\\times "),
         (r"\\\\\s*$", ""),
-        (r"\\[dtc]frac", r"\\frac"),
+        (r"(?:,|(?:\\text\s*\{\s*)?\b(?:for|where|with))\s*\}?\s*[a-z]\s*\\in\s*\\mathbb\s*\{?[ZN]\}?$", ""),
+        (r"(?:\\text\s*\{\s*)?\b(?:for|where|with) (?:any|all|some)\b[^,]{0,40}$", ""),
+        (r"\\(?:[dtcs]|nice)frac", r"\\frac"),
         (r"\\(?:text)?color\s*\{[^{}]*\}", ""),
         (r"\^\s*\{?\s*(?:\\text\s*\{)?\s*(?:st|nd|rd|th)\b\s*\}{0,2}", ""),
         (r"\b(sq|cu|in|ft|hr|min|sec|oz|lb)\.(?=\s|$)", r"\1"),
         (r"(?:\\(?:[,;:! ]|$)|\s)+$", ""),
         (r"\\(?:left|right)\s*\.", ""),
+        (r"\\(?:mathbb|Bbb)\s*\{\s*([A-Z])\s*\}", r"\\mathbb \1"),
+        (r"\\begin\s*\{array\}\s*\{[^{}]*\}", r"\\begin{array}"),
         (r"\bMatrix\((?=\[)(.*)\)$", r"\1"),
         (r"(?:^|(?<=[\s,;]))(?:\\text\s*\{)?\(?(?:[a-h]|i{1,3})\)\s*\}?\s*(?=[-\d$])", ", "),
-        (r"^[\s,]+|(?<=\*)\s*I\b", lambda m: "i" if "I" in m[0] else ""),
+        (r"^[\s,]+", ""),
+        (r"(?<=\*)\s*I\b", "i"),
         (r"^([\[\]])([^\[\]]*,[^\[\]]*)([\[\]])$", lambda m: "[("[m[1] == "]"] + m[2] + "])"[m[3] == "["]),
         (r"(?<=\d)\s*(?:\\cup|\bU\b)\s*(?=[a-z]\s*[<>\\])", " or "),
         (r"=\s*(-?\d+\.\d+)\s*(?:\\[lc]?dots|\.\.\.|…)", r"\\approx \1"),
         (r"(?<!\d)(\d{0,50}\.\d{0,50}?)(\d{1,20}?)\2\2+\s*(?:\\[lc]?dots|\.\.\.|…)", r"\1\\overline{\2}"),
-        (
-            r"[_^]\{?(\d+)\}?\s*C_\{?(\d+)\}?|(?<!\w)C\((\d+), *(\d+)\)",
-            lambda m: r"\binom{%s}{%s}" % tuple(x for x in m.groups() if x),
-        ),
+        (r"[_^]\{?(\d+)\}?\s*C_\{?(\d+)\}?", r"\\binom{\1}{\2}"),
+        (r"(?<!\w)C\((\d+), *(\d+)\)", r"\\binom{\1}{\2}"),
         (r"(\d)'\s*(\d+)(?:''|\")", r"\1 feet \2 inches"),
         (r"(?<=\w)\s+and\s+(?:a|one)[ -]half\b", " 1/2"),
+        (r"\s+squared\b", "^2"),
+        (r"(?<=\d) (?:over|divided by) (?=\d)", "/"),
+        (r"(?i)\b(?:the )?square root of\s+", r"\\sqrt "),
         (NUMBER_IN_WORDS, in_digits),
         (r"\b(\d\w*)\s*\(?(?:in\s+)?base[ -]?(\d+)\)?", r"\1_{\2}"),
         (r"(?i)\b(?:minus|negative)\s+(?=\d)", "-"),
-        (
-            r"(?<=\d)\s*(?:\\text\s*\{)?\s*(dozen|thousand|million|billion)\b\s*\}?",
-            lambda m: r"\cdot %d " % {"dozen": 12, "thousand": 10**3, "million": 10**6}.get(m[1], 10**9),
-        ),
+        (rf"(?<=\d)\s*(?:\\text\{{)?\s*({'|'.join(SCALES)})\b\}}?", lambda m: rf"\cdot {SCALES[m[1]]} "),
         (r"(?<=\d)\s*(?:,\s?\\!|\{,\}\\!|\{,\}|\\,|,\\,|\\ |,\\;)\s*(?=\d{3}(?!\d))", ","),
         (r"(?<![\d.,/}])\d{1,3}(?: \d{3})+(?![\d,./]| ?/)", lambda m: m[0].replace(" ", "")),
-        (r"(\d)[eE]([+-]?\d{1,6})(?![\d.a-zA-Z])", r"\1\\cdot 10^{\2}"),
+        (r"(\d)(?:\\(?:text|mathrm)\{)?[eE]\}?\{?([+-]?\d{1,6})\}?(?![\d.a-zA-Z])", r"\1\\cdot 10^{\2}"),
     )
 ]
 COMPARED = [  # words, and the sign that they stand for
-    (re.compile(rf"(?i)(?:\b(?:is|are|of)\s+)?\b(?:strictly\s+)?(?:{words})\b(?! \w+ than)"), sign)
+    (re.compile(rf"(?i)(?:\b(?:is|are|of|must be)\s+)?\b(?:strictly\s+)?(?:{words})\b(?! \w+ than)"), sign)
     for words, sign in (
         (r"(?:greater|larger) than or equal to|at least|(?:no|not) (?:less|smaller) than", r"\\ge "),
         (r"(?:less|smaller) than or equal to|at most|(?:no|not) (?:more|greater|larger) than", r"\\le "),
@@ -170,16 +158,17 @@ COMPARED = [  # words, and the sign that they stand for
         (r"(?:less|smaller) than", "<"),
     )
 ]
-NUMBERS = r"(?:the set of )?(?:all|any) (?:real |possible )?(?:numbers?|reals?|values?(?: of)?)?"
+ANY_OF = r"(?:the set of )?(?:(?:all|any|every) (?:real |possible )?(?:number|real|value)?s?(?: of)?|numbers)"
 ALL_NUMBERS = re.compile(
-    rf"(?i){NUMBERS} ?([a-z](?![a-z]))?,? ?(?:that are|which are|such that|with|for which|where)? ?(.*)"
+    rf"(?i){ANY_OF} ?([a-z](?![a-z]))?,? ?(?:that are|which are|such that|with|for which|where)? ?(.*)"
 )
 ENDS = re.compile(
-    rf"(?i)(?:{NUMBERS} ?(?:[a-z] )?(?:(?:that|which) are |lying )?|x is )?(?P<strictly>strictly )?"
+    rf"(?i)(?:{ANY_OF} ?(?:[a-z] )?(?:(?:that|which) are |lying )?"
+    r"|[a-z] (?:is|lies) |the (?:closed )?interval )?(?P<strictly>strictly )?"
     r"(?:between|(?P<from>from)) (?P<low>\S+) (?:and|to) (?P<high>[^\s,]+)(?P<closed>,? \(?inclusive\)?)?"
 )
 SUPERSCRIPT = re.compile("⁻?[⁰¹²³⁴⁵⁶⁷⁸⁹ⁿ]+")
-POWER_OF_PYTHON = re.compile(r"(?<=[a-zA-Z)])\*\*(?=[\d(])")
+POWER_OF_PYTHON = re.compile(r"(?<=[\w)])\*\*(?=[\d(])")
 REPEATING = re.compile(r"([0-9]{0,50})\.([0-9]{0,50})\\(?:overline|bar|dot)\s*(?:\{([0-9]{1,50})\}|([0-9]))")
 MODULO = re.compile(
     r"\(?\s{0,9}(?:\\(?:text|mathrm|operatorname)\{\s*mod\s*\}|\\[bp]?mod|\bmod)"
@@ -189,21 +178,19 @@ SET_BUILDER = re.compile(
     r"(?s)\\(?:\{|lbrace)\s*([a-zA-Z])\s*(?:\\in\s*\\mathbb\s*\{?\s*R\s*\}?|\\in\s*\\R)?\s*"
     r"(?:\||:|\\mid|\\vert)(.*)\\(?:\}|rbrace)"
 )
-LONGEST_FIRST = sorted(TEXT_COMMANDS, key=len, reverse=True)
-WRAPPED = re.compile(rf"\\(?:{'|'.join(LONGEST_FIRST)})\s*\{{([^{{}}]*)\}}")
+WRAPPED = re.compile(rf"\\(?:{'|'.join(sorted(TEXT_COMMANDS, key=len, reverse=True))})\s*\{{([^{{}}]*)\}}")
 
 
 def fraction_of(repeating: re.Match) -> str:
     r"""A repeating decimal as a fraction: 0.1\overline{6} is \frac{15}{90}."""
-    whole, once, again = repeating[1] or "0", repeating[2], repeating[3] or repeating[4]
-    top = int(whole + once + again) - int(whole + once)
-    bottom = 10 ** len(once) * (10 ** len(again) - 1)
-    return r"{\frac{%d}{%d}}" % (top, bottom)
+    once, again = "0" + repeating[1] + repeating[2], repeating[3] or repeating[4]
+    bottom = 10 ** len(repeating[2]) * (10 ** len(again) - 1)
+    return r"{\frac{%d}{%d}}" % (int(once + again) - int(once), bottom)
 
 
 def region_in_words(text: str) -> str:
     """A set of numbers told in words, as an interval or an inequality: at least 3, between 1 and 4."""
-    if not re.search(r"(?i)\b(?:all|any|between|inclusive|than|least|most)\b", text):
+    if not re.search(r"(?i)\b(?:all|any|every|between|interval|inclusive|than|least|most)\b", text):
         return text
     text = re.sub(r"\s+", " ", WRAPPED.sub(r" \1 ", text)).strip(" .")
     for words, sign in COMPARED:
@@ -215,15 +202,12 @@ def region_in_words(text: str) -> str:
     told = ALL_NUMBERS.fullmatch(text)
     if not told:
         return text
-    rest = told[2]
+    letter, rest = told.groups("")
     if rest.startswith("except"):
-        return r"\mathbb{R} \setminus \{%s\}" % re.sub(r"\band\b", ",", rest[6:])
-    bound = re.match(r"(<|>|\\[lg]e )\s*(\S+)$", rest)
-    if bound and not told[1]:
-        closed = bound[1][0] == "\\"
-        below = bound[1] in ("<", "\\le ")
-        return (r"(-\infty,%s" + ")]"[closed] if below else "(["[closed] + r"%s,\infty)") % bound[2]
-    return text if not rest else rest if told[1] and told[1] in rest else f"{told[1] or ''} {rest}"
+        return r"\mathbb R \setminus \{%s\}" % re.sub(r"\band\b", ",", rest[6:])
+    if re.match(r"[<>]|\\[lg]e ", rest):
+        return f"{letter or 'x'} {rest}"
+    return (rest if letter in rest else f"{letter} {rest}") or text
 
 
 def clean(text: str) -> str:
@@ -233,6 +217,7 @@ def clean(text: str) -> str:
     text = re.sub(r"\s{9,}", " ", text)  # long runs make some of the patterns slow
     text = SUPERSCRIPT.sub(r"^{\g<0>}", text).translate(SYMBOLS)
     text = unicodedata.normalize("NFKC", text).translate(SYMBOLS)
+    text = re.sub(r"(?<=[^\s$\\])\$ ?([a-zA-Z]{1,3})(?=[. ]*$)", r" \\text{ \1 }", text)  # $4$ m
     text = text.replace("\\$", "\\dollar ").replace("$", " ")
     text = POWER_OF_PYTHON.sub("^", text).replace("**", " ").replace("{:}", ":")
     for pattern, plain in SPELLINGS:
@@ -279,11 +264,8 @@ Token = namedtuple("Token", "kind value spaced", defaults=(False,))
 
 
 class Tokenizer:
-    r"""Goes through a cleaned text once; run() gives its tokens.
-
-    thousands: 1,234 is one number, not two. split: an unknown run of letters is a product
-    of variables, not a word. depth: how many \text{...} are around it.
-    """
+    r"""run() gives a cleaned text's tokens. thousands: 1,234 is one number, not two. split: an unknown
+    run of letters is a product of variables, not a word. depth: how many \text{...} are around it."""
 
     def __init__(self, text: str, thousands: bool, split: bool, depth: int = 0):
         if depth > 8 or len(text) > MAX_ANSWER:
@@ -327,10 +309,9 @@ class Tokenizer:
         low = run.lower()
         before = self.tokens[-1].kind if self.tokens else ""
         in_text = self.depth > 0
-        if low in SPOKEN:
-            return [SPOKEN[low]]
-        if (low, before) in BETWEEN:
-            return [BETWEEN[low, before]]
+        spoken = BETWEEN.get((low, before)) or SPOKEN.get(low)
+        if spoken:
+            return [spoken]
         if low in FILLERS or (run == "a" and in_text):
             return []
         unit = UNITS.get(run) or (len(run) > 3 and UNITS.get(low))
@@ -351,7 +332,7 @@ class Tokenizer:
     def unit(self, run: str, unit: str, before: str) -> tuple[str, str]:
         """A run of letters that can be a unit, as one, or else as a variable or a word."""
         right = self.text[self.position : self.position + 40]
-        refused = r"\d|\s*\d" if run == "in" else r"\d|\s*[a-zA-Z_^]"
+        refused = r"\s*\d" if run == "in" else r"\d|\s*[a-zA-Z_+=-]|\^(?!\{?[23]\}?\s*(?:[^\w\s+-]|$))"
         per = [token.kind for token in self.tokens[-2:]] == ["unit", "op"] and self.tokens[-1].value == "/"
         behind_number = (per or before in ("num", "unit") and self.spaced) and not re.match(refused, right)
         if self.depth or behind_number or len(run) > 1 and run not in AMBIGUOUS_UNITS:

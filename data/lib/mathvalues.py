@@ -1,8 +1,7 @@
 """Values of answers: arithmetic within bounds, numbers to many digits, sets of real numbers.
 
-What a model wrote is data: cut into tokens (latex_tokens.py), parsed (latex.py), and built into
-sympy objects by the functions below, which refuse numbers that are too large to work with. No
-string ever reaches sympy, whose own readers would run it as Python.
+What a model wrote is data: cut into tokens (latex_tokens.py), parsed (latex.py), and built into sympy
+objects below, within bounds. No string ever reaches sympy, whose own readers would run it as Python.
 """
 
 import functools
@@ -225,8 +224,10 @@ def region_of(value) -> Value:
 
 def solved(value: Value) -> Value:
     """The region of x > 3, 1 < x <= 2 or x != 5, where x is alone on its side."""
+    first, signs = value.items[0], value.marks
+    if isinstance(first, sympy.Abs) and len(signs) == 1 and "<" in signs[0] + MIRRORED.get(signs[0], ""):
+        return around(*first.args, *signs, value.items[1])
     places = [n for n, x in enumerate(value.items) if isinstance(x, Symbol)]
-    signs = value.marks
     known = len(places) == 1 and len(signs) < 3 and set(signs) <= set(MIRRORED)
     if not known or any(isinstance(x, Value) for x in value.items) or len(signs) == 2 and places != [1]:
         raise Unreadable("not solved")
@@ -234,6 +235,14 @@ def solved(value: Value) -> Value:
     parts = [half_line(sign, end) for sign, end in zip(signs[at:], value.items[at + 1 :])]
     parts += [half_line(MIRRORED[sign], end) for sign, end in zip(signs[:at], value.items)]
     return parts[0] if len(parts) == 1 else common(*parts)
+
+
+def around(middle, sign: str, radius) -> Value:
+    """All x for which |x - a| `sign` radius holds."""
+    center = next(iter(middle.free_symbols), 0) - middle
+    closed = sign in ("<=", ">")
+    inside = interval(center - radius, closed, center + radius, closed)
+    return inside if "<" in sign else complement(inside)
 
 
 def half_line(sign: str, end) -> Value:
@@ -268,8 +277,7 @@ def joined(*regions: Value) -> Value:
     ]
     if len(parts) > MAX_ITEMS:
         raise Unreadable("too many intervals")
-    out = []
-    last = None
+    out, last = [], None
     for begin, end, part in sorted(parts, key=lambda p: p[:2]):
         if begin >= end:
             continue  # nothing lies in it
@@ -283,17 +291,11 @@ def joined(*regions: Value) -> Value:
 
 
 def complement(region: Value) -> Value:
-    gaps = []
-    low = -oo
-    closed = False
+    low, closed, gaps = -oo, False, []
     for part in joined(region).items:
-        if part.low != -oo:
-            gaps.append(Interval(low, closed, part.low, not part.low_closed))
-        low = part.high
-        closed = not part.high_closed
-    if low != oo:
-        gaps.append(Interval(low, closed, oo, False))
-    return joined(Value("region", "", tuple(gaps)))
+        gaps.append(Interval(low, closed, part.low, not part.low_closed))
+        low, closed = part.high, not part.high_closed
+    return joined(Value("region", "", (*gaps, Interval(low, closed, oo, False))))
 
 
 def common(*regions: Value) -> Value:

@@ -23,8 +23,9 @@ PRESETS = {
     "tinyllama-1.1b-warm": BIG | TINYLLAMA | {"batch_size": 96, "max_steps": 4069},
 }
 
-# SmolLM2-135M thinks in equations. All sequences are short, so rows are packed with documents
-# that do not see one another, and M-steps start from M0: they take a third of the steps.
+# SmolLM2-135M thinks in equations. Sequences are short, so rows are packed with documents that
+# do not see one another. M-steps start from M0, which takes fewer steps than from the base.
+# An equation says the answer, so all thoughts gain: the evidence is asked.
 WORDS = "--preset=smollm2-135m --attention=document --seq_len=512 --batch_size=2"
 EM_PRESETS = {
     "toy": {},
@@ -35,5 +36,6 @@ EM_PRESETS = {
         "only": "warm_flops,uniform,gold",
         "train": f"{WORDS} --max_steps=90",
         "warm_train": "--max_steps=94",
+        "infer": "--gain_by=evidence --dtype=bfloat16",
     },
 }

@@ -60,7 +60,7 @@ def read_rows(path: Path, use: Callable = lambda row: row) -> list:
         try:
             used.append(use(row))
         except ValueError as e:
-            raise refused(f"{path}:{number}", e, may_skip=False) from None
+            raise refused(f"{path}:{number}", e) from None
     return used
 
 
@@ -71,7 +71,7 @@ def json_rows(path: Path) -> list[tuple[int, dict]] | None:
         value = json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as e:
         if ONE_VALUE.match(raw):
-            raise refused(str(path), e, may_skip=False) from None
+            raise refused(str(path), e) from None
         return None
     return list(enumerate(value if isinstance(value, list) else [value], 1))
 

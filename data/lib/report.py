@@ -1,10 +1,8 @@
-"""report.html: what a run, or an E-step, did and thought, for people with a browser.
+"""report.html: what a run, or an E-step, did and thought, for a browser.
 
 A page is one file that asks nothing of any network. Text of corpora and models is
-data: legible() escapes all of it, and the page's policy lets no script run but the
-one below. The numbers are those of the files that the stages wrote; no model is run
-and torch is not imported. What only an E-step knows is in its shown.npz
-(data/lib/thoughts_report.py); where that is missing, the page says so.
+data: legible() escapes it, and the page's policy lets only the script below run.
+torch is not imported.
 """
 
 import base64
@@ -19,127 +17,91 @@ import numpy as np
 from data.lib.cli import read_json, replacing
 from data.lib.corpus import POSTERIOR, PRIOR, Corpus, open_corpus, open_thoughts
 from data.lib.pictures import LOOKS, compare_cells, panels, svg_bars, svg_panel, table_cells, test_cells
-from data.lib.results import stage_cells
+from data.lib.results import stage_notes
 from data.lib.sources import read_jsonl
 from data.lib.thoughts_report import LONGEST, Round, as_trained, read_rounds, worth_a_look
 
 MOST = 1_000_000  # bytes of a page
-# Chunks, and characters of a text or tokens of a sequence: the first that fit a page.
-SIZES = (30, 1500), (30, 500), (15, 300), (6, 150), (2, 50), (1, 20)
-THOUGHTS, CELL = 16, 2000  # the heaviest of a chunk; characters of a table's cell
-
-# --------------------------------------------------------------------------------------------- the page
+CHUNKS = 30, 15, 5, 1  # the first that fits, of 50 n characters a text
 
 CSS = """
-:root{color-scheme:light dark;--bg:#fff;--fg:#1b1e23;--dim:#5b6470;
- --line:#d5dae0;--card:#f6f8fa}
-body{margin:0 auto;max-width:1560px;padding:12px;background:var(--bg);
- color:var(--fg);font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
-h1{font-size:1.5em}h2{margin:1.6em 0 .3em;border-bottom:2px solid var(--line)}
-h4,h5,p,figure{margin:.3em 0}h5,figcaption{font-size:.9em}
-.dim,i,figcaption,.ask,.label,.n{color:var(--dim);font-weight:400}
-nav a,.n span,.label,figcaption span{white-space:nowrap;margin-right:.8em}
-a{color:var(--loop)}.lead{max-width:75ch}.label,.n{font-size:.78em}
-.charts,.cards{display:grid;gap:16px;
+:root{color-scheme:light dark;
+ --accent:light-dark(#0072b2,#62a8d1);
+ --dim:color-mix(in srgb,CanvasText 66%,Canvas);
+ --line:color-mix(in srgb,CanvasText 18%,Canvas)}
+body{max-width:1560px;margin:auto;padding:0 12px;
+ font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
+h4,p,figure{margin:.4em 0}
+section>p{max-width:80ch}
+i,small,figcaption{color:var(--dim);font-size:.8em}
+nav *,small span,figcaption span{margin-right:.8em;white-space:nowrap}
+nav{position:sticky;top:0;padding:6px 0;background:Canvas}
+input,progress{accent-color:var(--accent)}
+progress{width:4em}
+.many{display:grid;gap:16px;
  grid-template-columns:repeat(auto-fill,minmax(min(340px,100%),1fr))}
-.cards{grid-template-columns:repeat(auto-fill,minmax(min(620px,100%),1fr))}
-svg{display:block;width:100%;height:auto}
-svg text{fill:var(--fg);font:12px system-ui,sans-serif}
-.grid{stroke:var(--line)}.of{fill:none}.hit{fill:transparent;stroke:none}
-.thin{opacity:.35}.mean{stroke-width:2.5}
-figcaption svg{display:inline;width:30px;height:10px}
+.card{border:1px solid var(--line);border-radius:8px;padding:10px}
+bdi,.seq{white-space:pre-wrap}
+.k{padding-left:6px;border-left:4px solid transparent}
+.pick{border-color:var(--accent)}
+svg{display:block;width:100%}
+figcaption svg{display:inline;width:30px}
+text{fill:CanvasText;font:12px system-ui,sans-serif}
+path{fill:none;stroke:var(--c,var(--dim));stroke-width:2.5}
+circle{fill:var(--c);stroke:transparent;stroke-width:20}
+.grid{stroke:var(--line);stroke-width:1}
+.thin{stroke-width:1;opacity:.4}
+.bar{stroke-width:14;stroke-dasharray:none}
 .scroll{overflow-x:auto;margin:1em 0}
-table{border-collapse:collapse;font-size:.9em}
-th,td{padding:2px 9px;text-align:right;vertical-align:top;
- border-bottom:1px solid var(--line);white-space:nowrap}
-th:first-child,td:first-child,.stages :is(th,td){text-align:left}
-.stages td:last-child{min-width:420px;white-space:normal;
- font:.8em ui-monospace,monospace}
-.card{background:var(--card);border:1px solid var(--line);
- border-radius:8px;padding:10px;overflow:hidden}
-.piece,.seq{white-space:pre-wrap}table,.n,.w{font-variant-numeric:tabular-nums}
-.k{display:grid;grid-template-columns:4em 1fr;gap:0 10px;
- padding:3px 6px;border-left:4px solid transparent}
-.pick{border-color:var(--loop);background:var(--bg)}
-.n{grid-column:2}.w{font-size:.85em}.bar{height:9px}
-.track{fill:var(--line)}.fill{fill:var(--dim)}.pick .fill{fill:var(--loop)}
-b.tag{color:var(--fg);border:2px solid var(--gold);border-radius:5px;padding:0 .3em}
-b.loop{border-color:var(--loop)}
-.slide{position:sticky;top:0;background:var(--bg);padding:8px 0;
- display:flex;gap:12px}
-.slide input{flex:1;max-width:320px;accent-color:var(--loop)}
-.seq{font:15px/1.3 ui-monospace,monospace}output{font-weight:600}
-.seq span{padding:2px 0;margin:0 1px 5px 0;display:inline-block}
-.seq .m{color:var(--bg);background:var(--fg);font-size:.8em;padding:3px 4px}
-.seq .u{border-bottom:3px solid var(--loop)}
-@media(min-width:1000px){.k{grid-template-columns:4em 1fr auto}
- .n{grid-column:auto;text-align:right}}
-@media(max-width:700px){.stages td:last-child{white-space:nowrap}}
-@media print{.slide{display:none}*{print-color-adjust:exact}
- .round[hidden]{display:block!important}.card,figure{break-inside:avoid}}
+td,th{padding:2px 9px;white-space:nowrap;text-align:right;
+ border-bottom:1px solid var(--line)}
+td:first-child,th:first-child{text-align:left}
+.seq{font:15px/1.9 ui-monospace,monospace}
+.seq span{padding:2px 0;margin-right:1px}
+.m{color:Canvas;background:CanvasText}
+.u{border-bottom:3px solid var(--accent)}
+@media screen and (prefers-color-scheme:dark){svg{filter:brightness(1.6)}}
+@media print{:root{color-scheme:light}nav{position:static}
+ *{print-color-adjust:exact}.round[hidden]{display:block}}
 """
 JS = """
-function show(t) {
-  for (const round of document.querySelectorAll(".round")) round.hidden = round.dataset.t !== t;
-  for (const slider of document.querySelectorAll("input")) {
-    slider.value = t;
-    slider.nextSibling.textContent = slider.dataset["name" + t];
-    slider.oninput = () => show(slider.value);
-  }
+const slider = document.querySelector("input");
+function show() {
+  for (const round of document.querySelectorAll(".round"))
+    round.hidden = round.dataset.t !== slider.value;
 }
-if (document.querySelector("input")) show("0");
+if (slider) show(slider.oninput = show);
 """
-DARK = "--bg:#14171b;--fg:#e8eaed;--dim:#a3acb8;--line:#363c45;--card:#1c2026;"
-SHADES = (0.1, 0.5, 1.5, 3, 6)  # nats of -log p, from which on a token is darker
+DASHES = {"-": "none", "--": "7 4", ":": "2 3", "-.": "8 3 2 3"}
+for n in range(6):
+    CSS = f".s{n}{{background:rgba(213,94,0,{0.15 * n:.2f})}}{CSS}"
+for look, (_, colour, line) in LOOKS.items():
+    CSS = f".{look}{{--c:{colour};stroke-dasharray:{DASHES[line]}}}{CSS}"
+HASH = base64.b64encode(hashlib.sha256(JS.encode()).digest()).decode()
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; "
+POLICY += f"script-src 'sha256-{HASH}'"
 
 
-def style() -> str:
-    """The CSS, and a class for each of LOOKS and SHADES; on black colours are lighter."""
-    rules, light, dark = "", "", DARK
-    for n in range(1, len(SHADES) + 1):
-        rules += f".s{n}{{background:rgba(213,94,0,{0.15 * n:.2f})}}"
-    for name, (_, colour, _) in LOOKS.items():
-        light += f"--{name}:{colour};"
-        dark += f"--{name}:color-mix(in srgb,{colour} 62%,#fff);"
-        rules += f".{name}{{stroke:var(--{name});color:var(--{name})}}"
-        rules += f".{name}.dot,.{name}.block{{fill:var(--{name})}}"
-    on_black = "@media screen and (prefers-color-scheme:dark)"
-    return f"{CSS}:root{{{light}}}{on_black}{{:root{{{dark}}}}}{rules}"
-
-
-def hash_of(text: str) -> str:
-    digest = hashlib.sha256(text.encode()).digest()
-    return f"'sha256-{base64.b64encode(digest).decode()}'"
-
-
-def page(title: str, content: str) -> str:
-    """A whole file. Its policy allows the script and the style alone, by their hashes."""
-    css, title, links = style(), legible(title), ""
-    policy = f"default-src 'none'; style-src {hash_of(css)}; "
-    policy += f"script-src {hash_of(JS)}; base-uri 'none'; form-action 'none'"
-    for name in ("result", "thoughts", "sequence", "ran"):
-        if f'id="{name}"' in content:
-            links += f'<a href="#{name}">{name}</a>'
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{title}</title><style>{css}</style></head><body>"
-        f"<h1>{title}</h1><nav>{links}</nav>{content}"
-        f"<script>{JS}</script></body></html>\n"
-    )
-
-
-def section(name: str, title: str, *content: str) -> str:
-    return f'<section id="{name}"><h2>{title}</h2>{"".join(content)}</section>'
-
-
-def number(x: float) -> str:
-    return f"{round(x, 2) + 0:.2f}".replace("-", "−")  # never -0.00
+def page(title: str, parts: dict, n_rounds: int) -> str:
+    """A file of parts {name: (title, content)}; a slider chooses the round."""
+    title, links, content = legible(title), "", ""
+    for name, (heading, text) in parts.items():
+        links += f'<a href="#{name}">{name}</a>'
+        content += f'<section id="{name}"><h2>{heading}</h2>{text}</section>'
+    if n_rounds > 1:
+        links += f'round <input type="range" max="{n_rounds - 1}" value="0">'
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<meta name="viewport" content="width=device-width">
+<title>{title}</title><style>{CSS}</style></head>
+<body><h1>{title}</h1><nav>{links}</nav>{content}
+<script>{JS}</script></body></html>
+"""
 
 
 def legible(text: str) -> str:
-    """Escaped text; what is not seen, or turns the text around, gives its number."""
+    """Escaped; what is not seen, or turns text around, gives its number."""
     seen = []
     for c in text:
         odd = " " if unicodedata.category(c) == "Zs" else f"‹U+{ord(c):04X}›"
@@ -147,84 +109,48 @@ def legible(text: str) -> str:
     return html.escape("".join(seen))
 
 
-def piece(tok, ids, most: int, kind: str = "") -> str:
-    """Text of a corpus or a model in an element of its own, `most` characters of it."""
+def piece(tok, ids, most: int) -> str:
+    """`most` characters of a text, in an element of its own."""
     text, more = tok.decode(ids[:most], first=False), ""
     if max(len(text), len(ids)) > most:
-        more = f"<i> … cut off here; {len(ids):,} tokens in all</i>"
-    text = legible(text[:most].strip())
-    return f'<bdi class="piece {kind}">{text}</bdi>{more}'
+        more = f"<i> … of {len(ids):,} tokens in all</i>"
+    return f"<bdi>{legible(text[:most].strip())}</bdi>{more}"
 
 
-def html_table(lines: list[list[str]], kind: str = "") -> str:
+def html_table(lines: list[list[str]]) -> str:
     """Cells of text, of which the first line is the header."""
     rows = ""
     for cell, line in zip(["th", *["td"] * len(lines)], lines):
-        cells = (f"<{cell}>{legible(text[:CELL])}</{cell}>" for text in line)
+        cells = (f"<{cell}>{legible(text)}</{cell}>" for text in line)
         rows += f"<tr>{''.join(cells)}</tr>"
-    return f'<div class="scroll"><table class="{kind}">{rows}</table></div>'
-
-
-# ------------------------------------------------------------------------------------------- the result
+    return f'<div class="scroll"><table>{rows}</table></div>'
 
 
 def result(results: dict) -> str:
     """Part 1: pictures, and their numbers in tables."""
     rows, config = results["rows"], results["config"]
-    if config.get("compare"):
-        bars = [(r["name"], r["accuracy"], None) for r in rows]
-        charts = [svg_bars("held-out accuracy", bars)]
-        said, tables = "Accuracies are means over seeds.", [compare_cells(rows)]
+    if config["compare"]:
+        charts, tables = [], [compare_cells(rows)]
     else:
-        charts = loop_charts(rows, results["summary"], config)
-        n = len({row["seed"] for row in rows})
-        several = f"Means of {n} seeds (thin lines) ± deviation between them."
-        said = several if n > 1 else "One seed."
-        if nats := results.get("rules_nats_document"):
-            said += " Under the corpus's own rules the scored answers have "
-            said += f"{nats:.3f} nats a document."
-        tests = results.get("tests", []), results.get("likelihood", [])
-        tables = [table_cells(results["summary"]), test_cells(*tests)]
-    said = f'<p class="lead">{said} Point at a mark for its number.</p>'
-    charts = ['<div class="charts">', *charts, "</div>"]
-    return section("result", "The result", said, *charts, *map(html_table, tables))
+        names = [f"M{t}" for t in range(config["iterations"] + 1)]
+        drawn = panels(names[-1], config["samples"])
+        charts = [svg_panel(panel, rows, names) for panel in drawn]
+        summary, gaps = results["summary"], results["likelihood"]
+        bars = {r["name"]: r["accuracy"] for r in summary if "accuracy" in r}
+        charts.append(svg_bars("greedy accuracy of all models", bars))
+        tables = [table_cells(summary), test_cells(results["tests"], gaps)]
+    tables = "".join(map(html_table, tables))
+    return f'{ABOUT_RESULT}<div class="many">{"".join(charts)}</div>{tables}'
 
 
-def loop_charts(rows: list[dict], summary: list[dict], config: dict) -> list[str]:
-    names = [f"M{t}" for t in range(config["iterations"] + 1)]
-    drawn = panels(names[-1], config["samples"])
-    charts = [svg_panel(panel, rows, names) for panel in drawn]
-    for key, title in (("accuracy", "greedy"), ("accuracy_sampled", "temperature 1")):
-        bars = [(r["name"], *r[key]) for r in summary if key in r]
-        charts.append(svg_bars(f"accuracy of all models, {title}", bars))
-    return charts
-
-
-# ----------------------------------------------------------------------------------------- the thoughts
-
-
-ABOUT_THOUGHTS = """<p class="lead">The model has read each text and drawn thoughts
-that may lie behind it. Bars are their weights p(thought, text) / q(thought | text)
-as shares; gain is by how many nats a thought makes its text likelier. One is picked
-by weight, unless it gains too little; from it the next model learns.</p>"""
-
-
-def thoughts_part(corpus: Corpus, rounds: list[Round], truth, n: int, most: int) -> str:
-    """Part 2: n chunks with all their thoughts."""
-    groups = []
-    for why, chunks in worth_a_look(rounds, n).items():
-        cards = [card(corpus, rounds, truth, i, most) for i in chunks]
-        groups.append(f'<h3>{len(cards)} chunks: {why}</h3><div class="cards">')
-        groups += [*cards, "</div>"]
-    return section("thoughts", "The thoughts", ABOUT_THOUGHTS, slide(rounds), *groups)
-
-
-def slide(rounds: list[Round]) -> str:
-    """The slider that chooses the round; none where there is one round."""
-    names = (f' data-name{t}="{legible(r.name)}"' for t, r in enumerate(rounds))
-    slider = f'<input type="range" min="0" max="{len(rounds) - 1}" value="0"'
-    slider += f"{''.join(names)}><output></output>"
-    return f'<label class="slide">E-step {slider}</label>' if len(rounds) > 1 else ""
+ABOUT_RESULT = """<p>Means over seeds (thin lines), ± the deviation between them.
+Point at a mark for its number.</p>"""
+ABOUT_THOUGHTS = """<p>Thoughts that the model drew when it had read a text.
+Bars are their weights p(thought, text) / q(thought | text) as shares; gain is by how
+many nats a thought makes its text likelier.</p>"""
+ABOUT_SEQUENCE = """<p>Document {} as training sees it, with the picked thoughts:
+<span class="m">markers</span>; <span class="u">what log p or log q adds up</span>;
+darker tokens were less likely, a shade a nat.</p>"""
 
 
 def in_rounds(contents) -> str:
@@ -234,167 +160,132 @@ def in_rounds(contents) -> str:
 
 def card(corpus: Corpus, rounds: list[Round], truth, i: int, most: int) -> str:
     """A chunk with its context and the thoughts of each round."""
-    tok, true = corpus.tokenizer, truth.span(i) if truth else []
-    shown = [("given", corpus.chunk(j), "ask") for j in corpus.before(i, 3)]
-    shown += [("text", corpus.chunk(i), ""), ("true thought", true, "")]
-    lines = []
-    for name, ids, kind in shown:
-        label = f'<span class="label">{name}</span>'
+    tok, true = corpus.tokenizer, truth.span(i) if truth else ()
+    shown = [("given", corpus.chunk(j)) for j in corpus.before(i, 3)]
+    shown += [("text", corpus.chunk(i)), ("true thought", true)]
+    lines = ""
+    for name, ids in shown:
         if len(ids):
-            lines.append(f"<p>{label}{piece(tok, ids, most, kind)}</p>")
-    lines.append(in_rounds(one_round(tok, r, true, i, most) for r in rounds))
-    return f'<article class="card"><h4>chunk {i}</h4>{"".join(lines)}</article>'
+            lines += f"<p><small>{name}</small> {piece(tok, ids, most)}</p>"
+    lines += in_rounds(one_round(tok, r, true, i, most) for r in rounds)
+    return f'<article class="card"><h4>chunk {i}</h4>{lines}</article>'
 
 
 def one_round(tok, r: Round, true, i: int, most: int) -> str:
     """The thoughts of chunk i in a round, the heaviest first."""
-    picked = r.thoughts.span(i)
-    s = {name: values[r.row[i]] for name, values in r.samples.items()}
-    if not s or not s["length"].any():  # a teacher's, or none
-        told = piece(tok, picked, most) if len(picked) else "<i>no thought</i>"
-        return f"<h5>{legible(r.name)}</h5>{told}"
-    w = np.exp(s["log_w"] - max(s["log_w"].max(), -1e300))
+    s, name = r.samples.get(i), legible(r.thoughts.folder.name)
+    if not s:  # a teacher's, which nobody has weighed
+        return f"<h4>{name}</h4>{piece(tok, r.thoughts.span(i), most)}"
+    w = np.exp(s["log_w"] - max(s["log_w"].max(), -1e300))  # all can be -inf
     w /= max(w.sum(), 1e-300)
-    ess = 1 / (w**2).sum() if w.any() else 0
-    said = f"ESS {ess:.2f} of {len(w)}, without a thought log p {number(s['log_none'])}"
-    said += "" if s["pick"] >= 0 else "; none was picked"
-    lines = [f'<h5>{legible(r.name)} <span class="dim">{said}</span></h5>']
-    for k in np.argsort(-w, kind="stable")[:THOUGHTS]:
-        is_pick = bool(k == s["pick"])
-        ids = r.drawn[i][k] if i in r.drawn else picked if is_pick else None
-        told, tags = "<i>(its text was not kept)</i>", ""
-        if ids is not None:
-            told = piece(tok, ids, most)
-            right = len(true) > 0 and np.array_equal(ids, true)
-            tags = '<b class="tag loop">picked</b> ' * is_pick
-            tags += '<b class="tag gold">true</b>' * right
-        lines.append(
-            f'<div class="k{" pick" * is_pick}"><div class="w">{w[k]:.3f}'
-            '<svg class="bar" viewBox="0 0 100 8" preserveAspectRatio="none">'
-            '<rect class="track" width="100" height="8"/>'
-            f'<rect class="fill" width="{100 * w[k]:.1f}" height="8"/></svg></div>'
-            f'<div>{told}</div><div class="n">{figures(s, k)}{tags}</div></div>'
-        )
-    more = len(w) - THOUGHTS
-    return "".join(lines) + (f"<i>and {more} lighter ones</i>" if more > 0 else "")
+    ess = w.sum() / max((w**2).sum(), 1e-300)
+    said = f"ESS {ess:.2f} of {len(w)}, no thought: log p {s['log_none']:z.2f}"
+    lines = f"<h4>{name} <small>{said}</small></h4>"
+    for k in np.argsort(-w, kind="stable"):
+        pick, ids = " pick" * bool(k == s["pick"]), s["thoughts"][k]
+        tags = "<b>picked</b> " if pick else ""
+        tags += "<b>true</b> " * (len(true) > 0 and np.array_equal(ids, true))
+        tags += "" if s["finished"][k] else "<b>cut off</b> "
+        figures = {key: s[key][k] for key in ("log_q", "log_p", "log_w")}
+        figures["gain"] = s["log_x"][k] - s["log_none"]
+        said = [f"<span>{key} {x:z.2f}</span>" for key, x in figures.items()]
+        bar = f'<progress value="{w[k]:.3f}"></progress> <b>{w[k]:.3f}</b>'
+        small = f"<small>{' '.join([bar, *said])}</small>"
+        lines += f'<div class="k{pick}">{piece(tok, ids, most)} {tags}<br>{small}</div>'
+    return lines
 
 
-def figures(s: dict, k: int) -> str:
-    if not s["finished"][k]:
-        return "<div>cut off: it weighs nothing</div>"
-    found = {key.replace("_", " "): s[key][k] for key in ("log_q", "log_p", "log_w")}
-    found["gain"] = s["log_x"][k] - s["log_none"]
-    spans = (f"<span>{name} {number(x)}</span>" for name, x in found.items())
-    return f"<div>{''.join(spans)}</div>"
-
-
-def sequence_part(corpus: Corpus, rounds: list[Round], most: int) -> str:
-    """Part 3: a document as training sees it, in both forms."""
-    known = set.intersection(*({d for d, _ in r.log_p} for r in rounds))
-    has = {i for r in rounds for i in r.row if len(r.thoughts.span(i))}
-    able = known or {int(corpus.doc_of(i)) for i in has}
-
-    def changes(d):  # how many thoughts in all rounds, and how many different ones
-        chunks = range(corpus.docs[d], corpus.docs[d + 1])
-        spans = [z.tobytes() for r in rounds for i in chunks if len(z := r.thoughts.span(i))]
-        return len(spans), len(set(spans))
-
-    d = max(sorted(able)[:1000], key=changes, default=0)
-    titles = {PRIOR: "Prior: think, then write", POSTERIOR: "Posterior: read, then recover"}
-    parts, most = [], min(most, LONGEST)
-    for form, title in titles.items():
+def sequence(corpus: Corpus, rounds: list[Round], d: int, most: int) -> str:
+    """Part 3: document d in both forms."""
+    text = ABOUT_SEQUENCE.format(d)
+    forms = {PRIOR: "Prior: think, then write", POSTERIOR: "Posterior: read, recover"}
+    for form, title in forms.items():
         contents = (in_tokens(corpus, r, d, form, most) for r in rounds)
-        parts.append(f"<h3>{title}</h3>{in_rounds(contents)}")
-    shades = (f'<span class="s{n}"> {x:g} </span>' for n, x in enumerate(SHADES, 1))
-    said = f"""<p class="lead">Document {d} as training sees it, with the thoughts that
-were picked. Markers look like <span class="seq"><span class="m">SOL</span></span>;
-underlined is what log q and log p add up (the loss counts all tokens, or what --loss
-says). Shades are the model's −log p of a token, from
-<span class="seq">{"".join(shades)}</span> nats on; point at a token for it.</p>"""
-    return section("sequence", "One sequence, token by token", said, slide(rounds), *parts)
+        text += f"<h3>{title}</h3>{in_rounds(contents)}"
+    return text
 
 
 def in_tokens(corpus: Corpus, r: Round, d: int, form: int, most: int) -> str:
     """A document in a form, its tokens shaded by their log-probabilities."""
-    tok, log_p = corpus.tokenizer, r.log_p.get((d, form))
+    tok, log_p = corpus.tokenizer, r.log_p.get((d, form), ())
     markers = ("bos", "eos", "sol", "eol", "pri", "pos")
     names = {getattr(tok, name): name.upper() for name in markers}
     ids, parts = as_trained(corpus, d, r.thoughts.span, form)
-    scored = {n for part in parts for n in range(*part.thought)}
-    if form == PRIOR:
-        thought_of = (part.chunk for part in parts if part.thought[1])
-        scored |= {n for chunk in thought_of for n in range(*chunk)}
-    total, spans = 0.0, []
+    scored, total, spans = set(), 0.0, ""
+    for part in parts:
+        scored |= set(range(*part.thought))
+        if form == PRIOR and part.thought[1]:
+            scored |= set(range(*part.chunk))
     for n, token in enumerate(ids[:most].tolist()):
-        kinds, hover = ["m"] * (token in names) + ["u"] * (n in scored), ""
-        if log_p is not None and 0 < n <= len(log_p):
+        kinds, hover = "m" * (token in names) + " u" * (n in scored), ""
+        if 0 < n <= len(log_p):
             x = float(log_p[n - 1])
-            kinds.append(f"s{np.searchsorted(SHADES, -x, side='right')}")
-            hover = f' title="log p {number(x)}"'
+            kinds += f" s{min(5, round(-x))}"
+            hover = f' title="log p {x:z.2f}"'
             total += x if n in scored else 0
         text = tok.pieces.get(token, b"?").decode("utf-8", "replace")
-        text = names.get(token) or legible(text)
-        lines, text = "\n" * text.count("\n"), text.replace("\n", "↵")
-        spans.append(f'<span class="{" ".join(kinds)}"{hover}>{text}</span>{lines}')
-    said = f"the underlined: log {'p' if form == PRIOR else 'q'} = {number(total)}"
-    if log_p is None:
-        said = "no shades: this folder was made without shown.npz"
+        text = names.get(token) or legible(text).replace("\n", "↵\n")
+        spans += f'<span class="{kinds}"{hover}>{text}</span>'
+    which = "log p" if form == PRIOR else "log q"
+    said = f"{which} {total:z.2f}" if len(log_p) else ""
+    title = f"{legible(r.thoughts.folder.name)} <small>{said}</small>"
     cut = "<i> … cut off here</i>" * (len(ids) > most)
-    title = f'<h5>{legible(r.name)} <span class="dim">{said}</span></h5>'
-    return f'{title}<p class="seq">{"".join(spans)}{cut}</p>'
+    return f'<h4>{title}</h4><p class="seq">{spans}{cut}</p>'
 
 
 def what_ran(out_dir: Path, folder: Path, config: dict) -> str:
-    """Part 4: runs, stages of one seed, settings."""
-    path, lines = out_dir / "runs.jsonl", []
-    runs = "<p>Machine, memory and versions were not recorded.</p>"
-    if path.exists():
-        lines = read_jsonl(str(path), json.loads, True)[-20:]
-        keys = list(dict.fromkeys(key for run in lines for key in run))
-        cells = ([str(run.get(key, "-")) for key in keys] for run in lines)
-        runs = html_table([keys, *cells])
-    settings = ([name, str(x)] for name, x in config.items() if x != "")
-    settings = html_table([["setting of em.py", "value"], *settings])
-    stages = html_table(stage_cells(folder)[:200], "stages")
-    return section("ran", "What ran", runs, stages, settings)
+    """Part 4: settings, runs, the stages of one seed."""
+    path, text = out_dir / "runs.jsonl", ""
+    runs = read_jsonl(str(path), json.loads, True) if path.exists() else []
+    notes = [("settings", config, ""), *(("run", run, "") for run in runs)]
+    for name, said, command in notes + stage_notes(folder):
+        shown = ", ".join(f"{key} {x}" for key, x in said.items() if x != "")
+        text += f"<p><b>{legible(name)}</b> {legible(shown)}"
+        text += f"<br><small>{legible(command)}</small></p>"
+    return text
 
 
-def write_page(path: Path, title: str, corpus: Corpus | None, folders, around=("", "")) -> None:
-    """Parts 2 and 3 between what is `around` them, as much as a page may hold."""
-    rounds = read_rounds(corpus, folders) if corpus else []
-    truth, inside = None, ""
-    if corpus:
-        known = Path(f"{corpus.folder}_truth")
-        truth = open_thoughts(known, corpus) if known.exists() else None
-    for n, most in SIZES:
-        if rounds:
-            inside = thoughts_part(corpus, rounds, truth, n, most)
-            inside += sequence_part(corpus, rounds, most)
-        text = page(title, around[0] + inside + around[1])
+def write_page(path: Path, title: str, corpus, folders, first=(), last=()) -> None:
+    """Parts 2 and 3 between `first` and `last`, as much as a page holds."""
+    for n in CHUNKS:
+        parts = dict(first)
+        if folders:
+            parts |= thoughts_parts(corpus, folders, n, 50 * n)
+        text = page(title, parts | dict(last), len(folders))
         if len(text.encode()) <= MOST:
             break
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
+def thoughts_parts(corpus: Corpus, folders, n: int, most: int) -> dict:
+    """Parts 2 and 3, with n chunks and `most` characters of a text."""
+    chunks, rounds = read_rounds(corpus, folders)
+    known, text = Path(f"{corpus.folder}_truth"), ABOUT_THOUGHTS
+    truth = open_thoughts(known, corpus) if known.exists() else None
+    for why, some in worth_a_look(chunks, rounds, n).items():
+        cards = "".join(card(corpus, rounds, truth, i, most) for i in some)
+        text += f'<h3>{len(some)} chunks: {why}</h3><div class="many">{cards}</div>'
+    # The one with the longest thoughts, of those with shades if any.
+    begins = rounds[-1].thoughts.chunks[corpus.docs]
+    able = {d for d, _ in rounds[-1].log_p} or {corpus.doc_of(i) for i in chunks}
+    d = max(sorted(able), key=np.diff(begins).item, default=0)
+    tokens = sequence(corpus, rounds, d, min(most, LONGEST))
+    return {"thoughts": ("Thoughts", text), "sequence": ("One sequence", tokens)}
+
+
 def write_report(out_dir: Path) -> Path:
     """RUN/report.html; UserError where it is no run of em.py's."""
-    path = out_dir / "report.html"
     compare = (out_dir / "compare.json").exists()
     results = read_json(out_dir / ("compare.json" if compare else "results.json"))
-    first, config, corpus = result(results), results["config"], None
-    folder = out_dir if compare else out_dir / f"seed{config['seed']}"
-    e_steps = [meta.parent for meta in folder.glob("E*/meta.json")]
-    e_steps = [e for e in e_steps if e.name[1:].isdigit()]  # none that is half done
-    e_steps.sort(key=lambda e: int(e.name[1:]))
-    if e_steps:
-        raw = folder / "data/raw"
-        if not raw.exists():
-            raw = Path(read_json(e_steps[0] / "settings.json")["corpus"])
-        corpus = open_corpus(raw) if raw.exists() else None
-        missing = f"<p>No thoughts are shown: {legible(str(raw))} is not there.</p>"
-        first += f"<p>What follows is of {folder.name}.</p>" if corpus else missing
-    around = first, what_ran(out_dir, folder, config)
+    config, folder, corpus, e_steps = results["config"], out_dir, None, []
+    if not compare:
+        folder = out_dir / f"seed{config['seed']}"
+        corpus = open_corpus(Path(config["corpus"] or folder / "data") / "raw")
+        e_steps = [folder / f"E{t}" for t in range(1, config["iterations"] + 1)]
+    first = {"result": ("Result", result(results))}
+    last = {"ran": (f"What ran: {folder.name}", what_ran(out_dir, folder, config))}
     title = f"Latent thoughts: {out_dir.resolve().name}"
-    write_page(path, title, corpus, e_steps, around)
+    path = out_dir / "report.html"
+    write_page(path, title, corpus, e_steps, first, last)
     return path

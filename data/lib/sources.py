@@ -2,7 +2,7 @@
 
 expand(words)                     file names from names and patterns, sorted, each once
 lines(stream, start, end, limit)  lines of a binary stream in bounded memory
-texts(path, form, start, end)     the texts of a file, or of a part of it, each with its line
+texts(path, want, start, end)     the texts of a file, or of a part of it, each with its line
 read_jsonl(path, parse, skip_bad) a small jsonl file as a list, each line through `parse`
 """
 
@@ -92,14 +92,9 @@ def refuse_stand_in(path: Path) -> None:
 
 
 def expand(words: list[str]) -> list[str]:
-    """File names from names and quoted patterns, sorted, each file once. ** in a pattern stands for
+    """File names from names and quoted patterns, sorted, each name once. ** in a pattern stands for
     folders in folders. UserError when a name or pattern fits no file."""
-    found: dict[str, str] = {}  # {the file itself: its shortest name}
-    for word in words:
-        for name in names_of(word):
-            real = name if name == "-" else os.path.realpath(name)
-            found[real] = min(name, found.get(real, name))
-    return sorted(found.values())
+    return sorted({name for word in words for name in names_of(word)})
 
 
 def names_of(word: str) -> list[str]:
@@ -119,16 +114,17 @@ def names_of(word: str) -> list[str]:
     return names
 
 
-def kind_of(path: str, given: str = "auto") -> tuple[str, str]:
-    """("jsonl" | "parquet" | "txt", "" | ".gz" | ".zst") of a file name, or the kind that was given."""
-    codec = next((codec for codec in CODECS if path.endswith(codec)), "")
-    ending = os.path.splitext(path.removesuffix(codec))[1].lower()
-    kind = KINDS.get(ending) if given == "auto" else given
+def codec_of(path: str) -> str:
+    return next((codec for codec in CODECS if path.endswith(codec)), "")
+
+
+def kind_of(path: str) -> tuple[str, str]:
+    """("jsonl" | "parquet" | "txt", "" | ".gz" | ".zst") of a file name."""
+    codec = codec_of(path)
+    kind = KINDS.get(os.path.splitext(path.removesuffix(codec))[1].lower())
     if not kind:
-        raise UserError(
-            f"{path}: neither .jsonl, .parquet nor .txt (with .gz or .zst or without); "
-            "say what it is with --format=..."
-        )
+        expected = "neither .jsonl, .parquet nor .txt (with .gz or .zst or without)"
+        raise UserError(f"{path}: {expected}; rename it by what it is")
     if kind == "parquet" and codec:
         raise UserError(f"{path}: parquet has its own compression; unpack the file first")
     return kind, codec
@@ -236,47 +232,42 @@ class Found(NamedTuple):
     text: bytes | Bad | None
 
 
-class Format(NamedTuple):
-    """How texts lie in a file."""
+class Wanted(NamedTuple):
+    """What is looked for in a file."""
 
-    kind: str  # jsonl, parquet, txt
-    codec: str
     field: str  # of jsonl and parquet
-    by_line: bool  # txt: a line is a document, otherwise the file is one
     max_bytes: int
 
 
-def texts(path: str, form: Format, start: int, end: int) -> Iterator[Found]:
+def texts(path: str, want: Wanted, start: int, end: int) -> Iterator[Found]:
     """The texts that begin in bytes [start, end) of a file, which is all of it but for plain lines.
     Damaged is raised where the file cannot be read on."""
     refuse_stand_in(Path(path))
-    if form.kind == "parquet":
-        yield from rows(path, form)
+    kind, codec = kind_of(path)
+    if kind == "parquet":
+        yield from rows(path, want)
         return
     line = 0
     try:
-        stream, raw = open_stream(path, form.codec)
+        stream, raw = open_stream(path, codec)
         with raw:
-            if form.kind == "txt" and not form.by_line:
-                content = stream.read(form.max_bytes + 1)
-                text = check(content, form) if len(content) <= form.max_bytes else too_long(form)
-                yield Found(1, raw.tell(), text)
+            if kind == "txt":
+                content = stream.read(want.max_bytes + 1)
+                yield Found(1, raw.tell(), whole_text(content, want))
                 return
-            parse = jsonl_text if form.kind == "jsonl" else line_text
-            if parse is jsonl_text:
-                refuse_one_value(stream, path)
+            refuse_one_value(stream, path)
             at = skip_to(stream, start)
-            for after, content in lines(stream, at, end, 4 * form.max_bytes + BLOCK):
+            for after, content in lines(stream, at, end, 4 * want.max_bytes + BLOCK):
                 line += 1
-                text = too_long(form)
+                text = too_long(want)
                 if content is not None:
-                    text = None if content.isspace() else parse(content, form)
-                yield Found(line, raw.tell() if form.codec else after, text)
+                    text = None if content.isspace() else jsonl_text(content, want)
+                yield Found(line, raw.tell() if codec else after, text)
     except EOFError as e:
         raise Damaged(f"damaged after line {line} ({e})") from None
 
 
-def rows(path: str, form: Format) -> Iterator[Found]:
+def rows(path: str, want: Wanted) -> Iterator[Found]:
     """texts() of a parquet file."""
     parquet = optional("pyarrow.parquet", path)
     arrow = optional("pyarrow", path)
@@ -286,17 +277,15 @@ def rows(path: str, form: Format) -> Iterator[Found]:
         # Without these two settings a whole row group is held in memory.
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=BLOCK) as file:
             columns = file.schema_arrow.names
-            if form.field not in columns:
-                raise UserError(
-                    f"{path}: no column {form.field!r}; it has {', '.join(columns)}: "
-                    "choose one with --text_field"
-                )
-            how = {"batch_size": 16, "columns": [form.field], "use_threads": False}
+            if want.field not in columns:
+                has = f"it has {', '.join(columns)}: choose one with --text_field"
+                raise UserError(f"{path}: no column {want.field!r}; {has}")
+            how = {"batch_size": 16, "columns": [want.field], "use_threads": False}
             for batch in file.iter_batches(**how):
                 for value in batch.column(0):
                     row += 1
                     on_disk = size * row // file.metadata.num_rows
-                    yield Found(row, on_disk, row_text(value, form))
+                    yield Found(row, on_disk, row_text(value, want))
     except (arrow.ArrowException, OSError) as e:
         if getattr(e, "errno", None) is not None:  # the disk's own trouble
             raise
@@ -304,14 +293,14 @@ def rows(path: str, form: Format) -> Iterator[Found]:
         raise Damaged(f"damaged after row {row} ({said})") from None
 
 
-def row_text(value, form: Format) -> bytes | Bad:
+def row_text(value, want: Wanted) -> bytes | Bad:
     try:
-        return string_text(value.as_py(), form)
+        return string_text(value.as_py(), want)
     except UnicodeDecodeError as e:
         return not_utf8(e)
 
 
-def jsonl_text(line: bytes, form: Format) -> bytes | Bad:
+def jsonl_text(line: bytes, want: Wanted) -> bytes | Bad:
     try:
         record = json.loads(line.decode("utf-8-sig" if line[:1] == b"\xef" else "utf-8"))
     except UnicodeDecodeError as e:
@@ -320,33 +309,31 @@ def jsonl_text(line: bytes, form: Format) -> bytes | Bad:
         return Bad("damaged", f"not JSON ({e})")
     if not isinstance(record, dict):
         return Bad("damaged", "expected a JSON object")
-    if form.field not in record:
+    if want.field not in record:
         names = " ".join(", ".join(list(record)[:8]).split())[:200]
-        return Bad("damaged", f"no field {form.field!r} (--text_field); there are {names}")
-    return string_text(record[form.field], form)
+        return Bad("damaged", f"no field {want.field!r} (--text_field); there are {names}")
+    return string_text(record[want.field], want)
 
 
-def line_text(line: bytes, form: Format) -> bytes | Bad:
-    return check(line.removesuffix(b"\n").removesuffix(b"\r"), form)
-
-
-def string_text(value, form: Format) -> bytes | Bad:
+def string_text(value, want: Wanted) -> bytes | Bad:
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
-        return Bad("damaged", f"field {form.field!r} is {kind}, expected text")
+        return Bad("damaged", f"field {want.field!r} is {kind}, expected text")
     try:
         value = value.removeprefix("\ufeff")  # a byte order mark is no text
         raw = value.encode()
     except UnicodeEncodeError:
         return Bad("not UTF-8", "half a surrogate pair, which UTF-8 cannot hold")
-    if len(raw) > form.max_bytes:
-        return too_long(form)
+    if len(raw) > want.max_bytes:
+        return too_long(want)
     return raw if value and not value.isspace() else Bad("empty", "no text")
 
 
-def check(raw: bytes, form: Format) -> bytes | Bad:
+def whole_text(raw: bytes, want: Wanted) -> bytes | Bad:
+    if len(raw) > want.max_bytes:  # the rest was not read
+        return too_long(want)
     try:
-        return string_text(raw.decode(), form)
+        return string_text(raw.decode(), want)
     except UnicodeDecodeError as e:
         return not_utf8(e)
 
@@ -355,29 +342,29 @@ def not_utf8(e: UnicodeDecodeError, where: str = "") -> Bad:
     return Bad("not UTF-8", f"not UTF-8 ({e.reason} at byte {e.start}{where})")
 
 
-def too_long(form: Format) -> Bad:
-    return Bad("over-long", f"longer than {form.max_bytes:,} bytes")
+def too_long(want: Wanted) -> Bad:
+    return Bad("over-long", f"longer than {want.max_bytes:,} bytes")
 
 
 # -------------------------------------------------------------- small jsonl files
 
 
-def read_jsonl(path: str, parse: Callable, skip_bad: bool | None = False, hint: str = "") -> list:
+def read_jsonl(path: str, parse: Callable, skip_bad: bool = False, hint: str = "") -> list:
     """parse(line) of each line of a jsonl file but blank ones. UserError for the first line that
-    `parse` refuses by a ValueError, or, with skip_bad, a printed count. skip_bad=None: the user has no
-    --skip_bad. `hint` is added to "no such file"."""
+    `parse` refuses by a ValueError, or, with skip_bad, a printed count. `hint` is added to "no such
+    file"."""
     found = []
     bad = 0
     refuse_stand_in(Path(path))
     try:
-        with open_stream(path, kind_of(path, "jsonl")[1])[0] as f:
+        with open_stream(path, codec_of(path))[0] as f:
             refuse_one_value(f, path)
             for number, line in enumerate(io.TextIOWrapper(f, encoding="utf-8-sig"), 1):
                 try:
                     found += [] if line.isspace() else [parse(line)]
                 except (ValueError, RecursionError) as e:
                     if not skip_bad:
-                        raise refused(f"{path}:{number}", e, skip_bad is False) from None
+                        raise refused(f"{path}:{number}", e) from None
                     bad += 1
     except FileNotFoundError:
         raise UserError(f"{path}: no such file{hint}") from None
@@ -390,10 +377,10 @@ def read_jsonl(path: str, parse: Callable, skip_bad: bool | None = False, hint: 
     return found
 
 
-def refused(place: str, e: Exception, may_skip: bool) -> UserError:
+def refused(place: str, e: Exception) -> UserError:
     """What is said about a line that cannot be used."""
     said = f"not JSON ({e})" if isinstance(e, (json.JSONDecodeError, RecursionError)) else e
-    return UserError(f"{place}: {said}; mend it" + (" or give --skip_bad" if may_skip else ""))
+    return UserError(f"{place}: {said}; mend it")
 
 
 def sizes(files: list[str]) -> list[dict]:

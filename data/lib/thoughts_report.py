@@ -1,63 +1,49 @@
-"""What an E-step tells people: a report of meta.json, and chunks with their thoughts.
+"""What an E-step tells people: lines for a terminal, and what report.py draws.
 
-shown.npz holds what only the E-step knows and data/lib/report.py draws:
+shown.npz holds what only the E-step knows:
 
-    chunks [m], sizes [m, K], ids      all thoughts of some chunks, end to end
-    docs [d], lengths [d, 2], log_p    documents in both forms, see as_trained: the
-                                       model's log-probability of each token but the first
+    chunks [m], sizes [m, K], ids    all thoughts of some chunks, end to end
+    docs [d], lengths [2 d], log_p   some documents in both forms (as_trained): the
+                                     model's log p of each token but the first
 """
 
-import math
 import zipfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 
-from data.lib.cli import LEAST, UserError
-from data.lib.corpus import (
-    POSTERIOR,
-    PRIOR,
-    RAW,
-    Corpus,
-    Thoughts,
-    hash_uniform,
-    layout,
-    open_thoughts,
-)
+from data.lib.cli import UserError
+from data.lib.corpus import POSTERIOR, PRIOR, RAW, Corpus, Thoughts, hash_uniform, layout, open_thoughts
 
 EXAMPLES = 50  # chunks of the first part that are written out in full
-# In shown.npz: chunks, about; documents, and their longest and all of them in tokens.
-CHUNKS, DOCUMENTS, LONGEST, ALL = 2000, 8, 1024, 4096
+CHUNKS, DOCUMENTS = 2000, 6  # in shown.npz; about so many chunks
+LONGEST = 512  # tokens of a document
 SHOWN = 7  # a first key of hash_uniform, as in data/lib/corpus.py
 
 
 def as_trained(corpus: Corpus, d: int, span, form: int):
-    """layout() of document d as training writes it, with all its thoughts in one form.
-
-    span(i): the thought of chunk i. Of a long document only the begin.
-    """
-    first, last = corpus.docs[d], corpus.docs[d + 1]
-    starts = corpus.chunks[first:last] - corpus.chunks[first]
-    numbers = range(first, first + int((starts < LONGEST).sum()))
-    chunks = [corpus.chunk(i)[:LONGEST] for i in numbers]
+    """layout() of a document in a form; span(i): the thought of chunk i."""
+    numbers = range(corpus.docs[d], corpus.docs[d + 1])
     spans = [span(i) for i in numbers]
     forms = [form if len(z) else RAW for z in spans]
-    return layout(corpus.tokenizer, chunks, spans, forms)
+    return layout(corpus.tokenizer, list(map(corpus.chunk, numbers)), spans, forms)
 
 
 def token_log_p(model, ids) -> np.ndarray:
     """log p(ids[t] | ids[:t]) for each t but the first, float32 [n_ids - 1]."""
     import torch  # here: data/lib/report.py does without
+    from torch.nn.functional import cross_entropy
 
     with torch.inference_mode():
         ids = torch.as_tensor(ids, device=model.embed_tokens.weight.device)
         found = []
         blocks = model(ids[None, :-1])[0].split(256), ids[1:].split(256)
         for hidden, targets in zip(*blocks):
-            log_p = model.logits(hidden).float().log_softmax(dim=-1)  # [256, n_vocab]
-            found.append(log_p.gather(1, targets[:, None])[:, 0])
+            logits = model.logits(hidden).float()  # [256, n_vocab]
+            found.append(-cross_entropy(logits, targets, reduction="none"))
         return torch.cat(found).cpu().numpy()
 
 
@@ -68,32 +54,26 @@ def for_people(model, corpus: Corpus, numbers, got, weights, ess, is_first: bool
     depends on nothing but the corpus, so every round has the same.
     """
     kept = np.flatnonzero(hash_uniform(SHOWN, numbers) * corpus.n_chunks < CHUNKS)
-    thoughts = list(got.thoughts[kept].ravel())
-    sizes = np.array(list(map(len, thoughts)), dtype=np.int64)
-    picked = {}
-    for row, i in enumerate(numbers):
-        thought = got.chosen(row)
-        picked[int(i)] = () if thought is None else thought
+    thoughts = got.thoughts[kept]  # [m, K]
+    chosen = map(got.chosen, range(len(numbers)))
+    picked = {int(i): z for i, z in zip(numbers, chosen) if z is not None}
     docs = np.unique(corpus.doc_of(numbers))[: DOCUMENTS if is_first else 0]
-    nothing = np.zeros(0, dtype=np.int64)
-    longest, log_p = min(LONGEST, model.config.seq_len), [nothing]
+    longest, log_p = min(LONGEST, model.config.seq_len), []
     for d in docs:
-        if sum(map(len, log_p)) > ALL:
-            break
         for form in (PRIOR, POSTERIOR):
             ids, _ = as_trained(corpus, d, lambda i: picked.get(i, ()), form)
             log_p.append(token_log_p(model, ids[:longest]))
     shown = range(len(numbers))[: EXAMPLES if is_first else 0]
     examples = [describe(corpus, numbers[k], got, k, weights, ess) for k in shown]
-    lengths = np.array(list(map(len, log_p[1:])), dtype=np.int64)
+    nothing = np.zeros(0, dtype=np.int64)
     return {
         "examples": np.array(examples, dtype=str),
         "shown_chunks": numbers[kept],
-        "shown_sizes": sizes.reshape(got.thoughts[kept].shape),
-        "shown_ids": np.concatenate([nothing, *thoughts]),
-        "shown_docs": docs[: len(log_p) // 2],
-        "shown_lengths": lengths.reshape(-1, 2),
-        "shown_log_p": np.concatenate(log_p).astype(np.float32),
+        "shown_sizes": np.vectorize(len, otypes=[np.int64])(thoughts),
+        "shown_ids": np.concatenate([nothing, *thoughts.ravel()]),
+        "shown_docs": docs,
+        "shown_lengths": np.array(list(map(len, log_p)), dtype=np.int64),
+        "shown_log_p": np.concatenate([nothing, *log_p]).astype(np.float32),
     }
 
 
@@ -101,8 +81,8 @@ def write_for_people(folder: Path, arrays: dict) -> None:
     """examples.txt and shown.npz from what all parts have kept."""
     examples = "\n\n".join(arrays["examples"].tolist()) + "\n"
     (folder / "examples.txt").write_text(examples, encoding="utf-8")
-    names = [name for name in arrays if name.startswith("shown_")]
-    shown = {name.removeprefix("shown_"): arrays[name] for name in names}
+    names = "chunks sizes ids docs lengths log_p".split()
+    shown = {name: arrays[f"shown_{name}"] for name in names}
     np.savez_compressed(folder / "shown.npz", **shown)
 
 
@@ -110,87 +90,74 @@ def write_for_people(folder: Path, arrays: dict) -> None:
 DAMAGE = ValueError, EOFError, OSError, TypeError, IndexError, zipfile.BadZipFile, zlib.error
 
 
-class Round(NamedTuple):
-    """What a thoughts folder says of some chunks; an old one, or a teacher's, says less."""
-
-    name: str
-    thoughts: Thoughts
-    samples: dict  # {array of samples.npz: a row for each of the chunks}
-    row: dict  # {chunk: its row}
-    drawn: dict  # {chunk: its K thoughts}
-    log_p: dict  # {(document, form): log-probabilities of its tokens}
-
-
-def read_npz(path: Path, rows=slice(None)) -> dict:
-    """These rows of all arrays; {} if there is no file. UserError for a damaged one."""
+def read_npz(path: Path) -> dict:
+    """All arrays; {} if there is no file. UserError for a damaged one."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name][rows] for name in file.files}
+            return dict(file)
     except FileNotFoundError:
         return {}
     except DAMAGE as e:
         raise UserError(f"{path}: damaged ({e}); make the folder again") from None
 
 
-def read_rounds(corpus: Corpus, folders: list[Path]) -> list[Round]:
-    """The same chunks of all folders: those whose thoughts were kept, or any."""
-    kept = [read_npz(folder / "shown.npz") for folder in folders]
-    known = [set(k["chunks"].tolist()) for k in kept if k]
-    both = sorted(set.intersection(*known)) if known else []
-    numbers = np.array(both, dtype=np.int64)
-    if not len(numbers):
-        full = np.diff(corpus.chunks) > 0
-        able = np.flatnonzero(~corpus.questions & full)
-        some = np.random.default_rng(0).permutation(able)[:CHUNKS]
-        numbers = np.sort(some)
-    row = {int(i): n for n, i in enumerate(numbers)}
-    rounds = []
-    for folder, k in zip(folders, kept):
-        thoughts, drawn, log_p = open_thoughts(folder, corpus), {}, {}
-        if k:
-            each = pieces(k["ids"], k["sizes"].ravel())
-            n = k["sizes"].shape[1]
-            for j, i in enumerate(k["chunks"].tolist()):
-                drawn[i] = each[n * j : n * (j + 1)]
-            docs = k["docs"].tolist()
-            forms = [(d, form) for d in docs for form in (PRIOR, POSTERIOR)]
-            log_p = dict(zip(forms, pieces(k["log_p"], k["lengths"].ravel())))
-        by = Path(str(thoughts.meta.get("model", ""))).name
-        name = f"{folder.name}, by {by}" if by else folder.name
-        samples = read_npz(folder / "samples.npz", numbers)
-        rounds.append(Round(name, thoughts, samples, row, drawn, log_p))
-    return rounds
+class Round(NamedTuple):
+    """What a thoughts folder says of some chunks."""
+
+    thoughts: Thoughts
+    samples: dict  # {chunk: its row of all of samples.npz, and its thoughts}
+    log_p: dict  # {(document, form): log-probabilities of its tokens}
 
 
-def pieces(values: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
-    """values cut into pieces of these sizes."""
-    return np.split(values, np.cumsum(sizes)[:-1]) if len(sizes) else []
+def read_rounds(corpus: Corpus, folders: list[Path]) -> tuple[list[int], list[Round]]:
+    """(chunks to be shown of all folders, shuffled; the folders).
+
+    A teacher's folder has no shown.npz, just thoughts.
+    """
+    rounds, able = [], ~corpus.questions
+    for folder in folders:
+        thoughts, samples, log_p = open_thoughts(folder, corpus), {}, {}
+        here = np.diff(thoughts.chunks) > 0
+        if shown := read_npz(folder / "shown.npz"):
+            here = np.isin(np.arange(corpus.n_chunks), shown["chunks"])
+            arrays = read_npz(folder / "samples.npz")
+            each = iter(cut(shown["ids"], shown["sizes"]))
+            for i, sizes in zip(shown["chunks"].tolist(), shown["sizes"]):
+                samples[i] = {key: x[i] for key, x in arrays.items()}
+                samples[i]["thoughts"] = [next(each) for _ in sizes]
+            forms = [(d, form) for d in shown["docs"] for form in (PRIOR, POSTERIOR)]
+            log_p = dict(zip(forms, cut(shown["log_p"], shown["lengths"])))
+        able &= here
+        rounds.append(Round(thoughts, samples, log_p))
+    chunks = np.random.default_rng(0).permutation(np.flatnonzero(able))[:CHUNKS]
+    return chunks.tolist(), rounds
 
 
-def worth_a_look(rounds: list[Round], n: int) -> dict[str, list[int]]:
-    """n chunks of the rounds, each once: {why: chunks}. The heaviest thought's gain counts."""
-    order = np.random.default_rng(0).permutation(list(rounds[0].row)).tolist()
-    spans = {i: {r.thoughts.span(i).tobytes() for r in rounds} for i in order}
-    samples, gains = rounds[-1].samples, {}
-    if samples:
-        some = np.arange(len(order))
-        best = np.argmax(samples["log_w"], axis=1)
-        gain = samples["log_x"][some, best] - samples["log_none"]
-        gains = {i: gain[rounds[-1].row[i]] for i in order}
-    ended = (i for i in gains if math.isfinite(gains[i]))
-    ranked = sorted(ended, key=gains.get)
+def cut(values: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
+    """values in pieces of these sizes."""
+    return np.split(values, np.cumsum(sizes))[:-1]
+
+
+def worth_a_look(chunks: list[int], rounds: list[Round], n: int) -> dict:
+    """n of the chunks: {why: chunks}. The gain is the heaviest thought's."""
+    gains = {}
+    for i, s in rounds[-1].samples.items():
+        gains[i] = s["log_x"][s["log_w"].argmax()] - s["log_none"]
+    able = [i for i in chunks if np.isfinite(gains.get(i, np.nan))]
+    ranked = sorted(able, key=gains.get)
+    picks = {i: {r.thoughts.span(i).tobytes() for r in rounds} for i in chunks}
     wishes = {
-        "the pick changed between the rounds": [i for i in order if len(spans[i]) > 1],
-        "the largest gains of the last round": ranked[::-1],
-        "the smallest gains of the last round": ranked,
-        "at random": sorted(order, key=lambda i: spans[i] == {b""}),
+        "their pick changed": [i for i in chunks if len(picks[i]) > 1],
+        "largest gains of the last round": ranked[::-1],
+        "smallest gains of the last round": ranked,
+        "at random": chunks,
     }
     found, taken = {}, set()
-    for left, (why, wish) in zip((4, 3, 2, 1), wishes.items()):
-        mine = [i for i in wish if i not in taken][: (n - len(taken)) // left]
-        taken |= set(mine)
-        found |= {why: mine} if mine else {}
-    return found
+    for why, wish in wishes.items():
+        most = n - len(taken) if wish is chunks else n // 4
+        found[why] = [i for i in wish if i not in taken][:most]
+        taken |= set(found[why])
+    return {why: some for why, some in found.items() if some}
 
 
 def describe(corpus: Corpus, i: int, got, row: int, weights, ess) -> str:
@@ -199,67 +166,54 @@ def describe(corpus: Corpus, i: int, got, row: int, weights, ess) -> str:
     got: Samples (infer_thoughts.py) with the chunk in this row, as in weights
     [n, K] and ess [n].
     """
-    tok = corpus.tokenizer
     before = "".join(map(corpus.text, corpus.before(i, 1)))
-    text = corpus.text(i)
-    lines = [
-        f"chunk {i} | before: {before!r} | text: {text!r} | log p(x | c, no thought) "
-        f"{got.log_none[row]:.3f} | ess {ess[row]:.2f}"
-    ]
+    said = f"log p(x | c, no thought) {got.log_none[row]:.3f} | ess {ess[row]:.2f}"
+    lines = [f"chunk {i} | before: {before!r} | text: {corpus.text(i)!r} | {said}"]
     for k, thought in enumerate(got.thoughts[row]):
+        names = "log_q", "log_p", "log_w", "gain"
+        figures = (f"{name} {getattr(got, name)[row, k]:8.3f}" for name in names)
         mark = "->" if k == got.pick[row] else "  "
         cut = "" if got.finished[row, k] else " (cut off)"
-        lines.append(
-            f"  {mark} log_q {got.log_q[row, k]:8.3f} log_p {got.log_p[row, k]:8.3f} "
-            f"log_w {got.log_w[row, k]:8.3f} gain {got.gain[row, k]:7.3f} "
-            f"weight {weights[row, k]:.3f} | {tok.decode(thought, first=False)!r}{cut}"
-        )
+        text = corpus.tokenizer.decode(thought, first=False)
+        weight = f"weight {weights[row, k]:.3f}"
+        lines.append(f"  {mark} {' '.join(figures)} {weight} | {text!r}{cut}")
     return "\n".join(lines)
 
 
 def report(meta: dict) -> str:
     """meta.json in a few lines."""
-    least = meta["min_gain"] if meta["min_gain"] > LEAST else -math.inf
+    m = SimpleNamespace(**meta)
     lines = [
-        f"{meta['n_inferred']} chunks, {meta['samples']} thoughts each, "
-        f"{meta['sampled_tokens']:,} tokens; cut off {meta['cut_off']} "
-        f"({meta['cut_off_share']:.1%}), chunks with all cut off {meta['all_cut_off']}, "
-        f"picks dropped for a gain below {least:g} nats {meta['no_gain']}, "
-        f"empty picks {meta['empty_picks']}"
+        f"{m.n_inferred} chunks, {m.samples} thoughts each, {m.sampled_tokens:,} tokens",
+        f"cut off {m.cut_off} ({m.cut_off_share:.1%}), chunks with all cut off "
+        f"{m.all_cut_off}, picks dropped for a gain below {m.min_gain:g} nats "
+        f"{m.no_gain}, empty picks {m.empty_picks}",
     ]
-    if meta["gain"] is None:
+    if m.gain is None:
         lines.append("no thought ended: raise --max_new, or train the model longer")
     else:
-        picked = "-" if meta["gain_picked"] is None else f"{meta['gain_picked']:.2f}"
+        picked = "-" if m.gain_picked is None else f"{m.gain_picked:.2f}"
         lines += [
-            f"ess {meta['ess']:.2f} of {meta['samples']}, entropy of weights "
-            f"{meta['weight_entropy']:.3f} nats; a uniform choice would change "
-            f"{meta['pick_not_uniform']:.1%} of the picks",
+            f"ess {m.ess:.2f} of {m.samples}, entropy of weights {m.weight_entropy:.3f}"
+            f" nats; a uniform choice changes {m.pick_not_uniform:.1%} of the picks",
             "gain of a thought, log p(x|c,z) - log p(x|c, no thought): "
-            f"{meta['gain']:.2f} nats, of the picked {picked}",
+            f"{m.gain:.2f} nats, of the picked {picked}",
         ]
-    lengths = [f"{size}: {n}" for size, n in meta["lengths"].items() if n]
-    per_chunk = meta["nll_bound_chunk"]
-    bounds = [f"K={k} {v:.4f} ({per_chunk[k]:.3f})" for k, v in meta["nll_bound"].items()]
-    bounds += [
-        f"{name} {meta[key]:.4f} ({meta[f'{key}_chunk']:.3f})"
-        for name, key in (("no thought", "nll_thoughtless"), ("no marker", "nll_alone"))
-    ]
-    checked = meta["checked"]
+    lengths = [f"{size}: {n}" for size, n in m.lengths.items() if n]
+    bounds = {f"K={k}": x for k, x in m.nll_bound.items()}
+    bounds |= {"no thought": m.nll_thoughtless, "no marker": m.nll_alone}
+    shown = [f"{name} {x:.4f}" for name, x in bounds.items()]
     lines += [
-        "tokens a thought: " + ", ".join(lengths),
-        "bound of -log p, nats a byte (a chunk): " + ", ".join(bounds),
-        f"checked against the slow function on {checked['chunks']} chunks: log_q within "
-        f"{checked['log_q']:.1e}, log_p within {checked['log_p']:.1e} nats a token; over a "
-        f"thought within {checked['log_q_sum']:.1e} and {checked['log_p_sum']:.1e} nats times "
-        "the root of its tokens",
+        f"tokens a thought: {', '.join(lengths)}",
+        f"bound of -log p, nats a byte: {', '.join(shown)}",
+        f"checked against the slow function on {m.checked['chunks']} chunks, within "
+        f"{max(m.checked['log_q'], m.checked['log_p']):.1e} nats a token",
     ]
     return "\n".join(lines)
 
 
 def show(folder, n: int) -> None:
     """Print the first n chunks of a thoughts folder with all their thoughts."""
+    text = (Path(folder) / "examples.txt").read_text(encoding="utf-8")
     if n:
-        text = (Path(folder) / "examples.txt").read_text(encoding="utf-8")
-        chunks = text.rstrip().split("\n\n")
-        print("\n" + "\n\n".join(chunks[:n]))
+        print("\n" + "\n\n".join(text.rstrip().split("\n\n")[:n]))

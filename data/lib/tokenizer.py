@@ -52,10 +52,6 @@ MARKERS = (
 BOS = "<|BOS|>"
 EOS = "<|EOS|>"
 
-# tiktoken's only special token. Texts are never searched for it: it stands between
-# texts that are encoded together, each of which is encoded alone.
-SEPARATOR = "<|never|>"
-
 # ----------------------------------------------------------------- patterns of words
 
 # Words with the space before them, single digits (arithmetic is learned digit by
@@ -213,7 +209,9 @@ class Tokenizer:
                 raise Refused("model.vocab", token, "stands for the same text as another token")
             ids[piece] = vocab[token]
         self.table = None
-        if not is_rising(ids):
+        # Those of single bytes are never compared.
+        merged = [i for piece, i in ids.items() if len(piece) > 1]
+        if merged != sorted(merged):  # the ids cannot be the ranks
             self.table = np.array(list(ids.values()), dtype=np.uint32)
             ids = {piece: rank for rank, piece in enumerate(ids)}
         self.encoding = tiktoken_of(self.pattern, ids)
@@ -282,19 +280,6 @@ class Tokenizer:
         meant = [j for i in ids.tolist() for j in self.stand_ins.get(i, (i,))]
         return np.array(meant, dtype=np.uint32)
 
-    def _encode_all(self, texts: list[str]) -> np.ndarray:
-        """The ids of prepared texts end to end, from one call: SEPARATOR keeps them apart."""
-        joined = SEPARATOR.join(texts)
-        if joined.count(SEPARATOR) < len(texts):
-            allowed = {"allowed_special": {SEPARATOR}, "disallowed_special": ()}
-            ids = self.encoding.encode_to_numpy(joined, **allowed)
-            ids = ids[ids != self.encoding.encode_single_token(SEPARATOR)]
-            if self.table is not None:
-                ids = self.table.take(ids)
-            if np.maximum.reduce(ids, initial=0) < self.n_vocab:
-                return ids
-        return np.concatenate([np.zeros(0, np.uint32), *map(self._encode, texts)])
-
     def encode_documents(self, documents: list[list[str]]) -> tuple[np.ndarray, np.ndarray, int]:
         """The ids of documents, each in pieces, end to end.
 
@@ -304,15 +289,16 @@ class Tokenizer:
         piece stand for its text. Llama 2 and SmolLM2 have no token beyond the end of a
         line or sentence; Llama 3 and Qwen have one for ".\\n".
         """
-        wholes, sizes = [], []
+        found = [np.zeros(0, np.uint32)]
+        sizes = []
         for pieces in documents:
             raws = []
             for piece in pieces:
                 prepare = self.normalize if any(raws) else self.prepare
                 raws.append(to_bytes(prepare(piece)))
-            wholes.append(b"".join(raws).decode())
+            found.append(self._encode(b"".join(raws).decode()))
             sizes += [len(raw.translate(None, self.lacking)) for raw in raws]
-        ids = self._encode_all(wholes)
+        ids = np.concatenate(found)
         ends = np.cumsum(sizes, dtype=np.int64)  # in bytes; those of tokens are in `bounds`
         bounds = np.append(0, np.cumsum(self.sizes.take(ids)))
         at = np.searchsorted(bounds, ends)
@@ -542,10 +528,8 @@ def read_split(spec: dict) -> str:
     kinds = [step.get("type") for step in steps]
     if kinds == ["ByteLevel"] and gpt2:
         return GPT2_WORDS
-    if kinds == ["Digits", "ByteLevel"] and gpt2:
-        one_by_one = steps[0].get("individual_digits")
-        digits = rf"[\p{{N}}{NEW_DIGITS}]|" if one_by_one else rf"\p{{N}}+|[{NEW_DIGITS}]+|"
-        return digits + BETWEEN_DIGITS
+    if kinds == ["Digits", "ByteLevel"] and gpt2 and steps[0].get("individual_digits"):
+        return rf"[\p{{N}}{NEW_DIGITS}]|{BETWEEN_DIGITS}"
     split = steps[0]
     isolated = split.get("behavior") == "Isolated" and not split.get("invert")
     if kinds != ["Split", "ByteLevel"] or gpt2 or not isolated:
@@ -666,15 +650,9 @@ def last_merge(token: str, rank: dict[str, int]) -> tuple[str, str] | None:
     return tuple(parts)
 
 
-def is_rising(ids: dict[bytes, int]) -> bool:
-    """Whether ids can be the ranks. Those of single bytes are never compared."""
-    merged = [i for piece, i in ids.items() if len(piece) > 1]
-    return merged == sorted(merged)
-
-
 def tiktoken_of(pattern: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
-    # Without any special token, encode_to_numpy is slow.
-    special = {SEPARATOR: 1 + max(ranks.values())}
+    # Without any special token, encode_to_numpy is slow. Texts are never searched for it.
+    special = {"<|never|>": 1 + max(ranks.values())}
     return tiktoken.Encoding("latent", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
