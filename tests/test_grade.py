@@ -378,6 +378,7 @@ HOSTILE = [
     "\\begin{cases}1&x>1" + "\\\\1&x>1" * 100 + "\\end{cases}",
     "\\begin{vmatrix}" + "\\\\".join(["&".join(["9" * 300] * 5)] * 5) + "\\end{vmatrix}",
     "twenty " * 500, "The answer is 4 " + " a" * 1900 + "(", "<think>" * 30000,
+    ", not 1" * 20000, "they are " + "1, " * 1500 + "2", "1" * 99999 + " is not", "\\boxed{1" * 9000,
 ]  # fmt: skip
 
 

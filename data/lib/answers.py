@@ -32,7 +32,7 @@ LETTER = re.compile(r"\s*(\(?[A-J][).]?)\.?[ \t]*\n|\s*\(?A[).](?s:.{1,999})\n\s
 BOX = re.compile(r"\\?\bboxed(?=\s*\{)|\\(?:boxed|f(?:rame)?box)(?![a-zA-Z])")
 # A number that is said not to be the answer, or of which the answer is a part.
 DENIED = re.compile(
-    r"(?i)(?:,?\s+(?:rather than|instead of|(?:and |is |can)?not)|n't)(?: be)?"
+    r"(?i)(?:,?\s{1,3}(?:rather than|instead of|(?:and |is |can)?not)|n't)(?: be)?"
     r" \$?-?\d[\d.,]*\b\$?(?! \w)(?!.{0,40}\bbut\b)"
     r"|(?<![\d.,])-?\d[\d.,]{0,20}\$? is (?:not (?:a|the|right|correct)\b|wrong|incorrect)"
     r"|(?<=\d) of the \d+\b|(?<=[a-z]) out of (?:the )?\d+\b"
