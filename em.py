@@ -66,40 +66,68 @@ from data.lib.corpus import open_corpus
 from data.lib.pictures import align, compare_cells, plot, table_cells, test_cells
 from data.lib.presets import EM_PRESETS
 from data.lib.report import write_report
-from data.lib.results import comparisons, in_order, likelihood_gaps, make_row, note_run, summarise
+from data.lib.results import (
+    comparisons,
+    in_order,
+    likelihood_gaps,
+    make_row,
+    note_run,
+    summarise,
+)
 from data.lib.side_by_side import run_methods
 from data.lib.stages import Stages, count_devices, only_run, peak_memory
 
 
 @dataclass(kw_only=True)
 class Settings:
-    preset: Literal[tuple(EM_PRESETS)] = opt("toy", "defaults for a corpus and its recipe")
+    preset: Literal[tuple(EM_PRESETS)] = opt(
+        "toy", "defaults for a corpus and its recipe"
+    )
     # the data and the loop
-    corpus: str = opt("", "folder with warm, warm_thoughts, raw and heldout; none: makes digits")
-    out_dir: str = opt("", "where everything goes; none: out/CORPUS, or out/CORPUS-compare")
-    report: str = opt("", "an old run's folder: make its report.html anew, and nothing else")
-    base: str = opt("", "model folder that all models start from; none: M-steps start from M0")
-    m_steps_from: Literal["base", "M0"] = opt("base", "with --base: where M-steps start")
+    corpus: str = opt(
+        "", "folder with warm, warm_thoughts, raw and heldout; none: makes digits"
+    )
+    out_dir: str = opt(
+        "", "where everything goes; none: out/CORPUS, or out/CORPUS-compare"
+    )
+    report: str = opt(
+        "", "an old run's folder: make its report.html anew, and nothing else"
+    )
+    base: str = opt(
+        "", "model folder that all models start from; none: M-steps start from M0"
+    )
+    m_steps_from: Literal["base", "M0"] = opt(
+        "base", "with --base: where M-steps start"
+    )
     iterations: int = opt(3, "EM iterations", low=1)
     samples: int = opt(4, "thoughts sampled a chunk in the E-step (K)", low=1)
     max_new: int = opt(64, "longest thought in tokens", low=1)
     # what is compared
     controls: bool = opt(False, "run the controls, too")
     only: str = opt("", "with --controls: just these, with commas between; none: all")
-    compare: bool = opt(False, "no loop: a model for each method of data/methods.py and seed")
+    compare: bool = opt(
+        False, "no loop: a model for each method of data/methods.py and seed"
+    )
     tokens: int = opt(1_000_000, "with --compare: training tokens of each model", low=1)
     benchmark: str = opt("", "a benchmark of eval_math.py for each model, too")
     seed: int = opt(0, "seed of every stage", low=0)
     seeds: int = opt(1, "runs, with --seed and the numbers behind it", low=1)
     # more flags for the stages
     train: str = opt("", 'for every train.py, as in --train="--n_layer=6 --lr=1e-3"')
-    warm_train: str = opt("", "for the warm start, which win over --train's; none: TOY_WARM for made digits")
+    warm_train: str = opt(
+        "",
+        "for the warm start, which win over --train's; none: TOY_WARM for made digits",
+    )
     infer: str = opt("", "for every infer_thoughts.py")
     eval: str = opt("", "for every eval_math.py on the held-out documents")
     benchmark_eval: str = opt("", "for every eval_math.py on the benchmark")
     # how it is run
-    jobs: int = opt(0, "stages side by side; 0: one a core for digits on a CPU, else 1", low=0)
-    devices: int = opt(0, "devices of a stage, by torchrun; 0: all GPUs there are, or 1", low=0)
+    jobs: int = opt(
+        0, "stages side by side; 0: one a core for digits on a CPU, else 1", low=0
+    )
+    devices: int = opt(
+        0, "devices of a stage, by torchrun; 0: all GPUs there are, or 1", low=0
+    )
     device: str = opt("", "cpu, cuda, mps; none: the best there is")
 
 
@@ -148,7 +176,9 @@ class Seed:
         """
         folder = self.folder / name
         flags = flags | {"out_dir": folder, "seed": self.seed, "device": self.s.device}
-        self.stages.run(f"seed {self.seed} {name}", script, folder, last, flags, more, order)
+        self.stages.run(
+            f"seed {self.seed} {name}", script, folder, last, flags, more, order
+        )
         return folder
 
     def train(self, name: str, corpus: str, thoughts="", more="", order=0) -> Path:
@@ -167,7 +197,9 @@ class Seed:
         if corpus == "warm":
             toy = not (s.warm_train or s.corpus or s.base)
             given = f"{TOY_WARM} {s.train}" if toy else f"{s.train} {s.warm_train}"
-        return self.stage(name, "train.py", "config.json", flags, f"{given} {more}", order)
+        return self.stage(
+            name, "train.py", "config.json", flags, f"{given} {more}", order
+        )
 
     def infer(self, t: int, arm: str, model: Path, order: int) -> Path:
         """The E-step of iteration t.
@@ -187,7 +219,9 @@ class Seed:
         self, name: str, mode: str, spent: float, e_step: Path | None, order: int
     ) -> None:
         """Evaluate a model beside whatever runs, and keep its row. spent: see spent_on."""
-        evaluation = self.pool.submit(self.evaluate_now, name, mode, spent, e_step, order + 1)
+        evaluation = self.pool.submit(
+            self.evaluate_now, name, mode, spent, e_step, order + 1
+        )
         self.evals.append(evaluation)
 
     def evaluate_now(
@@ -196,7 +230,12 @@ class Seed:
         s, model = self.s, self.folder / name
         script, last = "eval_math.py", "results.json"
         asked = {"model": model, "mode": mode}
-        flags = {"corpus": self.data / "heldout", "k": 1, "temperature": 1.0, "top_p": 1.0}
+        flags = {
+            "corpus": self.data / "heldout",
+            "k": 1,
+            "temperature": 1.0,
+            "top_p": 1.0,
+        }
         # For raw models, too: it decides which chunks have room for a thought.
         flags["max_new"] = s.max_new
         if mode == "latent":
@@ -276,7 +315,11 @@ class Seed:
         }
         if not truth.exists():
             chains.pop("gold")
-        return [submit(self.single, n, *how) for n, how in chains.items() if wanted(self.s, n)]
+        return [
+            submit(self.single, n, *how)
+            for n, how in chains.items()
+            if wanted(self.s, n)
+        ]
 
 
 def wanted(s: Settings, control: str) -> bool:
@@ -318,7 +361,9 @@ def run_seeds(s: Settings, out_dir: Path, stages: Stages) -> list[dict]:
     with ThreadPoolExecutor(32 * s.seeds + 32) as pool:
         try:
             numbers = range(s.seed, s.seed + s.seeds)
-            seeds = [pool.submit(Seed, s, seed, out_dir, stages, pool) for seed in numbers]
+            seeds = [
+                pool.submit(Seed, s, seed, out_dir, stages, pool) for seed in numbers
+            ]
             seeds = [seed.result() for seed in seeds]
             for done in [pool.submit(seed.run) for seed in seeds]:
                 done.result()
@@ -395,7 +440,9 @@ def written(rows: list[dict], s: Settings, path: Path, picture: str) -> str:
 def check_settings(s: Settings) -> None:
     """UserError for a flag that does nothing beside the others."""
     if s.report and s != Settings(report=s.report):
-        raise UserError("--report: makes a page of an old run; leave out the other settings")
+        raise UserError(
+            "--report: makes a page of an old run; leave out the other settings"
+        )
     of_loop = "iterations samples infer controls benchmark base warm_train jobs".split()
     for flag in of_loop if s.compare else ["tokens"]:
         if getattr(s, flag) != getattr(Settings, flag):
@@ -403,7 +450,9 @@ def check_settings(s: Settings) -> None:
             raise UserError(f"--{flag}: does nothing {how} --compare; leave it out")
     for control in filter(None, s.only.split(",")):
         if control not in CONTROLS or not s.controls:
-            raise UserError(f"--only={control}: with --controls, expected {', '.join(CONTROLS)}")
+            raise UserError(
+                f"--only={control}: with --controls, expected {', '.join(CONTROLS)}"
+            )
 
 
 def main(s: Settings) -> None:

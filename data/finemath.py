@@ -46,13 +46,19 @@ SPEED = 12e6  # bytes of text a second and worker (tests/README.md)
 
 @dataclass(kw_only=True)
 class Settings:
-    tokenizer: str = opt(help="tokenizer.json of the model to be trained, or its folder")
+    tokenizer: str = opt(
+        help="tokenizer.json of the model to be trained, or its folder"
+    )
     out_dir: str = opt(help="where the corpus folders go")
     files: str = opt("", "files or quoted patterns, commas between; none: fetch them")
     limit: int = opt(0, "only the first so many files; 0: all", low=0)
-    decontaminate: str = opt("auto", "benchmark files, commas between; auto: those in data/benchmarks; none")
+    decontaminate: str = opt(
+        "auto", "benchmark files, commas between; auto: those in data/benchmarks; none"
+    )
     dedup: bool = opt(True, "keep one of several documents with the same text")
-    skip_bad: bool = opt(False, "leave out and count damaged rows and the rest of damaged files")
+    skip_bad: bool = opt(
+        False, "leave out and count damaged rows and the rest of damaged files"
+    )
     seed: int = opt(0, "another seed, another order and other chunks")
     workers: int = opt(0, "processes; 0: one for each core", low=0)
     dry_run: bool = opt(False, "print the plan and end")
@@ -67,7 +73,11 @@ def fetch(folder: Path, names: list[str]) -> None:
     progress = Progress("fetch", len(names), "files")
     for number, name in enumerate(names, 1):
         if not (folder / name).exists():
-            from_hub(REPO, INSTEAD, lambda hub, name=name: hub.hf_hub_download(REPO, name, **how))
+            from_hub(
+                REPO,
+                INSTEAD,
+                lambda hub, name=name: hub.hf_hub_download(REPO, name, **how),
+            )
         progress.update(number)
 
 
@@ -85,7 +95,9 @@ def show_plan(s: Settings, build: text.Settings) -> None:
     total = left + sum(there)
     share = total / ON_DISK
     n = round(share * DOCUMENTS)
-    corpora = share * TOKENS * token_dtype(text.tokenizer_of(s.tokenizer).n_vocab).itemsize
+    corpora = (
+        share * TOKENS * token_dtype(text.tokenizer_of(s.tokenizer).n_vocab).itemsize
+    )
     workers = text.n_workers(s.workers)
     out = Path(s.out_dir).absolute()
     free = shutil.disk_usage(next(path for path in out.parents if path.exists())).free
@@ -117,7 +129,9 @@ def known_benchmarks() -> str:
 
 def main(s: Settings) -> None:
     folder = Path(s.out_dir.rstrip("/") + ".files")
-    against = {"auto": known_benchmarks(), "none": ""}.get(s.decontaminate, s.decontaminate)
+    against = {"auto": known_benchmarks(), "none": ""}.get(
+        s.decontaminate, s.decontaminate
+    )
     # What is wrong is said now rather than after the download.
     text.tokenizer_of(s.tokenizer)
     text.finder_of(against)

@@ -34,11 +34,15 @@ BLOCK = 1 << 22  # tokens that are checked at once
 
 @dataclass(kw_only=True)
 class Settings:
-    folders: list = opt(help="a corpus folder, and, if wanted, a thoughts folder for it; several with --html")
+    folders: list = opt(
+        help="a corpus folder, and, if wanted, a thoughts folder for it; several with --html"
+    )
     n: int = opt(3, "random documents to show", low=0)
     seed: int = opt(0, "which ones")
     check: bool = opt(False, "verify hashes, offsets and ids instead")
-    html: str = opt("", "write a page of chunks and their thoughts into this file instead")
+    html: str = opt(
+        "", "write a page of chunks and their thoughts into this file instead"
+    )
 
 
 # -------------------- showing
@@ -162,7 +166,9 @@ def check_spans(part: Corpus | Thoughts, counts: dict, never: list[int]) -> None
     meta, folder, tokens = part.meta, part.folder, part.tokens
     for name, n in (counts | {"n_tokens": len(tokens)}).items():
         said = meta.get(name, n)
-        expect(said == n, folder / "meta.json", f"{name} {said}, but the files hold {n}")
+        expect(
+            said == n, folder / "meta.json", f"{name} {said}, but the files hold {n}"
+        )
     digest = hashlib.sha256()
     path = folder / "tokens.bin"
     for start in range(0, len(tokens), BLOCK):
@@ -175,7 +181,9 @@ def check_spans(part: Corpus | Thoughts, counts: dict, never: list[int]) -> None
         expect(not bad.any(), path, f"token {start + at} is {block[at]}, {what}")
     digest.update(np.asarray(part.chunks, dtype=np.int64).tobytes())
     same = meta.get("sha256", digest.hexdigest()) == digest.hexdigest()
-    expect(same, path, "its bytes, or those of chunks.npy, do not have meta.json's hash")
+    expect(
+        same, path, "its bytes, or those of chunks.npy, do not have meta.json's hash"
+    )
 
 
 def first(which: np.ndarray) -> int:
@@ -215,7 +223,9 @@ def main(s: Settings) -> None:
         folders = [Path(folder) for folder in s.folders[1:]]
         if not folders:
             raise UserError("--html: shows thoughts; name CORPUS THOUGHTS")
-        write_page(Path(s.html), f"{corpus.folder.name}: chunks and thoughts", corpus, folders)
+        write_page(
+            Path(s.html), f"{corpus.folder.name}: chunks and thoughts", corpus, folders
+        )
         return print(s.html)
     if s.check:
         check(corpus, thoughts)

@@ -45,7 +45,10 @@ def panels(last: str, k: int) -> list[Panel]:
     """What is drawn of a loop; last: its last model; k: thoughts a chunk."""
     controls = "warm_flops", f"uniform/{last}", "gold", "raw_flops"
     found = []
-    for key, how in (("accuracy", "greedy"), ("accuracy_sampled", "temperature 1")):
+    for key, how in (
+        ("accuracy", "greedy"),
+        ("accuracy_sampled", "temperature 1"),
+    ):
         levels = dict.fromkeys(controls, key)
         found.append(Panel(f"held-out accuracy, {how}", (key,), levels, 1.02))
     nats = "nll_thoughtless_document", "bound_1", "bound_4", "bound_16"
@@ -59,7 +62,9 @@ def panels(last: str, k: int) -> list[Panel]:
     ]
 
 
-def numbers(panel: Panel, rows: list[dict], names: list[str]) -> tuple[dict, dict]:
+def numbers(
+    panel: Panel, rows: list[dict], names: list[str]
+) -> tuple[dict, dict]:
     """({look: a curve}, {look: a level}), without what no row has.
 
     A curve: ([(iteration, value)] of each seed, [(iteration, mean, deviation)]).
@@ -88,10 +93,14 @@ def spread(mean: float, deviation: float | None) -> str:
 
 def table_cells(rows: list[dict]) -> list[list[str]]:
     """The means over seeds, ± the deviation between them, under a header."""
-    columns = {t: key for t, key in COLUMNS.items() if any(key in r for r in rows)}
+    columns = {
+        t: key for t, key in COLUMNS.items() if any(key in r for r in rows)
+    }
     lines = [["", *columns, "TFLOP", "seconds"]]
     for r in rows:
-        cells = [spread(*r[key]) if key in r else "-" for key in columns.values()]
+        cells = [
+            spread(*r[key]) if key in r else "-" for key in columns.values()
+        ]
         cells += [f"{r['flops'][0] / 1e12:.2f}", f"{r['seconds'][0]:.0f}"]
         lines.append([r["name"], *cells])
     return lines
@@ -99,19 +108,30 @@ def table_cells(rows: list[dict]) -> list[list[str]]:
 
 def test_cells(tests: list[dict], gaps: list[dict]) -> list[list[str]]:
     """The comparisons under a header; nothing where nothing was compared."""
-    lines = [["paired", "", "difference ± standard error", "above 0", "p (sign flips)"]]
+    titles = {figure: title for title, figure in COLUMNS.items()}
+    lines = [
+        [
+            "paired",
+            "",
+            "difference ± standard error",
+            "above 0",
+            "p (sign flips)",
+        ]
+    ]
     for t in [*(t for t in tests if t["n"] > 1), *gaps]:
         error = "" if t["se"] is None else f" ±{t['se']:.3f}"
         above = f"{t['above']} of {t['n']} {t.get('of', 'seeds')}"
         cells = f"{t['difference']:+.3f}{error}", above, f"{t['p']:.4f}"
-        figure = t.get("figure", "nats a document")
+        figure = titles.get(t.get("figure"), "nats a document")
         lines.append([f"{t['a']} - {t['b']}", figure, *cells])
     return lines if lines[1:] else []
 
 
 def compare_cells(rows: list[dict]) -> list[list[str]]:
     """The comparison of methods."""
-    titles = "accuracy, of each seed, cut off, documents, passes, tokens, evaluated"
+    titles = (
+        "accuracy, of each seed, cut off, documents, passes, tokens, evaluated"
+    )
     lines = [["", *titles.split(", ")]]
     for r in rows:
         how = [r["heldout"], *(f"{k} {v}" for k, v in r["evaluation"].items())]
@@ -153,7 +173,9 @@ def plot_compare(figure, rows: list[dict], s) -> None:
     axis.bar_label(bars, fmt="%.2f", padding=6)
     for i, r in enumerate(rows):
         axis.plot([i] * len(r["accuracies"]), r["accuracies"], "k.")
-    title = f"held-out accuracy after {s.tokens:,} tokens, {s.seeds} seeds (dots)"
+    title = (
+        f"held-out accuracy after {s.tokens:,} tokens, {s.seeds} seeds (dots)"
+    )
     axis.set(title=title, ylim=(0, 1.1))
     axis.grid(axis="y", alpha=0.3)
 
@@ -169,7 +191,9 @@ def plot_loop(figure, rows: list[dict], s) -> None:
             for line in lines:
                 axis.plot(*zip(*line), color=color, alpha=0.25, linewidth=0.8)
             x, y, _ = zip(*means)
-            axis.plot(x, y, style, color=color, marker="o", linewidth=2, label=label)
+            axis.plot(
+                x, y, style, color=color, marker="o", linewidth=2, label=label
+            )
         for look, height in levels.items():
             label, color, style = LOOKS[look]
             axis.axhline(height, color=color, linestyle=style, label=label)
@@ -190,7 +214,9 @@ def svg_panel(panel: Panel, rows: list[dict], names: list[str]) -> str:
     curves, levels = numbers(panel, rows, names)
     if not curves:
         return ""
-    heights = [v for lines, _ in curves.values() for line in lines for _, v in line]
+    heights = [
+        v for lines, _ in curves.values() for line in lines for _, v in line
+    ]
     top = panel.top or 1.02 * math.ceil(max(1, *heights, *levels.values()))
 
     def at(t, v):  # the place of a value of iteration t
@@ -210,7 +236,9 @@ def svg_panel(panel: Panel, rows: list[dict], names: list[str]) -> str:
         parts.append(hover(f"{LOOKS[look][0]}: {v:.3f}", level(look, v)))
     for look, (lines, means) in curves.items():
         for line in lines:
-            parts.append(svg_line(f"{look} thin", *(at(*point) for point in line)))
+            parts.append(
+                svg_line(f"{look} thin", *(at(*point) for point in line))
+            )
         parts.append(svg_line(look, *(at(t, mean) for t, mean, _ in means)))
         for t, mean, deviation in means:
             (x, y), d = at(t, mean), deviation or 0
@@ -240,7 +268,9 @@ def svg_figure(title: str, height: int, parts: list[str], looks=()) -> str:
         line = svg_line(look, (0, 5), (30, 5))
         keys += f'<span><svg viewBox="0 0 30 10">{line}</svg> {LOOKS[look][0]}</span>'
     svg = f'<svg viewBox="0 0 380 {height}">{"".join(parts)}</svg>'
-    return f"<figure><h4>{title}</h4>{svg}<figcaption>{keys}</figcaption></figure>"
+    return (
+        f"<figure><h4>{title}</h4>{svg}<figcaption>{keys}</figcaption></figure>"
+    )
 
 
 def svg_line(kind: str, *points: tuple[float, float]) -> str:

@@ -16,10 +16,24 @@ import numpy as np
 
 from data.lib.cli import read_json, replacing
 from data.lib.corpus import POSTERIOR, PRIOR, Corpus, open_corpus, open_thoughts
-from data.lib.pictures import LOOKS, compare_cells, panels, svg_bars, svg_panel, table_cells, test_cells
+from data.lib.pictures import (
+    LOOKS,
+    compare_cells,
+    panels,
+    svg_bars,
+    svg_panel,
+    table_cells,
+    test_cells,
+)
 from data.lib.results import stage_notes
 from data.lib.sources import read_jsonl
-from data.lib.thoughts_report import LONGEST, Round, as_trained, read_rounds, worth_a_look
+from data.lib.thoughts_report import (
+    LONGEST,
+    Round,
+    as_trained,
+    read_rounds,
+    worth_a_look,
+)
 
 MOST = 1_000_000  # bytes of a page
 CHUNKS = 30, 15, 5, 1  # the first that fits, of 50 n characters a text
@@ -198,7 +212,10 @@ def one_round(tok, r: Round, true, i: int, most: int) -> str:
 def sequence(corpus: Corpus, rounds: list[Round], d: int, most: int) -> str:
     """Part 3: document d in both forms."""
     text = ABOUT_SEQUENCE.format(d)
-    forms = {PRIOR: "Prior: think, then write", POSTERIOR: "Posterior: read, recover"}
+    forms = {
+        PRIOR: "Prior: think, then write",
+        POSTERIOR: "Posterior: read, recover",
+    }
     for form, title in forms.items():
         contents = (in_tokens(corpus, r, d, form, most) for r in rounds)
         text += f"<h3>{title}</h3>{in_rounds(contents)}"
@@ -245,7 +262,9 @@ def what_ran(out_dir: Path, folder: Path, config: dict) -> str:
     return text
 
 
-def write_page(path: Path, title: str, corpus, folders, first=(), last=()) -> None:
+def write_page(
+    path: Path, title: str, corpus, folders, first=(), last=()
+) -> None:
     """Parts 2 and 3 between `first` and `last`, as much as a page holds."""
     for n in CHUNKS:
         parts = dict(first)
@@ -265,26 +284,37 @@ def thoughts_parts(corpus: Corpus, folders, n: int, most: int) -> dict:
     truth = open_thoughts(known, corpus) if known.exists() else None
     for why, some in worth_a_look(chunks, rounds, n).items():
         cards = "".join(card(corpus, rounds, truth, i, most) for i in some)
-        text += f'<h3>{len(some)} chunks: {why}</h3><div class="many">{cards}</div>'
+        text += (
+            f'<h3>{len(some)} chunks: {why}</h3><div class="many">{cards}</div>'
+        )
     # The one with the longest thoughts, of those with shades if any.
     begins = rounds[-1].thoughts.chunks[corpus.docs]
-    able = {d for d, _ in rounds[-1].log_p} or {corpus.doc_of(i) for i in chunks}
+    able = {d for d, _ in rounds[-1].log_p} or {
+        corpus.doc_of(i) for i in chunks
+    }
     d = max(sorted(able), key=np.diff(begins).item, default=0)
     tokens = sequence(corpus, rounds, d, min(most, LONGEST))
-    return {"thoughts": ("Thoughts", text), "sequence": ("One sequence", tokens)}
+    return {
+        "thoughts": ("Thoughts", text),
+        "sequence": ("One sequence", tokens),
+    }
 
 
 def write_report(out_dir: Path) -> Path:
     """RUN/report.html; UserError where it is no run of em.py's."""
     compare = (out_dir / "compare.json").exists()
-    results = read_json(out_dir / ("compare.json" if compare else "results.json"))
+    results = read_json(
+        out_dir / ("compare.json" if compare else "results.json")
+    )
     config, folder, corpus, e_steps = results["config"], out_dir, None, []
     if not compare:
         folder = out_dir / f"seed{config['seed']}"
         corpus = open_corpus(Path(config["corpus"] or folder / "data") / "raw")
         e_steps = [folder / f"E{t}" for t in range(1, config["iterations"] + 1)]
     first = {"result": ("Result", result(results))}
-    last = {"ran": (f"What ran: {folder.name}", what_ran(out_dir, folder, config))}
+    last = {
+        "ran": (f"What ran: {folder.name}", what_ran(out_dir, folder, config))
+    }
     title = f"Latent thoughts: {out_dir.resolve().name}"
     path = out_dir / "report.html"
     write_page(path, title, corpus, e_steps, first, last)

@@ -65,11 +65,16 @@ def figures_of_thoughts(e_step: Path, data: Path) -> dict:
     """
     meta = read_json(e_step / "meta.json")
     keys = "ess cut_off all_cut_off nll_bound sampled_tokens computed_tokens".split()
-    figures = {key: meta[key] for key in keys} | read_json(e_step / "timing.json")
+    figures = {key: meta[key] for key in keys} | read_json(
+        e_step / "timing.json"
+    )
     truth = data / "raw_truth"
     if truth.exists():
         corpus = open_corpus(data / "raw")
-        picked, true = open_thoughts(e_step, corpus), open_thoughts(truth, corpus)
+        picked, true = (
+            open_thoughts(e_step, corpus),
+            open_thoughts(truth, corpus),
+        )
         numbers = [i for i in range(corpus.n_chunks) if len(true.span(i))]
         kept = [i for i in numbers if len(picked.span(i))]
         right = [np.array_equal(picked.span(i), true.span(i)) for i in kept]
@@ -104,7 +109,9 @@ def summarise(rows: list[dict]) -> list[dict]:
         for key in FIGURES:
             values = [v for row in mine if (v := value(row, key)) is not None]
             if values:
-                deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+                deviation = (
+                    float(np.std(values, ddof=1)) if len(values) > 1 else None
+                )
                 summary[key] = float(np.mean(values)), deviation
         summaries.append(summary)
     return summaries
@@ -141,10 +148,16 @@ def stage_notes(folder: Path) -> list[tuple[str, dict, str]]:
             file = stage / f"{name}.json"
             said |= read_json(file) if file.exists() else {}
         known = said.keys() - settings.keys()
-        counts = {k: x for k, x in said.items() if type(x) is int and k in known}
+        counts = {
+            k: x for k, x in said.items() if type(x) is int and k in known
+        }
         counts["seconds"] = round(said.get("seconds", 0))
-        script = next(scripts[file] for file in scripts if (stage / file).exists())
-        flags = {"out_dir": stage} | {k: x for k, x in settings.items() if x != ""}
+        script = next(
+            scripts[file] for file in scripts if (stage / file).exists()
+        )
+        flags = {"out_dir": stage} | {
+            k: x for k, x in settings.items() if x != ""
+        }
         words = (f"--{k}={x}" for k, x in flags.items())
         command = shlex.join(["python", script, *words])
         notes.append((str(stage.relative_to(folder)), counts, command))
@@ -159,7 +172,9 @@ def sign_flip(differences) -> float:
     d, rng = np.asarray(differences, dtype=float), np.random.default_rng(0)
     n, least = len(d), abs(d.sum()) - 1e-9
     if n <= 16:
-        signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)  # [2^n, n]
+        signs = 1 - 2 * (
+            np.arange(2**n)[:, None] >> np.arange(n) & 1
+        )  # [2^n, n]
         return float((np.abs(signs @ d) >= least).mean())
     hits = 1  # the signs that were seen are themselves one of the flips
     for _ in range(64):
@@ -184,7 +199,12 @@ def pairs_of(last: str, arms) -> list[tuple[str, str]]:
     """The rows that are compared, (a, b) for a - b. last: the last M-step's."""
     models = [f"M{t}" for t in range(int(last[1:]) + 1)]
     pairs = [*zip(models[1:], models)]
-    pairs += [(last, "M0"), ("warm_x4", "M0"), (last, "warm_flops"), (last, "warm_x4")]
+    pairs += [
+        (last, "M0"),
+        ("warm_x4", "M0"),
+        (last, "warm_flops"),
+        (last, "warm_x4"),
+    ]
     pairs += [(last, f"{arm}/{last}") for arm in arms]
     pairs += [("M1", f"{arm}/M1") for arm in arms if arm.startswith("samples")]
     return list(dict.fromkeys(pairs))
@@ -221,13 +241,21 @@ def likelihood_gaps(rows: list[dict], last: str) -> list[dict]:
     gaps = []
     for other in (last, "raw_tokens", "raw_flops"):
         key = "thoughtless" if other == last else "nll"
-        seeds = [seed for name, seed in nats if name == last and (other, seed) in nats]
+        seeds = [
+            seed
+            for name, seed in nats
+            if name == last and (other, seed) in nats
+        ]
         pairs = [(nats[last, seed], nats[other, seed]) for seed in seeds]
         if any(not np.array_equal(a["doc"], b["doc"]) for a, b in pairs):
             both = "give both the same --max_new and --bound_docs"
-            raise UserError(f"{last} and {other} scored other documents; {both}")
+            raise UserError(
+                f"{last} and {other} scored other documents; {both}"
+            )
         d = [a["bound_16"] - b[key] for a, b in pairs]
         of = "seeds" if len(d) > 1 else "documents"
         pair = {"a": f"{last} IWAE-16", "b": f"{other} {key}", "of": of}
-        gaps.append(pair | paired([x.mean() for x in d] if len(d) > 1 else d[0]))
+        gaps.append(
+            pair | paired([x.mean() for x in d] if len(d) > 1 else d[0])
+        )
     return gaps

@@ -27,17 +27,34 @@ def run_methods(s, data: Path, out_dir: Path, stages) -> list[dict]:
     return rows
 
 
-def run_method(s, method: dict, evaluation: dict, seed: int, model: Path, stages) -> None:
+def run_method(
+    s, method: dict, evaluation: dict, seed: int, model: Path, stages
+) -> None:
     """Train a model by a method and evaluate it."""
     folder = model.parent / "methods"
     common = {"seed": seed, "device": s.device}
     thoughts = folder / method["thoughts"] if method["thoughts"] else ""
-    flags = {"corpus": folder / method["corpus"], "thoughts": thoughts, "out_dir": model}
+    flags = {
+        "corpus": folder / method["corpus"],
+        "thoughts": thoughts,
+        "out_dir": model,
+    }
     flags |= {"max_tokens": s.tokens} | common
     stages.run(model.name, "train.py", model, "config.json", flags, s.train)
-    flags = {"corpus": folder / method["heldout"], "model": model, "out_dir": model / "eval"}
+    flags = {
+        "corpus": folder / method["heldout"],
+        "model": model,
+        "out_dir": model / "eval",
+    }
     flags |= evaluation | common
-    stages.run(f"{model.name} eval", "eval_math.py", model / "eval", "results.json", flags, s.eval)
+    stages.run(
+        f"{model.name} eval",
+        "eval_math.py",
+        model / "eval",
+        "results.json",
+        flags,
+        s.eval,
+    )
 
 
 def method_row(method: dict, evaluation: dict, models: list[Path]) -> dict:
@@ -52,7 +69,9 @@ def method_row(method: dict, evaluation: dict, models: list[Path]) -> dict:
         "accuracies": accuracies,
         "accuracy": sum(accuracies) / len(models),
         "cut_off": sum(r["cut_off"] for r in results) / sum(r["n"] for r in results),
-        "nll": [r["nll_bound"]["16"] if method["thoughts"] else r["nll"] for r in results],
+        "nll": [
+            r["nll_bound"]["16"] if method["thoughts"] else r["nll"] for r in results
+        ],
         "documents": method["documents"],
         "passes": training[0]["data"][0]["epochs"],
         "train_tokens": [t["train_tokens"] for t in training],

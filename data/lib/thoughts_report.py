@@ -15,8 +15,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.lib.cli import UserError
-from data.lib.corpus import POSTERIOR, PRIOR, RAW, Corpus, Thoughts, hash_uniform, layout, open_thoughts
+from data.lib.cli import LEAST, UserError
+from data.lib.corpus import (
+    POSTERIOR,
+    PRIOR,
+    RAW,
+    Corpus,
+    Thoughts,
+    hash_uniform,
+    layout,
+    open_thoughts,
+)
 
 EXAMPLES = 50  # chunks of the first part that are written out in full
 CHUNKS, DOCUMENTS = 2000, 6  # in shown.npz; about so many chunks
@@ -29,7 +38,9 @@ def as_trained(corpus: Corpus, d: int, span, form: int):
     numbers = range(corpus.docs[d], corpus.docs[d + 1])
     spans = [span(i) for i in numbers]
     forms = [form if len(z) else RAW for z in spans]
-    return layout(corpus.tokenizer, list(map(corpus.chunk, numbers)), spans, forms)
+    return layout(
+        corpus.tokenizer, list(map(corpus.chunk, numbers)), spans, forms
+    )
 
 
 def token_log_p(model, ids) -> np.ndarray:
@@ -47,13 +58,17 @@ def token_log_p(model, ids) -> np.ndarray:
         return torch.cat(found).cpu().numpy()
 
 
-def for_people(model, corpus: Corpus, numbers, got, weights, ess, is_first: bool) -> dict:
+def for_people(
+    model, corpus: Corpus, numbers, got, weights, ess, is_first: bool
+) -> dict:
     """A part's share of examples.txt and shown.npz, as arrays.
 
     got: Samples of the chunks `numbers`, as in describe. Which chunks are kept
     depends on nothing but the corpus, so every round has the same.
     """
-    kept = np.flatnonzero(hash_uniform(SHOWN, numbers) * corpus.n_chunks < CHUNKS)
+    kept = np.flatnonzero(
+        hash_uniform(SHOWN, numbers) * corpus.n_chunks < CHUNKS
+    )
     thoughts = got.thoughts[kept]  # [m, K]
     chosen = map(got.chosen, range(len(numbers)))
     picked = {int(i): z for i, z in zip(numbers, chosen) if z is not None}
@@ -64,7 +79,9 @@ def for_people(model, corpus: Corpus, numbers, got, weights, ess, is_first: bool
             ids, _ = as_trained(corpus, d, lambda i: picked.get(i, ()), form)
             log_p.append(token_log_p(model, ids[:longest]))
     shown = range(len(numbers))[: EXAMPLES if is_first else 0]
-    examples = [describe(corpus, numbers[k], got, k, weights, ess) for k in shown]
+    examples = [
+        describe(corpus, numbers[k], got, k, weights, ess) for k in shown
+    ]
     nothing = np.zeros(0, dtype=np.int64)
     return {
         "examples": np.array(examples, dtype=str),
@@ -87,7 +104,15 @@ def write_for_people(folder: Path, arrays: dict) -> None:
 
 
 # What np.load raises for a file that is no array, or a damaged one.
-DAMAGE = ValueError, EOFError, OSError, TypeError, IndexError, zipfile.BadZipFile, zlib.error
+DAMAGE = (
+    ValueError,
+    EOFError,
+    OSError,
+    TypeError,
+    IndexError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def read_npz(path: Path) -> dict:
@@ -98,7 +123,9 @@ def read_npz(path: Path) -> dict:
     except FileNotFoundError:
         return {}
     except DAMAGE as e:
-        raise UserError(f"{path}: damaged ({e}); make the folder again") from None
+        raise UserError(
+            f"{path}: damaged ({e}); make the folder again"
+        ) from None
 
 
 class Round(NamedTuple):
@@ -109,7 +136,9 @@ class Round(NamedTuple):
     log_p: dict  # {(document, form): log-probabilities of its tokens}
 
 
-def read_rounds(corpus: Corpus, folders: list[Path]) -> tuple[list[int], list[Round]]:
+def read_rounds(
+    corpus: Corpus, folders: list[Path]
+) -> tuple[list[int], list[Round]]:
     """(chunks to be shown of all folders, shuffled; the folders).
 
     A teacher's folder has no shown.npz, just thoughts.
@@ -125,7 +154,9 @@ def read_rounds(corpus: Corpus, folders: list[Path]) -> tuple[list[int], list[Ro
             for i, sizes in zip(shown["chunks"].tolist(), shown["sizes"]):
                 samples[i] = {key: x[i] for key, x in arrays.items()}
                 samples[i]["thoughts"] = [next(each) for _ in sizes]
-            forms = [(d, form) for d in shown["docs"] for form in (PRIOR, POSTERIOR)]
+            forms = [
+                (d, form) for d in shown["docs"] for form in (PRIOR, POSTERIOR)
+            ]
             log_p = dict(zip(forms, cut(shown["log_p"], shown["lengths"])))
         able &= here
         rounds.append(Round(thoughts, samples, log_p))
@@ -167,11 +198,17 @@ def describe(corpus: Corpus, i: int, got, row: int, weights, ess) -> str:
     [n, K] and ess [n].
     """
     before = "".join(map(corpus.text, corpus.before(i, 1)))
-    said = f"log p(x | c, no thought) {got.log_none[row]:.3f} | ess {ess[row]:.2f}"
-    lines = [f"chunk {i} | before: {before!r} | text: {corpus.text(i)!r} | {said}"]
+    said = (
+        f"log p(x | c, no thought) {got.log_none[row]:.3f} | ess {ess[row]:.2f}"
+    )
+    lines = [
+        f"chunk {i} | before: {before!r} | text: {corpus.text(i)!r} | {said}"
+    ]
     for k, thought in enumerate(got.thoughts[row]):
         names = "log_q", "log_p", "log_w", "gain"
-        figures = (f"{name} {getattr(got, name)[row, k]:8.3f}" for name in names)
+        figures = (
+            f"{name} {getattr(got, name)[row, k]:8.3f}" for name in names
+        )
         mark = "->" if k == got.pick[row] else "  "
         cut = "" if got.finished[row, k] else " (cut off)"
         text = corpus.tokenizer.decode(thought, first=False)
@@ -183,14 +220,17 @@ def describe(corpus: Corpus, i: int, got, row: int, weights, ess) -> str:
 def report(meta: dict) -> str:
     """meta.json in a few lines."""
     m = SimpleNamespace(**meta)
+    least = m.min_gain if m.min_gain > LEAST else "-inf"
     lines = [
         f"{m.n_inferred} chunks, {m.samples} thoughts each, {m.sampled_tokens:,} tokens",
         f"cut off {m.cut_off} ({m.cut_off_share:.1%}), chunks with all cut off "
-        f"{m.all_cut_off}, picks dropped for a gain below {m.min_gain:g} nats "
+        f"{m.all_cut_off}, picks dropped for a gain below {least} nats "
         f"{m.no_gain}, empty picks {m.empty_picks}",
     ]
     if m.gain is None:
-        lines.append("no thought ended: raise --max_new, or train the model longer")
+        lines.append(
+            "no thought ended: raise --max_new, or train the model longer"
+        )
     else:
         picked = "-" if m.gain_picked is None else f"{m.gain_picked:.2f}"
         lines += [
