@@ -576,7 +576,7 @@ def decode_letters(ids, first=True) -> bytes:
     return bytes(b"ab"[i] for i in ids)
 
 
-LETTERS = SimpleNamespace(**vars(TOY), n_bytes=len, decode_bytes=decode_letters)  # a byte a letter
+LETTERS = SimpleNamespace(**vars(TOY) | {"decode_bytes": decode_letters})  # a byte a letter
 
 
 def toy_corpus(long: int = 0):

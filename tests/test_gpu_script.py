@@ -32,7 +32,7 @@ def test_the_end_of_the_time_loses_only_what_is_left(tmp_path):
     found = json.loads((tmp_path / "out/right.json").read_text())
     assert done.returncode == 1 and "failed: right" in done.stdout, done.stdout + done.stderr
     assert "time" in found["errors"] and not found["complete"] and found["rehearsal"]
-    assert found["versions"]["torch"] == torch.__version__ and found["seconds"]["all"] < 20
+    assert torch.__version__.startswith(found["versions"]["torch"]) and found["seconds"]["all"] < 20
 
 
 def test_a_part_that_fails_is_kept_and_the_others_go_on(tmp_path):
