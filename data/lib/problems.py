@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from data.lib.answers import BOX, boxed
+from data.lib.answers import BOX, boxed, braces
 from data.lib.cli import UserError
 from data.lib.sources import ONE_VALUE, optional, read_jsonl, refuse_stand_in, refused
 
@@ -137,9 +137,13 @@ def letter_of(answer, n: int) -> str:
 
 
 def last_box(solution: str) -> str:
-    """What the last \\boxed of a solution holds, which is the answer in MATH."""
-    boxes = [boxed(solution, m.start()) for m in BOX.finditer(solution)]
-    return boxes[-1] or "" if boxes else ""
+    """What the last \\boxed of a solution holds, which is the answer in MATH; "" if it is open."""
+    starts = [m.start() for m in BOX.finditer(solution)]
+    if not starts:
+        return ""
+    brace = solution.find("{", starts[-1])
+    is_open = brace >= 0 and braces(solution, brace) is None
+    return "" if is_open else boxed(solution, starts[-1]) or ""
 
 
 def read_item(row) -> Item:

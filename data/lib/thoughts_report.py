@@ -220,7 +220,7 @@ def describe(corpus: Corpus, i: int, got, row: int, weights, ess) -> str:
 def report(meta: dict) -> str:
     """meta.json in a few lines."""
     m = SimpleNamespace(**meta)
-    least = m.min_gain if m.min_gain > LEAST else "-inf"
+    least = f"{m.min_gain:g}" if m.min_gain > LEAST else "-inf"
     lines = [
         f"{m.n_inferred} chunks, {m.samples} thoughts each, {m.sampled_tokens:,} tokens",
         f"cut off {m.cut_off} ({m.cut_off_share:.1%}), chunks with all cut off "
