@@ -314,6 +314,8 @@ class Seed:
             "gold": ("raw", truth, "", 7),
         }
         if not truth.exists():
+            if "gold" in self.s.only:
+                raise UserError(f"--only=gold: {truth} is missing (data/gsm8k.py --truth)")
             chains.pop("gold")
         return [
             submit(self.single, n, *how)
@@ -443,8 +445,10 @@ def check_settings(s: Settings) -> None:
         raise UserError(
             "--report: makes a page of an old run; leave out the other settings"
         )
-    of_loop = "iterations samples infer controls benchmark base warm_train jobs".split()
-    for flag in of_loop if s.compare else ["tokens"]:
+    if s.preset != "toy" and not (s.corpus and s.base):
+        raise UserError(f"--preset={s.preset}: needs --corpus and --base; see data/README.md")
+    of_loop = "iterations samples infer controls benchmark base warm_train jobs m_steps_from"
+    for flag in of_loop.split() if s.compare else ["tokens"]:
         if getattr(s, flag) != getattr(Settings, flag):
             how = "with" if s.compare else "without"
             raise UserError(f"--{flag}: does nothing {how} --compare; leave it out")

@@ -103,6 +103,7 @@ from infer_thoughts import (
     choose,
     context_of,
     ess,
+    evidence,
     fits,
     infer,
     thoughtless,
@@ -145,6 +146,7 @@ class Settings:
     thoughts: str = opt("", "the true thoughts, to report how often a pick is right")
     samples: int = opt(4, "thoughts a chunk (K) for the figures of E-steps", low=1)
     min_gain: float = opt(0.0, "drop picks that gain fewer nats; -inf: none", low=-math.inf)
+    gain_by: Literal["text", "evidence"] = opt("text", "the pick, or the mean weight of all")
     context: Literal["bare", "thoughts"] = opt("thoughts", "earlier chunks as text, "
         "or (latent mode) with thoughts that are inferred for them")
     before: int = opt(3, "chunks before a chunk that are given", low=0)
@@ -478,7 +480,7 @@ def limits_of(s: Settings, engine: Engine) -> Limits:
 
 def e_step_of(s: Settings, engine: Engine, samples: int) -> EStep:
     """Thoughts are inferred as by infer_thoughts.py, with noise of their own."""
-    how = {"min_gain": s.min_gain, "seed": s.seed, "purpose": TEST_DRAW}
+    how = {"min_gain": s.min_gain, "gain_by": s.gain_by, "seed": s.seed, "purpose": TEST_DRAW}
     return EStep(limits_of(s, engine), samples, s.context, **how)
 
 
@@ -574,6 +576,8 @@ def e_step_figures(got, s: Settings, numbers, truth) -> dict:
     if K > s.samples:
         uniform = hash_uniform(PICK, s.seed, np.arange(len(weights)))
         gain = grouped(got.gain)
+        if s.gain_by == "evidence":
+            gain = evidence(weights, np.repeat(got.log_none, n_groups))
         picks = choose("resample", weights, gain, s.min_gain, uniform)
     figures = {
         "ess": float(ess(weights).mean()),

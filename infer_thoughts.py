@@ -259,7 +259,7 @@ class EStep:
     proposal: int = POSTERIOR  # whose thoughts are sampled; or PRIOR
     select: str = "resample"  # see choose
     min_gain: float = -math.inf  # see choose
-    gain_by: str = "text"  # or "evidence", see Samples
+    gain_by: str = "text"  # or "evidence"
     seed: int = 0
     purpose: int = DRAW  # the first key of the noise
 
@@ -285,13 +285,6 @@ class Samples:
     def gain(self) -> np.ndarray:
         """[n, K] nats by which each thought makes its text likelier."""
         return self.log_x - self.log_none[:, None]
-
-    @property
-    def evidence(self) -> np.ndarray:
-        """[n, K] nats by which all thoughts together do, the same for each of a chunk."""
-        total = np.logaddexp.reduce(self.log_w, axis=1, keepdims=True)
-        mean = total - np.log(self.log_w.shape[1]) - self.log_none[:, None]
-        return np.broadcast_to(mean, self.log_w.shape)
 
     def chosen(self, row: int):
         """The picked thought of a chunk; None: it has none."""
@@ -352,7 +345,7 @@ def infer_side_by_side(
     got = weigh(engine, corpus, numbers, contexts, drawn, picked)
     got.computed += np.array(list(map(len, prompts)), dtype=np.int64)
     uniform = hash_uniform(PICK, e_step.seed, numbers)
-    gain = got.gain if e_step.gain_by == "text" else got.evidence
+    gain = got.gain if e_step.gain_by == "text" else evidence(got.log_w, got.log_none)
     got.pick = choose(e_step.select, got.log_w, gain, e_step.min_gain, uniform)
     return got
 
@@ -472,6 +465,12 @@ def choose(select: str, log_w, gain, min_gain: float, uniform) -> np.ndarray:
         drawn = pick(log_w, uniform)
     gained = gain[np.arange(len(gain)), drawn]
     return np.where(gained < min_gain, -1, drawn)
+
+
+def evidence(log_w: np.ndarray, log_none: np.ndarray) -> np.ndarray:
+    """Nats by which thoughts, all together, make each text likelier: [n, K], equal in a row."""
+    mean = np.logaddexp.reduce(log_w, axis=1) - np.log(log_w.shape[1])
+    return np.broadcast_to((mean - log_none)[:, None], log_w.shape)
 
 
 def ess(log_w: np.ndarray) -> np.ndarray:

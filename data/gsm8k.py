@@ -85,15 +85,17 @@ def split_problems(s: Settings) -> dict[str, list[Problem]]:
     train = read_problems(s.train)
     test = read_problems(s.test)
     random.Random(s.seed).shuffle(train)
-    n_train = len(train)
-    train += read_problems(s.raw_more) if s.raw_more else []
+    more = read_problems(s.raw_more) if s.raw_more else []
     tested = {question for question, _, _ in test}
     kept = [problem for problem in train if problem[0] not in tested]
-    n_tested = len(train) - len(kept)
-    if n_tested:
-        print(f"{n_tested} training problems are also test problems: left out")
-    if s.warm >= len(kept) - len(train) + n_train:
-        there = f"{s.train} has {len(kept)} problems that are not tested"
+    n_kept = len(kept)
+    known = tested | {question for question, _, _ in train}
+    kept += [problem for problem in more if problem[0] not in known]
+    n_out = len(train) + len(more) - len(kept)
+    if n_out:
+        print(f"{n_out} problems are also test problems, or there twice: left out")
+    if s.warm > n_kept or s.warm >= len(kept):
+        there = f"{s.train} has {n_kept} problems that are not tested"
         raise UserError(f"--warm={s.warm}: {there}; leave some for raw")
     return {
         "warm": kept[: s.warm],

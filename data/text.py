@@ -531,6 +531,8 @@ def follow(label: str, function: Callable, tasks: list[tuple], total: int, worke
 
 
 def n_workers(asked: int) -> int:
+    if hasattr(os, "sched_getaffinity"):  # Linux: what taskset or a batch system allows
+        return asked or len(os.sched_getaffinity(0))
     return asked or os.cpu_count() or 1
 
 
@@ -558,7 +560,7 @@ def same_input(files: list[str], s: Settings, note: Path) -> None:
         changed.append(s.tokenizer)
     if changed:
         raise UserError(
-            f"{changed[0]}: changed since this run began; "
+            f"{name_of(changed[0], note.parent.parent)}: changed since this run began; "
             f"remove {note.parent.parent} or give another --out_dir"
         )
 

@@ -335,7 +335,7 @@ def test_gsm8k_folders(tmp_path):
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, problems[25:])))
     flags = [f"--train={tmp_path}/train.jsonl", f"--test={tmp_path}/test.jsonl"]
     out = inside(gsm8k, *flags, f"--out_dir={tmp_path}/g", "--warm=10").stdout
-    assert "5 training problems are also test problems" in out
+    assert "5 problems are also test problems" in out
     warm, raw, held = (open_corpus(tmp_path / "g" / part) for part in ("warm", "raw", "heldout"))
     assert (warm.n_docs, raw.n_docs, held.n_docs) == (10, 15, 5)
     tok, thoughts = warm.tokenizer, open_thoughts(tmp_path / "g/warm_thoughts", warm)
@@ -345,6 +345,17 @@ def test_gsm8k_folders(tmp_path):
     )
     assert not (tmp_path / "g/raw_truth").exists()
     few = inside(gsm8k, *flags, f"--out_dir={tmp_path}/few", "--warm=27", code=1).stderr
+    assert "has 25 problems that are not tested; leave some" in few
+    # Of more raw problems those count that are new: 28 is tested, 3 is there, 40 and 41 need no solution.
+    more = [{"question": f"What is {i} + {i}?", "answer": f"#### {2 * i}"} for i in (28, 3, 40, 41)]
+    (tmp_path / "more.jsonl").write_text("\n".join(map(json.dumps, more)))
+    flags.append(f"--raw_more={tmp_path}/more.jsonl")
+    inside(gsm8k, *flags, f"--out_dir={tmp_path}/all", "--warm=25", "--truth")
+    raw, held = open_corpus(tmp_path / "all/raw"), open_corpus(tmp_path / "all/heldout")
+    assert [raw.text(i) for i in (0, 2)] == ["What is 40 + 40?", "What is 41 + 41?"] and raw.n_docs == 2
+    assert not len(open_thoughts(tmp_path / "all/raw_truth", raw).tokens)
+    assert "secret25" in raw.tokenizer.decode(open_thoughts(tmp_path / "all/heldout_truth", held).tokens)
+    few = inside(gsm8k, *flags, f"--out_dir={tmp_path}/few", "--warm=26", code=1).stderr
     assert "has 25 problems that are not tested; leave some" in few
     (tmp_path / "train.jsonl").write_text(
         '{"question": "a", "answer": "#### 1"}\nnonsense\n{"question": "b", "answer": "#### 1"}'

@@ -183,6 +183,16 @@ def test_a_rank_without_torchrun_is_not_silent(monkeypatch, capsys):
     assert "heard" in capsys.readouterr().out
 
 
+def test_a_single_gpu_needs_no_number(monkeypatch):
+    """torch refuses to select "cuda" without a number; it is selected anyway."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(ranks, "pick_device", lambda name: name or "cuda")
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert ranks.worker_device("") == "cuda" and not chosen
+    assert ranks.worker_device("cuda:1") == "cuda:1" == chosen[0]
+
+
 @pytest.mark.slow
 def test_the_command_refuses_a_batch_that_cannot_be_shared(digits, tmp_path):
     told = finish(launch(digits, tmp_path / "m", 2, "--replicas=3"), code=1)

@@ -927,5 +927,7 @@ def test_read_answer_takes_anything():
         "usage": {"prompt_tokens": True, "completion_tokens": 10**30},
     }
     assert endpoint.read_answer(good) == {"text": "x", "finish": "stop", "in": None, "out": None}
+    for odd in ([1], "x", 3):  # the text is paid for, and kept
+        assert endpoint.read_answer(good | {"usage": odd})["text"] == "x"
     with pytest.raises(UserError):
         endpoint.read_host("http://[bad/v1")

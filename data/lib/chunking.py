@@ -76,7 +76,7 @@ CODE = re.compile(
 INDENT = r"(?:[ ]{4}|\t)"
 LINES = rf"(?:{INDENT}[^\n]*(?:\n|\Z)|[ \t\r]*\n(?={INDENT}))+"
 INDENTED = re.compile(rf"(?:\A|(?<=\n)[ \t\r]*\n)({LINES})")
-KEYWORD = r"^\s*(?:def|for|if|while|import|return|print|class|\$|>>>)\b"
+KEYWORD = r"^[ \t\r]*(?:def|for|if|while|import|return|print|class|\$|>>>)\b"
 CODE_SIGN = re.compile(rf"[={{}};<>_]|\w\(|{KEYWORD}", re.MULTILINE)
 # Lines that begin with "|", and lines with "|" over and under a rule of dashes
 TABLE = re.compile(
@@ -164,9 +164,10 @@ AFTER_WIDE = rf"(?:{CLOSERS}+(?=[\s\0]|\Z))?(?!\d)"
 BEGINS = rf"[\n.!?…{WIDE[0]}{WIDE[1]}]"
 ENDS = (
     rf"(?<=\n)(?:(?:[ \t\r]*\n)+|(?={ITEM}))",
-    rf"(?<=[.!?…])[.!?…]*+{AFTER}",
+    # Behind the first of a run of stops only: from each of them would take quadratic time.
+    rf"(?<=[.!?…])(?<![.!?…][.!?…])[.!?…]*+{AFTER}",
     rf"(?<=[{WIDE[0]}])[{WIDE[0]}]*[」』｣”’）]*",
-    rf"(?<=[{WIDE[1]}])[{WIDE[1]}]*+{AFTER_WIDE}",
+    rf"(?<=[{WIDE[1]}])(?<![{WIDE[1]}][{WIDE[1]}])[{WIDE[1]}]*+{AFTER_WIDE}",
 )
 SIGN = re.compile(f"{BEGINS}(?:{'|'.join(ENDS)})")
 AFTER_MATH = re.compile(AFTER)

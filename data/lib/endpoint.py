@@ -71,7 +71,8 @@ def read_answer(body) -> dict:
         message = choice["message"]
         text = message.get("content") or ""
         refused = message.get("refusal")
-        usage = body.get("usage") or {}
+        usage = body.get("usage")
+        usage = usage if isinstance(usage, dict) else {}
         counts = [read_count(usage.get(f"{kind}_tokens")) for kind in ("prompt", "completion")]
     except (AttributeError, KeyError, TypeError, ValueError):
         raise Trouble("an answer that is not one message", paid=True) from None
@@ -290,7 +291,9 @@ class Endpoint:
 
     async def ask_once(self, request: dict) -> dict:
         """The answer to one request; Trouble when there is none."""
-        headers = {} if self.key else {"Authorization": self.openai.Omit()}
+        omit = self.openai.Omit()  # the package sends these of its own accord
+        headers = {"OpenAI-Organization": omit, "OpenAI-Project": omit}
+        headers |= {} if self.key else {"Authorization": omit}
         create = self.client.chat.completions.with_streaming_response.create
         asked = create(**request, extra_headers=headers)
         try:

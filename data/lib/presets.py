@@ -37,5 +37,6 @@ EM_PRESETS = {
         "train": f"{WORDS} --max_steps=90",
         "warm_train": "--max_steps=94",
         "infer": "--gain_by=evidence --dtype=bfloat16",
+        "eval": "--gain_by=evidence",
     },
 }

@@ -76,7 +76,7 @@ def own_device(name: str) -> str:
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available() and name in ("", "cuda"):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device(name)
-    if device.startswith("cuda"):
+    if device.startswith("cuda:"):  # a plain "cuda" has no number, which torch refuses
         torch.cuda.set_device(device)
     return device
 

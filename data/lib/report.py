@@ -101,7 +101,7 @@ def page(title: str, parts: dict, n_rounds: int) -> str:
     title, links, content = legible(title), "", ""
     for name, (heading, text) in parts.items():
         links += f'<a href="#{name}">{name}</a>'
-        content += f'<section id="{name}"><h2>{heading}</h2>{text}</section>'
+        content += f'<section id="{name}"><h2>{legible(heading)}</h2>{text}</section>'
     if n_rounds > 1:
         links += f'round <input type="range" max="{n_rounds - 1}" value="0">'
     return f"""<!doctype html>
@@ -245,6 +245,7 @@ def in_tokens(corpus: Corpus, r: Round, d: int, form: int, most: int) -> str:
         spans += f'<span class="{kinds}"{hover}>{text}</span>'
     which = "log p" if form == PRIOR else "log q"
     said = f"{which} {total:z.2f}" if len(log_p) else ""
+    said += " of what is shown" * (len(ids) > most and len(log_p) > 0)
     title = f"{legible(r.thoughts.folder.name)} <small>{said}</small>"
     cut = "<i> … cut off here</i>" * (len(ids) > most)
     return f'<h4>{title}</h4><p class="seq">{spans}{cut}</p>'
