@@ -167,9 +167,7 @@ class Seed:
         self.rows: dict[str, dict] = {}
         self.evals: list[Future] = []
 
-    def stage(
-        self, name: str, script: str, last: str, flags: dict, more="", order=0
-    ) -> Path:
+    def stage(self, name: str, script: str, last: str, flags: dict, more="", order=0) -> Path:
         """Run a stage that fills the folder `name` of this seed;
 
         `last` is the file that it writes last.
@@ -215,18 +213,14 @@ class Seed:
         name = f"{arm}/E{t}".lstrip("/")
         return self.stage(name, "infer_thoughts.py", "timing.json", flags, more, order)
 
-    def evaluate(
-        self, name: str, mode: str, spent: float, e_step: Path | None, order: int
-    ) -> None:
+    def evaluate(self, name: str, mode: str, spent: float, e_step: Path | None, order: int) -> None:
         """Evaluate a model beside whatever runs, and keep its row. spent: see spent_on."""
         evaluation = self.pool.submit(
             self.evaluate_now, name, mode, spent, e_step, order + 1
         )
         self.evals.append(evaluation)
 
-    def evaluate_now(
-        self, name: str, mode: str, spent: float, e_step: Path | None, order: int
-    ) -> None:
+    def evaluate_now(self, name: str, mode: str, spent: float, e_step: Path | None, order: int) -> None:
         s, model = self.s, self.folder / name
         script, last = "eval_math.py", "results.json"
         asked = {"model": model, "mode": mode}
@@ -442,9 +436,7 @@ def written(rows: list[dict], s: Settings, path: Path, picture: str) -> str:
 def check_settings(s: Settings) -> None:
     """UserError for a flag that does nothing beside the others."""
     if s.report and s != Settings(report=s.report):
-        raise UserError(
-            "--report: makes a page of an old run; leave out the other settings"
-        )
+        raise UserError("--report: makes a page of an old run; leave out the others")
     if s.preset != "toy" and not (s.corpus and s.base):
         raise UserError(f"--preset={s.preset}: needs --corpus and --base; see data/README.md")
     of_loop = "iterations samples infer controls benchmark base warm_train jobs m_steps_from"
@@ -454,9 +446,8 @@ def check_settings(s: Settings) -> None:
             raise UserError(f"--{flag}: does nothing {how} --compare; leave it out")
     for control in filter(None, s.only.split(",")):
         if control not in CONTROLS or not s.controls:
-            raise UserError(
-                f"--only={control}: with --controls, expected {', '.join(CONTROLS)}"
-            )
+            known = ", ".join(CONTROLS)
+            raise UserError(f"--only={control}: with --controls, expected {known}")
 
 
 def main(s: Settings) -> None:

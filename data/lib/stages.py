@@ -8,6 +8,7 @@ complete when the file that it writes last is there.
 import contextlib
 import heapq
 import os
+import resource
 import shlex
 import subprocess
 import sys
@@ -201,9 +202,5 @@ def count_devices(device: str, asked: int) -> tuple[bool, int]:
 
 def peak_memory() -> str:
     """Largest resident memory of any stage, where the system tells (kilobytes on Linux, bytes on a Mac)."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return ""
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return f", peak memory of a stage {peak / 1e6:,.0f} MB"
