@@ -167,7 +167,9 @@ class Seed:
         self.rows: dict[str, dict] = {}
         self.evals: list[Future] = []
 
-    def stage(self, name: str, script: str, last: str, flags: dict, more="", order=0) -> Path:
+    def stage(
+        self, name: str, script: str, last: str, flags: dict, more="", order=0
+    ) -> Path:
         """Run a stage that fills the folder `name` of this seed;
 
         `last` is the file that it writes last.
@@ -213,14 +215,18 @@ class Seed:
         name = f"{arm}/E{t}".lstrip("/")
         return self.stage(name, "infer_thoughts.py", "timing.json", flags, more, order)
 
-    def evaluate(self, name: str, mode: str, spent: float, e_step: Path | None, order: int) -> None:
+    def evaluate(
+        self, name: str, mode: str, spent: float, e_step: Path | None, order: int
+    ) -> None:
         """Evaluate a model beside whatever runs, and keep its row. spent: see spent_on."""
         evaluation = self.pool.submit(
             self.evaluate_now, name, mode, spent, e_step, order + 1
         )
         self.evals.append(evaluation)
 
-    def evaluate_now(self, name: str, mode: str, spent: float, e_step: Path | None, order: int) -> None:
+    def evaluate_now(
+        self, name: str, mode: str, spent: float, e_step: Path | None, order: int
+    ) -> None:
         s, model = self.s, self.folder / name
         script, last = "eval_math.py", "results.json"
         asked = {"model": model, "mode": mode}
@@ -309,7 +315,9 @@ class Seed:
         }
         if not truth.exists():
             if "gold" in self.s.only:
-                raise UserError(f"--only=gold: {truth} is missing (data/gsm8k.py --truth)")
+                raise UserError(
+                    f"--only=gold: {truth} is missing (data/gsm8k.py --truth)"
+                )
             chains.pop("gold")
         return [
             submit(self.single, n, *how)
@@ -332,9 +340,10 @@ def find_data(s: Settings, seed: int, folder: Path, stages: Stages, **more) -> P
         stages.run(f"seed {seed} data", "data/digits.py", data, last, flags)
     for part in ("warm", "warm_thoughts", "raw", "heldout"):
         if not (data / part / "meta.json").exists():
-            makers = "data/digits.py or data/gsm8k.py"
-            how = f"make the corpus with {makers} --out_dir={data}"
-            raise UserError(f"{data / part}: missing; {how}")
+            makers = "data/teacher.py"
+            if part != "warm_thoughts":
+                makers = "data/digits.py, gsm8k.py, or text.py with --splits"
+            raise UserError(f"{data / part}: missing; it is made by {makers}")
     return data
 
 
@@ -438,16 +447,21 @@ def check_settings(s: Settings) -> None:
     if s.report and s != Settings(report=s.report):
         raise UserError("--report: makes a page of an old run; leave out the others")
     if s.preset != "toy" and not (s.corpus and s.base):
-        raise UserError(f"--preset={s.preset}: needs --corpus and --base; see data/README.md")
-    of_loop = "iterations samples infer controls benchmark base warm_train jobs m_steps_from"
+        raise UserError(
+            f"--preset={s.preset}: needs --corpus and --base; see data/README.md"
+        )
+    of_loop = (
+        "iterations samples infer controls benchmark base warm_train jobs m_steps_from"
+    )
     for flag in of_loop.split() if s.compare else ["tokens"]:
         if getattr(s, flag) != getattr(Settings, flag):
             how = "with" if s.compare else "without"
             raise UserError(f"--{flag}: does nothing {how} --compare; leave it out")
     for control in filter(None, s.only.split(",")):
-        if control not in CONTROLS or not s.controls:
-            known = ", ".join(CONTROLS)
-            raise UserError(f"--only={control}: with --controls, expected {known}")
+        if control not in CONTROLS:
+            raise UserError(f"--only={control}: expected {', '.join(CONTROLS)}")
+    if s.only and s.preset == "toy" and not s.controls:
+        raise UserError("--only: says which controls; add --controls")
 
 
 def main(s: Settings) -> None:

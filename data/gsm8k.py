@@ -46,7 +46,7 @@ class Settings:
     test: str = opt(help="GSM8K's test.jsonl")
     out_dir: str = opt(help="where the folders go")
     warm: int = opt(500, "training documents that keep their solution as a thought", low=1)
-    raw: int = opt(0, "how many of the others to use; 0: all", low=0)
+    raw: int = opt(0, "how many of the others in --train to use; 0: all", low=0)
     heldout: int = opt(0, "how many test documents to use; 0: all", low=0)
     raw_more: str = opt("", "another such file; its problems are raw, and need no solution")
     truth: bool = opt(False, "also write raw_truth and heldout_truth")
@@ -97,9 +97,13 @@ def split_problems(s: Settings) -> dict[str, list[Problem]]:
     if s.warm > n_kept or s.warm >= len(kept):
         there = f"{s.train} has {n_kept} problems that are not tested"
         raise UserError(f"--warm={s.warm}: {there}; leave some for raw")
+    warm, raw, more = kept[: s.warm], kept[s.warm : n_kept], kept[n_kept:]
+    n_bare = sum(not solution for _, solution, _ in warm)
+    if n_bare:
+        raise UserError(f"{s.train}: {n_bare} problems that would be warm have no solution")
     return {
-        "warm": kept[: s.warm],
-        "raw": kept[s.warm :][: s.raw or None],
+        "warm": warm,
+        "raw": raw[: s.raw or None] + more,
         "heldout": test[: s.heldout or None],
     }
 

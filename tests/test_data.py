@@ -355,6 +355,8 @@ def test_gsm8k_folders(tmp_path):
     assert [raw.text(i) for i in (0, 2)] == ["What is 40 + 40?", "What is 41 + 41?"] and raw.n_docs == 2
     assert not len(open_thoughts(tmp_path / "all/raw_truth", raw).tokens)
     assert "secret25" in raw.tokenizer.decode(open_thoughts(tmp_path / "all/heldout_truth", held).tokens)
+    bare = f"--train={tmp_path}/more.jsonl", flags[1], f"--out_dir={tmp_path}/bare", "--warm=2"
+    assert "2 problems that would be warm have no solution" in inside(gsm8k, *bare, code=1).stderr
     few = inside(gsm8k, *flags, f"--out_dir={tmp_path}/few", "--warm=26", code=1).stderr
     assert "has 25 problems that are not tested; leave some" in few
     (tmp_path / "train.jsonl").write_text(
@@ -395,6 +397,9 @@ WRONG = [
     (["data/digits.py", "--out_dir=x", "--min_ops=1", "--max_ops=1"], "exist"),
     (["data/digits.py", "--out_dir=x", "--operations=/"], "--operations"),
     (["data/gsm8k.py", "--train=no.jsonl", "--test=no.jsonl", "--out_dir=x"], "no.jsonl: no such file"),
+    (["em.py", "--preset=word-problems", "--base=x"], "--preset=word-problems: needs --corpus and --base"),
+    (["em.py", "--only=gold"], "--only: says which controls; add --controls"),
+    (["em.py", "--controls", "--only=golds"], "--only=golds: expected warm_flops, warm_x4"),
     (["em.py", "--corpus=no/where", "--out_dir={tmp}/em"], "no/where/warm: missing"),
     (["em.py", "--iteration=3"], "did you mean --iterations?"),
 ]

@@ -71,6 +71,14 @@ def run(digits, tmp_path_factory):
     return folder, done.stdout
 
 
+@pytest.mark.parametrize("flags,said", [("--lr='1", "No closing quotation"), ("n_layer 6", "not n_layer")])
+def test_flags_of_stages_are_refused_before_anything_starts(flags, said):
+    with pytest.raises(UserError, match=said):
+        stages.read_words(flags)
+    assert stages.read_words("--lr=1e-3 --compile") == {"lr": "1e-3", "compile": "true"}
+
+
+
 def test_report(run):
     folder, out = run
     report = json.loads((folder / "run/results.json").read_text())

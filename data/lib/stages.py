@@ -169,8 +169,14 @@ class Stages:
 def read_words(flags: str) -> dict[str, str]:
     """'--lr=1e-3 --compile' as {"lr": "1e-3", "compile": "true"}."""
     found = {}
-    for word in shlex.split(flags):
-        key, has_value, flag = word.removeprefix("--").partition("=")
+    try:
+        words = shlex.split(flags)
+    except ValueError as e:
+        raise UserError(f"{flags}: {e}; flags of a stage are written as in a shell") from None
+    for word in words:
+        if not word.startswith("--"):
+            raise UserError(f"{flags}: flags of a stage are written --name=value, not {word}")
+        key, has_value, flag = word[2:].partition("=")
         found[key] = flag if has_value else "true"
     return found
 
