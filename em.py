@@ -314,10 +314,6 @@ class Seed:
             "gold": ("raw", truth, "", 7),
         }
         if not truth.exists():
-            if "gold" in self.s.only:
-                raise UserError(
-                    f"--only=gold: {truth} is missing (data/gsm8k.py --truth)"
-                )
             chains.pop("gold")
         return [
             submit(self.single, n, *how)
@@ -344,6 +340,8 @@ def find_data(s: Settings, seed: int, folder: Path, stages: Stages, **more) -> P
             if part != "warm_thoughts":
                 makers = "data/digits.py, gsm8k.py, or text.py with --splits"
             raise UserError(f"{data / part}: missing; it is made by {makers}")
+    if s.only and wanted(s, "gold") and not (data / "raw_truth").exists():
+        raise UserError(f"--only=gold: {data}/raw_truth is missing (gsm8k.py --truth)")
     return data
 
 

@@ -71,6 +71,17 @@ def run(digits, tmp_path_factory):
     return folder, done.stdout
 
 
+def test_gold_without_true_thoughts_is_refused_before_any_stage(tmp_path):
+    for part in ("warm", "warm_thoughts", "raw", "heldout"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "meta.json").write_text("{}")
+    how = {"corpus": str(tmp_path), "only": "uniform,gold"}
+    with pytest.raises(UserError, match="raw_truth is missing"):
+        em.find_data(em.Settings(**how, controls=True), 0, tmp_path, None)
+    assert em.find_data(em.Settings(**how), 0, tmp_path, None) == tmp_path
+
+
+
 @pytest.mark.parametrize("flags,said", [("--lr='1", "No closing quotation"), ("n_layer 6", "not n_layer")])
 def test_flags_of_stages_are_refused_before_anything_starts(flags, said):
     with pytest.raises(UserError, match=said):
