@@ -1117,3 +1117,16 @@ def test_smollm2_answers_gsm8k_as_transformers_does():
         timeout=1800,
     )
     assert "token-identical: 12 of 12" in done.stdout
+
+
+def test_gain_by_evidence_asks_each_group_of_an_e_step():
+    """Of two groups of two thoughts each one E-step: only where their own mean weight is above log_none is
+    anything picked, though every thought makes its text likelier."""
+    log_w = np.array([[-1.0, -1.0, -4.0, -4.0], [-9.0, -9.0, -9.0, -1.0]])
+    got = SimpleNamespace(log_w=log_w, gain=np.ones((2, 4)), log_none=np.array([-2.0, -5.0]))
+    got.pick, got.finished = np.zeros(2, dtype=int), np.ones((2, 4), dtype=bool)
+    shares = {}
+    for rule in ("text", "evidence"):
+        s = eval_math.Settings(out_dir="", samples=2, gain_by=rule)
+        shares[rule] = eval_math.e_step_figures(got, s, np.arange(2), None)["no_pick_share"]
+    assert shares == {"text": 0.0, "evidence": 0.5}
