@@ -7,27 +7,22 @@ raw text, and learns from those, again and again.
               weighs them, and picks one or none
     M-step t  train.py on the raw documents with those thoughts gives Mt; it always
               starts where M1 started
-    raw rows  models of the raw documents without thoughts. raw_tokens takes as many
-              steps as an M-step, raw_flops the arithmetic of the whole loop, to a
-              percent or two
+    raw rows  models of the raw documents without thoughts: raw_tokens with the steps
+              of an M-step, raw_flops with about the arithmetic of the whole loop
     eval      eval_math.py for every model, on the held-out documents
 
-Let p(z, x) be the model that thinks and then writes, and q(z | x) the one that reads
-and recovers the thought. One network is both. The E-step draws z from close to
-p(z | x) by importance sampling, and the M-step maximises log p(z, x) + log q(z | x).
+p(z, x) thinks and then writes, q(z | x) reads and recovers the thought; one network is
+both. The E-step draws z from close to p(z | x) by importance sampling, and the M-step
+maximises log p(z, x) + log q(z | x).
 
     python em.py                       # the toy corpus, some minutes on 2 CPU cores
     python em.py --controls            # and all that could explain the result away
     python em.py --controls --seeds=10 --seed=120      # means, deviations, paired tests
-    python em.py --samples=1 --iterations=1    # one round without a choice of thoughts
-    python em.py --corpus=C --train="--n_layer=6 --n_embd=192" --warm_train=--max_steps=900
     python em.py --corpus=C --base=M --benchmark=gsm8k      # from a pretrained model
     python em.py --preset=word-problems --corpus=C --base=M # SmolLM2-135M on a laptop, hours
     python em.py --compare --seeds=2   # no loop: the methods of data/methods.py
-    python em.py --report=out/digits   # nothing runs: report.html of an old run, made anew
 
-With several GPUs the stages start by torchrun. The controls (ARMS and Seed.run) all
-use the same data and the same M0:
+With several GPUs the stages start by torchrun. Controls use the same data and M0:
 
     warm_flops   the documents with thoughts alone, trained for the arithmetic of the
                  whole loop: is the gain only longer training?
@@ -47,8 +42,7 @@ Each stage is a command that is printed as it starts: copy it, edit it, run it b
 hand. A complete stage is skipped, and one that was cut off goes on, so the same em.py
 command can be repeated at any time. Everything of a seed lies in OUT_DIR/seedN;
 results.json and curves.png (or compare.json and compare.png) in OUT_DIR, and
-report.html, to look at. This script reads the numbers that the stages wrote; it
-imports no model code.
+report.html, to look at.
 """
 
 import os
@@ -56,6 +50,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -65,6 +60,7 @@ from data.lib.cli import LEAST, UserError, duration, opt, read_json, run, write_
 from data.lib.corpus import open_corpus
 from data.lib.pictures import align, compare_cells, plot, table_cells, test_cells
 from data.lib.presets import EM_PRESETS
+from data.lib.problems import find_file
 from data.lib.report import write_report
 from data.lib.results import (
     comparisons,
@@ -75,7 +71,7 @@ from data.lib.results import (
     summarise,
 )
 from data.lib.side_by_side import run_methods
-from data.lib.stages import Stages, count_devices, only_run, peak_memory
+from data.lib.stages import Stages, count_devices, only_run, peak_memory, read_words
 
 
 @dataclass(kw_only=True)
@@ -104,7 +100,7 @@ class Settings:
     max_new: int = opt(64, "longest thought in tokens", low=1)
     # what is compared
     controls: bool = opt(False, "run the controls, too")
-    only: str = opt("", "with --controls: just these, with commas between; none: all")
+    only: str = opt("", "with --controls: just these rows beside the loop; none: all")
     compare: bool = opt(
         False, "no loop: a model for each method of data/methods.py and seed"
     )
@@ -143,18 +139,17 @@ ARMS = {
     "gain": {"select": "uniform"},
     "prior": {"proposal": "prior"},
 }
+RAW_ROWS = ("raw_tokens", "raw_flops")
 CONTROLS = ("warm_flops", "warm_x4", *ARMS, "gold")
 
 
-# ---------------------------------------------------------------------------------------------------- loop
+# -------------------- loop
 
 
 class Seed:
-    """The stages of one seed.
+    """The stages of one seed: chains that need nothing of each other are futures of `pool`.
 
-    Chains of stages that need nothing of each other are futures of `pool`. `rows`
-    fills up as they end. Of the stages that wait for a core, the one with the
-    lowest `order` starts first.
+    `rows` fills up as they end. Of the stages that wait, the lowest `order` starts first.
     """
 
     def __init__(self, s: Settings, seed: int, out_dir: Path, stages: Stages, pool):
@@ -184,9 +179,8 @@ class Seed:
     def train(self, name: str, corpus: str, thoughts="", more="", order=0) -> Path:
         """Train a model on a part of the corpus.
 
-        Each M-step starts from the same weights, and only its thoughts are better.
-        They are the base model's, as in the paper, or M0's: the toy has no base model,
-        and from M0 an M-step takes fewer steps (--m_steps_from).
+        Each M-step starts from the same weights: the base model's, as in the paper, or
+        M0's. The toy has no base, and from M0 fewer steps will do (--m_steps_from).
         """
         s = self.s
         m_step = corpus == "raw" and thoughts
@@ -283,7 +277,7 @@ class Seed:
         """All of it; the rows are complete when this returns."""
         submit = self.pool.submit
         rounds = range(1, self.s.iterations + 1)
-        chains = [submit(self.single, "raw_tokens", "raw")]
+        chains = [submit(self.single, "raw_tokens", "raw")] if wanted(self.s, "raw_tokens") else []
         model = self.train("M0", "warm", self.data / "warm_thoughts")
         start = spent_on(model)
         self.evaluate("M0", "latent", start, None, 0)
@@ -296,19 +290,19 @@ class Seed:
         # thoughts. So the models that take the arithmetic of the whole loop need
         # not wait for its last round.
         budget = f"--max_tokens={round(start + len(rounds) * (spent - start))}"
-        chains.append(submit(self.single, "raw_flops", "raw", "", budget))
-        chains += self.single_controls(start, budget)
+        chains += self.single_rows(start, budget)
         for chain in chains:
             chain.result()
         for evaluation in self.evals:
             evaluation.result()
 
-    def single_controls(self, start: float, budget: str) -> list[Future]:
-        """The controls that are one model each."""
+    def single_rows(self, start: float, budget: str) -> list[Future]:
+        """The rows of one model each that wait for the first round."""
         submit = self.pool.submit
         warm, truth = self.data / "warm_thoughts", self.data / "raw_truth"
         four_times = f"--max_tokens={round(4 * start)}"
         chains = {
+            "raw_flops": ("raw", "", budget),
             "warm_flops": ("warm", warm, budget, 3),
             "warm_x4": ("warm", warm, four_times, 9),
             "gold": ("raw", truth, "", 7),
@@ -322,9 +316,11 @@ class Seed:
         ]
 
 
-def wanted(s: Settings, control: str) -> bool:
-    """Whether --controls and --only ask for a control."""
-    return s.controls and control in (s.only.split(",") if s.only else CONTROLS)
+def wanted(s: Settings, row: str) -> bool:
+    """Whether a row beside those of the loop is asked for."""
+    if not s.controls:
+        return row in RAW_ROWS
+    return row in (s.only.split(",") if s.only else (*RAW_ROWS, *CONTROLS))
 
 
 def find_data(s: Settings, seed: int, folder: Path, stages: Stages, **more) -> Path:
@@ -384,7 +380,7 @@ def run_compare(s: Settings, out_dir: Path, stages: Stages) -> list[dict]:
     return run_methods(s, data, out_dir, stages)
 
 
-# -------------------------------------------------------------------------------------------------- report
+# -------------------- report
 
 
 def nats_of_rules(rows: list[dict], s: Settings, out_dir: Path) -> float | None:
@@ -448,18 +444,20 @@ def check_settings(s: Settings) -> None:
         raise UserError(
             f"--preset={s.preset}: needs --corpus and --base; see data/README.md"
         )
-    of_loop = (
-        "iterations samples infer controls benchmark base warm_train jobs m_steps_from"
-    )
+    if s.benchmark:
+        named = read_words(s.benchmark_eval).get("file", "")
+        find_file(SimpleNamespace(benchmark=s.benchmark, file=named), "test")
+    of_loop = "iterations samples infer controls benchmark base warm_train jobs m_steps_from"
     for flag in of_loop.split() if s.compare else ["tokens"]:
         if getattr(s, flag) != getattr(Settings, flag):
             how = "with" if s.compare else "without"
             raise UserError(f"--{flag}: does nothing {how} --compare; leave it out")
-    for control in filter(None, s.only.split(",")):
-        if control not in CONTROLS:
-            raise UserError(f"--only={control}: expected {', '.join(CONTROLS)}")
+    for row in filter(None, s.only.split(",")):
+        if row not in (*RAW_ROWS, *CONTROLS):
+            names = ", ".join((*RAW_ROWS, *CONTROLS))
+            raise UserError(f"--only={row}: expected {names}")
     if s.only and s.preset == "toy" and not s.controls:
-        raise UserError("--only: says which controls; add --controls")
+        raise UserError("--only: says which rows; add --controls")
 
 
 def main(s: Settings) -> None:

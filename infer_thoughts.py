@@ -104,6 +104,7 @@ from data.lib.corpus import (
     write_thoughts,
 )
 from data.lib.engine import Engine, Sampling
+from data.lib.kernels import warn_of_slow_bfloat16
 from data.lib.model_folder import fingerprint
 from data.lib.parts import Work, agree, finish, helpers, read_parts, split_parts, timing
 from data.lib.ranks import worker_device
@@ -743,6 +744,7 @@ def main(s: Settings) -> None:
     dtype = s.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    warn_of_slow_bfloat16(device, dtype)
     model, tok = load_model(s.model, device, dtype)
     corpus = open_corpus(s.corpus, tok)
     if Path(s.out_dir).exists():

@@ -52,7 +52,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from data.lib import model_folder
 from data.lib.checkpoint import Position, load_checkpoint, save_checkpoint
 from data.lib.cli import UserError, claim, opt, run
-from data.lib.kernels import attention, head_loss, joined
+from data.lib.kernels import attention, head_loss, joined, warn_of_slow_bfloat16
 from data.lib.log import Interrupt, Log, write_report
 from data.lib.plan import amounts, describe, micro_plan, print_plan, steps_of
 from data.lib.presets import PRESETS
@@ -758,6 +758,7 @@ def train(s: Settings, device: str) -> None:
         print(f"{out_dir}: complete")
         return
     add_up(0)  # no rank looks for checkpoints before the first one has made the folder
+    warn_of_slow_bfloat16(device, config.dtype)
     model = start_model(s, config, tensors, tok, device)
     optimizers = make_optimizers(model, s)
     start = load_checkpoint(out_dir, model, optimizers)

@@ -10,9 +10,8 @@ third builds them from files that are there already.
 
 Writes --out_dir/validation, warm, bootstrap and rest: split by the index in the
 shuffled order, without copies, and without documents that hold a question of a
-test file in data/benchmarks (data/benchmarks.py). MMLU's are not looked for:
-"Which of the following is false?" is no sign of a leak. Any step can be cut off,
-and the same command goes on. The files go to OUT_DIR.files, one by one.
+test file in data/benchmarks (but MMLU's, which are stock phrases). Any step can be
+cut off, and the same command goes on. The files go to OUT_DIR.files, one by one.
 """
 
 import os

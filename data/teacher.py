@@ -12,9 +12,8 @@ Where the thoughts can come from:
     --batch_out=NAME         batch files to hand in; later --batch_in=FILE,FILE
     --given=FILE             lines of {"chunk": 7, "thought": "..."}
 
-A model folder, in plain PyTorch, answers questions that are written and read like
-batch files. It continues the prompt, to a blank line at most. The last response to a
-question counts: the sampled one of --k=1.
+A model folder answers questions that are written and read like batch files. It
+continues the prompt, to a blank line at most. The last response to a question counts.
 
     python data/teacher.py --corpus=C --out_dir=T --model=M --batch_out=q \\
         --batch_form=questions
@@ -26,16 +25,13 @@ and wrap-cot have whole documents rewritten, into a folder with texts.jsonl ({"t
 "doc", "style"}): wrap in one of four styles, by a hash of the document; wrap-cot in
 other words, with reasoning added.
 
-Every answer is appended to OUT_DIR.answers/answers.jsonl as it comes, under its
-chunk's number and a hash of the request, and is never asked for again: the same
-command goes on where a run was killed, stopped or out of budget. The output folder
-appears when every chunk has an answer; --partial writes it with what is there.
+Every answer is appended to OUT_DIR.answers/answers.jsonl as it comes and never asked
+for again: the same command goes on where a run was killed, stopped or out of budget.
+The output folder appears when every chunk has an answer, or with --partial.
 
 An answer that is empty, a refusal, cut off at --max_tokens or far too long is counted
-and left out: the chunk has no thought. A request without an answer is tried again,
---retries times. The budget counts all runs on one --out_dir, and a request that broke
-off at the most that it can cost. Near its end requests go one at a time, so that it is
-passed by one request at most.
+and left out: the chunk has no thought. The budget counts all runs on one --out_dir, and
+a request that broke off at its most. It is passed by one request at most.
 """
 
 import asyncio

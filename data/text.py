@@ -2,11 +2,9 @@
 
     python data/text.py FILE... --tokenizer=TinyLlama --out_dir=out/text
     python data/text.py "pages/*.parquet" --tokenizer=T --out_dir=out/math --splits=paper
-    zcat pages.jsonl.gz | python data/text.py - --tokenizer=T --out_dir=out/pages
 
-FILE is jsonl, parquet or txt (a document each), compressed (.gz, .zst) or not, a
-quoted pattern, or - for jsonl on stdin. Each split becomes a corpus folder in
---out_dir:
+FILE is jsonl, parquet or txt (a document each), compressed (.gz, .zst) or not, or a
+quoted pattern. Each split becomes a corpus folder in --out_dir:
 
     --splits=train=0.98,heldout=0.02   shares of the shuffled documents
     --splits=paper                     validation: i % 1000 == 0 for the index i; of the
@@ -29,9 +27,6 @@ workers and any order of files. Finished tasks are kept when a run is cut off:
     encode   a range of hashes, from all tasks -> chunks as tokens
              work/tokens-RANGE.bin, .npz
     join     -> the corpus folders and meta.json; work/ is removed
-
-While it runs it needs disk space for the text once and its tokens twice, and about
-200 MB of memory for each worker, whatever the size of the input.
 """
 
 import contextlib
@@ -84,7 +79,7 @@ TO_THE_END = 1 << 62
 
 @dataclass(kw_only=True)
 class Settings:
-    files: list = opt(help="jsonl, parquet, txt, also .gz and .zst; - for jsonl on stdin")
+    files: list = opt(help="jsonl, parquet, txt, also .gz and .zst")
     tokenizer: str = opt(help="tokenizer.json of the model to be trained, or its folder")
     out_dir: str = opt(help="where the corpus folders go")
     text_field: str = opt("text", "the field or column that holds the text")
@@ -102,7 +97,7 @@ def tokenizer_of(path: str) -> Tokenizer:
     return load_tokenizer(path)
 
 
-# ------------------------------------------------------------------------- splits
+# -------------------- splits
 
 PAPER = ("validation", "warm", "bootstrap", "rest")
 
@@ -144,7 +139,7 @@ def split_of(index: np.ndarray, n_docs: int, shares: dict[str, float] | None) ->
     return np.select([index % 1000 == 0, residue == 0, bootstrap], [0, 1, 2], 3)
 
 
-# --------------------------------------------------------------------------- scan
+# -------------------- scan
 
 
 class Piece(NamedTuple):
@@ -314,7 +309,7 @@ def refuse_damage(piece: Piece, found: Found) -> None:
     raise UserError(f"{piece.path}:{before + found.line}: {bad}; mend it or give --skip_bad")
 
 
-# ------------------------------------------------------------------------- encode
+# -------------------- encode
 
 
 class Document(NamedTuple):
@@ -426,7 +421,7 @@ def batches(sizes: list[int]) -> list[tuple[int, int]]:
     return list(zip(borders, borders[1:]))
 
 
-# --------------------------------------------------------------------------- join
+# -------------------- join
 
 
 def join(s: Settings, out: Path, work: Path, n_ranges: int, n_docs: int, source: dict) -> dict:
@@ -469,7 +464,7 @@ def add_range(writers: list, tokens, lengths, chunks, doc_bytes, of_doc) -> None
         writer.add(mine, lengths[of_chunk == i], chunks[of_doc == i], n_bytes)
 
 
-# ---------------------------------------------------------------------- processes
+# -------------------- processes
 
 
 def start_worker() -> None:
@@ -527,23 +522,13 @@ def follow(label: str, function: Callable, tasks: list[tuple], total: int, worke
     progress.update(progress.total)
 
 
-# --------------------------------------------------------------------------- main
+# -------------------- main
 
 
 def n_workers(asked: int) -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux: what taskset or a batch system allows
         return asked or len(os.sched_getaffinity(0))
     return asked or os.cpu_count() or 1
-
-
-def save_stdin(work: Path) -> str:
-    """Stdin as a file. It is new each time, so such a run cannot go on when it is cut off."""
-    if sys.stdin is None or sys.stdin.isatty():
-        raise UserError("-: nothing is piped in; as in: zcat pages.jsonl.gz | python data/text.py - ...")
-    path = work / "stdin.jsonl"
-    with open(path, "wb") as f:
-        shutil.copyfileobj(sys.stdin.buffer, f, 1 << 20)
-    return str(path)
 
 
 def same_input(files: list[str], s: Settings, note: Path) -> None:
@@ -560,13 +545,9 @@ def same_input(files: list[str], s: Settings, note: Path) -> None:
         changed.append(s.tokenizer)
     if changed:
         raise UserError(
-            f"{name_of(changed[0], note.parent.parent)}: changed since this run began; "
+            f"{changed[0]}: changed since this run began; "
             f"remove {note.parent.parent} or give another --out_dir"
         )
-
-
-def name_of(path: str, out: Path) -> str:
-    return "-" if Path(path).parent == out / "work" else path
 
 
 def list_dropped(tasks: list[list[Piece]], parts: list[Path], out: Path) -> dict:
@@ -583,7 +564,7 @@ def list_dropped(tasks: list[list[Piece]], parts: list[Path], out: Path) -> dict
             counts.update(state["counts"])
             for piece, line, reason, note in state["dropped"]:
                 path = pieces[piece].path
-                entry = {"file": name_of(path, out), "line": before[path] + line}
+                entry = {"file": path, "line": before[path] + line}
                 entry |= {"reason": reason, "note": note}
                 f.write(json.dumps(entry, ensure_ascii=False) + "\n")
             for piece, n in state["lines"].items():
@@ -671,7 +652,6 @@ def build(s: Settings, out: Path, work: Path, files: list[str]) -> None:
     """The whole run, or what is left of it."""
     for left in work.glob("*.tmp"):
         left.unlink()
-    files = [save_stdin(work) if path == "-" else path for path in files]
     same_input(files, s, work / "input.json")
     tasks, parts = make_documents(s, out, work, files)
     ranges = make_tokens(s, work, parts)
@@ -684,7 +664,7 @@ def build(s: Settings, out: Path, work: Path, files: list[str]) -> None:
     n_docs = counts["documents_out"]
     splits = join(s, out, work, len(ranges), n_docs, source | {"counts": counts})
     os.replace(out / "dropped.jsonl.tmp", out / "dropped.jsonl")
-    listed = [{"file": name_of(e["file"], out), "bytes": e["bytes"]} for e in sizes(files)]
+    listed = [{"file": e["file"], "bytes": e["bytes"]} for e in sizes(files)]
     meta = {"kind": "text", "files": listed, "counts": counts}
     write_json(out / "meta.json", meta | {"splits": splits, "source": source})
     show(counts, splits, out)
@@ -697,8 +677,7 @@ def main(s: Settings) -> None:
     finder_of(s.decontaminate)
     files = expand(s.files)
     for path in files:
-        if path != "-":
-            kind_of(path)
+        kind_of(path)
     fresh = not os.path.exists(os.path.join(s.out_dir, "settings.json"))
     if fresh:
         refuse_others(s.out_dir, ["work", "meta.json", *names])

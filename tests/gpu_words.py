@@ -120,16 +120,16 @@ def join(folder: Path, out_dir: Path) -> None:
 
 # ---- the loop
 
-# em.py's recipe, without checkpoints: they would fill the disk of that machine.
+# em.py's recipe for a CPU, in bf16 and without checkpoints: they would fill the disk of that machine.
 PRESET = {"preset": "word-problems"}
-PRESET |= {"train": f"{EM_PRESETS['word-problems']['train']} --save_every=100000"}
+PRESET |= {"train": f"{EM_PRESETS['word-problems']['train']} --dtype=bfloat16 --save_every=100000"}
 GSM8K_TRAIN = "--preset=smollm2-135m --attention=document --seq_len=512 --batch_size=16 --save_every=100000"
 GSM8K = PRESET | {
     "train": f"{GSM8K_TRAIN} --max_steps=200",
     "warm_train": "--max_steps=45",
     "max_new": 192,
 }
-NO_CONTROLS = {"only": ","}
+NO_CONTROLS = {"only": "raw_tokens,raw_flops"}
 TINY = "--preset=toy --max_steps=2 --seq_len=256 --batch_size=4"
 TINY_LOOP = NO_CONTROLS | {"train": TINY, "warm_train": TINY, "max_new": 8}
 TINY_LOOP |= {"eval": "--limit=2 --bound_docs=1"}

@@ -181,6 +181,47 @@ def test_likelihoods_are_paired_document_by_document(run):
         )
 
 
+def test_one_seed_is_paired_problem_by_problem(run):
+    report = json.loads((run[0] / "run/results.json").read_text())
+    tests = {(t["a"], t["b"], t["figure"]): t for t in report["tests"]}
+    evals = [run[0] / f"run/seed0/{name}/eval" for name in ("M2", "M0")]
+    answers = [[json.loads(line)["responses"] for line in open(e / "responses.jsonl")] for e in evals]
+    right = [np.array([[x["correct"] for x in row] for row in rows], dtype=float) for rows in answers]
+    nats = [np.load(e / "likelihood.npz")["bound_16"] for e in evals]
+    wanted = {
+        "accuracy": (right[0][:, 0] - right[1][:, 0], "problems"),
+        "accuracy_sampled": (right[0][:, 1:].mean(1) - right[1][:, 1:].mean(1), "problems"),
+        "bound_16": (nats[0] - nats[1], "documents"),
+    }
+    for figure, (d, of) in wanted.items():
+        test = tests["M2", "M0", figure]
+        assert (test["n"], test["of"]) == (len(d), of) and len(d) >= 30
+        assert test["difference"] == pytest.approx(d.mean(), abs=1e-9)
+        assert test["se"] == pytest.approx(d.std(ddof=1) / len(d) ** 0.5)
+    assert "M2 - M0" in run[1] and "30 documents" in run[1]
+
+
+def test_only_names_the_rows_beside_the_loop():
+    rows = (*em.RAW_ROWS, *em.CONTROLS)
+
+    def asked(**how):
+        return {row for row in rows if em.wanted(em.Settings(**how), row)}
+
+    assert asked() == {"raw_tokens", "raw_flops"}
+    assert asked(controls=True) == set(rows)
+    assert asked(controls=True, only="gold,raw_tokens") == {"gold", "raw_tokens"}
+    with pytest.raises(UserError, match="--only=glod: expected raw_tokens, raw_flops, warm_flops"):
+        em.check_settings(em.Settings(controls=True, only="glod"))
+
+
+def test_a_missing_benchmark_is_refused_before_any_stage(tmp_path):
+    here = em.Settings(benchmark="gsm8k", benchmark_eval=f"--file={ROOT}/README.md")
+    em.check_settings(here)
+    for name in ("gsm9k", "none.jsonl"):
+        with pytest.raises(UserError, match=f"{name}.*no such file"):
+            em.check_settings(em.Settings(benchmark=name))
+
+
 def test_neither_step_opens_the_true_thoughts(run):
     """The only opener of raw_truth is em.py's own report.
 
@@ -446,6 +487,7 @@ def test_comparisons_pair_the_seeds():
     accuracies = {"M0": (0.1, 0.5, 0.3), "M1": (0.2, 0.7, 0.6), "uniform/M1": (0.3, 0.6)}
     rows = [
         {"name": name, "seed": seed, "accuracy": a, "accuracy_sampled": a / 2}
+        | {"nll_bound_document": {"16": 3 - a}}
         for name, each in accuracies.items()
         for seed, a in enumerate(each)
     ]
@@ -458,6 +500,8 @@ def test_comparisons_pair_the_seeds():
     )
     assert first["p"] == 0.25 and tests["M1", "uniform/M1", "accuracy"]["n"] == 2, "only seeds that both have"
     assert tests["M1", "M0", "accuracy_sampled"]["difference"] == pytest.approx(0.1)
+    assert tests["M1", "M0", "bound_16"]["difference"] == pytest.approx(-0.2)
+    assert first["of"] == "seeds"
     summary = {r["name"]: r for r in summarise(rows)}
     assert summary["M0"]["accuracy"] == (pytest.approx(0.3), pytest.approx(0.2))
 
@@ -497,7 +541,10 @@ def test_plain_text_through_the_loop(digits, tmp_path):
         rows["M1"]["nll_bound_document"]["16"] > 0
         and rows["M1"]["nll_thoughtless_document"] > 0 < rows["raw_flops"]["nll_document"]
     )
-    assert "M1 IWAE-16 - raw_flops nll" in out and (tmp_path / "run/curves.png").exists()
+    [m1] = [r for r in results(tmp_path / "run")["summary"] if r["name"] == "M1"]
+    assert m1["bound_16"][0] == rows["M1"]["nll_bound"]["16"] < rows["M1"]["nll_bound_document"]["16"]
+    assert "nats a byte" in out and "M1 IWAE-16 - raw_flops nll" in out
+    assert (tmp_path / "run/curves.png").exists()
 
 
 @pytest.mark.slow

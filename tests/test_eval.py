@@ -78,6 +78,8 @@ def test_rows_of_all_benchmarks_are_read():
     ):
         with pytest.raises(ValueError, match="field"):
             read_item(bad)
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        read_item({"question": "Half \ud800 a pair?", "answer": "5"})
 
 
 FOUR = {"A": "w", "B": "x", "C": "y", "D": "z"}

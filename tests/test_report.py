@@ -173,7 +173,7 @@ def test_numbers_are_those_of_results_json(run):
     assert len(lines) == len(run.results["summary"]) == 8
     for summary, line in zip(run.results["summary"], lines):
         shown = dict(zip(header, line))
-        assert shown[""] == summary["name"]
+        assert shown["nats a document"] == summary["name"]
         for title, key in columns.items():
             mean, deviation = summary.get(key, (None, None))
             assert shown[title] == ("-" if mean is None else f"{mean:.3f} ±{deviation:.3f}"), (title, line)

@@ -5,7 +5,6 @@ import dataclasses
 import errno
 import gzip
 import hashlib
-import io
 import json
 import os
 import random
@@ -367,26 +366,6 @@ def test_every_kind_of_file_gives_the_same(tok, tmp_path):
         assert content(tmp_path / name / "train", "meta.json") == content(
             tmp_path / "plain/train", "meta.json"
         ), name
-
-
-def test_stdin(tok, tmp_path):
-    plain = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
-    build(tok, tmp_path / "plain", plain)
-
-    def piped(raw: bytes):
-        command = [
-            sys.executable,
-            str(ROOT / "data/text.py"),
-            "-",
-            f"--tokenizer={tok}",
-            f"--out_dir={tmp_path / 'piped'}",
-        ]
-        return subprocess.run(command, input=raw, capture_output=True)
-
-    done = piped(plain.read_bytes()[:-30])  # its last line is cut off
-    assert done.returncode == 1 and b":300: not JSON" in done.stderr
-    assert piped(plain.read_bytes()).returncode == 0
-    assert content(tmp_path / "piped/train", "meta.json") == content(tmp_path / "plain/train", "meta.json")
 
 
 def test_what_is_dropped_is_counted_and_listed(tok, tmp_path):
@@ -816,7 +795,6 @@ WRONG = [
     (["README.md", "--decontaminate=no.jsonl"], "no.jsonl: no such file"),
     (["LICENSE"], "rename it by what it is"),
     ([], "FILE ... is required"),
-    (["-"], "not JSON"),
     (["/dev/null"], "rename it"),
 ]
 
@@ -824,7 +802,6 @@ WRONG = [
 @pytest.mark.parametrize("flags,message", WRONG, ids=[" ".join(f) for f, _ in WRONG])
 def test_wrong_input_ends_in_one_line(flags, message, tok, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"{")))
     err = inside(text_module, *flags, f"--tokenizer={tok}", f"--out_dir={tmp_path / 'out'}", code=1).stderr
     assert message in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()

@@ -785,3 +785,17 @@ def test_other_tokenizer_is_refused(digits, tmp_path):
     flags = [f"--corpus={digits}/warm", f"--val_corpus={tmp_path}/other/heldout"]
     done = inside(train, *flags, f"--out_dir={tmp_path}/m", *QUICK, code=1)
     assert "another tokenizer" in done.stderr
+
+
+@pytest.mark.parametrize("device,dtype,seconds,said", [
+    ("cpu", "bfloat16", (1.0, 7.0), "7 times as long in bfloat16; give --dtype=float32"),
+    ("cpu", "bfloat16", (1.0, 1.5), ""),
+    ("cpu", "float32", (), ""),
+    ("cuda", "bfloat16", (), ""),
+])  # fmt: skip
+def test_a_cpu_that_is_slow_in_bfloat16_is_told(device, dtype, seconds, said, monkeypatch, capsys):
+    times = iter(seconds)
+    monkeypatch.setattr(kernels.timeit, "repeat", lambda function, number: [next(times), 9.0])
+    kernels.warn_of_slow_bfloat16(device, dtype)
+    err = capsys.readouterr().err
+    assert said in err and bool(said) == bool(err) and not list(times)

@@ -1,12 +1,11 @@
 """Ask a server of OpenAI's chat completions, and keep its answers.
 
-The `openai` package builds and sends the requests. Attempts are counted here,
-since each of them can be paid for: the package's own retries are switched off.
+The `openai` package builds and sends the requests, without its retries: attempts can
+be paid for, so they are counted here.
 
-What a server sends is not trusted: it is bounded in size and time, parsed as
-JSON and nothing else, and cleared of the key before anyone sees it. The key
-goes into one header of requests to --base_url. Redirections are not followed,
-and proxies named in the environment are not used.
+What a server sends is bounded in size and time, parsed as JSON and cleared of the key.
+The key goes into one header of requests to --base_url. No redirection is followed, and
+no proxy of the environment used.
 """
 
 import asyncio

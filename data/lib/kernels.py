@@ -4,6 +4,8 @@ They are attention by torch's fused kernels, products joined into one, and the
 loss with a backward pass written by hand.
 """
 
+import sys
+import timeit
 from typing import Callable
 
 import torch
@@ -24,6 +26,20 @@ def attention(q, k, v, mask=None) -> torch.Tensor:
         group = 1
     attend = F.scaled_dot_product_attention
     return attend(q, k, v, mask, is_causal=mask is None, enable_gqa=group > 1)
+
+
+def warn_of_slow_bfloat16(device: str, dtype: str) -> None:
+    """A line on stderr where a CPU has no instructions for bfloat16: training takes 20 times as long."""
+    if (device, dtype) != ("cpu", "bfloat16"):
+        return
+    seconds = []
+    for kind in (torch.float32, torch.bfloat16):
+        x = torch.ones(512, 512, dtype=kind)
+        seconds.append(min(timeit.repeat(lambda: x @ x, number=1)))
+    times = seconds[1] / seconds[0]
+    if times > 2:
+        advice = f"this CPU takes {times:.0f} times as long in bfloat16; give --dtype=float32"
+        print(f"note: {advice}", file=sys.stderr, flush=True)
 
 
 @torch.no_grad()

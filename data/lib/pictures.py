@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.lib.cli import replacing
-from data.lib.results import COLUMNS, summarise, value
+from data.lib.results import COLUMNS, summarise, unit_of, value
 
 # {figure or row: (label, colour, line)}: Okabe and Ito's colours, for the
 # colour-blind; where two are alike, their lines differ.
@@ -41,8 +41,8 @@ class Panel(NamedTuple):
     top: float | None  # of the axis; None: as high as the numbers
 
 
-def panels(last: str, k: int) -> list[Panel]:
-    """What is drawn of a loop; last: its last model; k: thoughts a chunk."""
+def panels(last: str, k: int, unit: str) -> list[Panel]:
+    """What is drawn of a loop; last: its last model; k: thoughts a chunk; unit: of likelihoods."""
     controls = "warm_flops", f"uniform/{last}", "gold", "raw_flops"
     found = []
     for key, how in (
@@ -56,7 +56,7 @@ def panels(last: str, k: int) -> list[Panel]:
     picks = "e_kept", "e_right_of_kept"
     return [
         *found,
-        Panel("-log p of answers, nats a document", nats, raw, None),
+        Panel(f"-log p, nats a {unit}", nats, raw, None),
         Panel("the thoughts it was trained on", picks, {}, 1.02),
         Panel(f"effective samples of K = {k}", ("ess",), {}, 1.02 * k),
     ]
@@ -96,7 +96,7 @@ def table_cells(rows: list[dict]) -> list[list[str]]:
     columns = {
         t: key for t, key in COLUMNS.items() if any(key in r for r in rows)
     }
-    lines = [["", *columns, "TFLOP", "seconds"]]
+    lines = [[f"nats a {unit_of(rows)}", *columns, "TFLOP", "seconds"]]
     for r in rows:
         cells = [
             spread(*r[key]) if key in r else "-" for key in columns.values()
@@ -109,15 +109,7 @@ def table_cells(rows: list[dict]) -> list[list[str]]:
 def test_cells(tests: list[dict], gaps: list[dict]) -> list[list[str]]:
     """The comparisons under a header; nothing where nothing was compared."""
     titles = {figure: title for title, figure in COLUMNS.items()}
-    lines = [
-        [
-            "paired",
-            "",
-            "difference ± standard error",
-            "above 0",
-            "p (sign flips)",
-        ]
-    ]
+    lines = ["paired,,difference ± standard error,above 0,p (sign flips)".split(",")]
     for t in [*(t for t in tests if t["n"] > 1), *gaps]:
         error = "" if t["se"] is None else f" ±{t['se']:.3f}"
         above = f"{t['above']} of {t['n']} {t.get('of', 'seeds')}"
@@ -183,7 +175,7 @@ def plot_compare(figure, rows: list[dict], s) -> None:
 def plot_loop(figure, rows: list[dict], s) -> None:
     """Seeds as thin lines, means as thick ones, controls as levels."""
     names = [f"M{t}" for t in range(s.iterations + 1)]
-    drawn = panels(names[-1], s.samples)[:-1]
+    drawn = panels(names[-1], s.samples, unit_of(rows))[:-1]
     for axis, panel in zip(figure.subplots(1, len(drawn)), drawn):
         curves, levels = numbers(panel, rows, names)
         for look, (lines, means) in curves.items():

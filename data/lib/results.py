@@ -1,9 +1,10 @@
 """What em.py makes of the numbers of its stages: rows, means, paired tests.
 
 A row is what is kept of one model (make_row), a summary its mean over seeds and the
-deviation between them. No model code is imported.
+deviation between them.
 """
 
+import json
 import math
 import os
 import platform
@@ -65,9 +66,7 @@ def figures_of_thoughts(e_step: Path, data: Path) -> dict:
     """
     meta = read_json(e_step / "meta.json")
     keys = "ess cut_off all_cut_off nll_bound sampled_tokens computed_tokens".split()
-    figures = {key: meta[key] for key in keys} | read_json(
-        e_step / "timing.json"
-    )
+    figures = {key: meta[key] for key in keys} | read_json(e_step / "timing.json")
     truth = data / "raw_truth"
     if truth.exists():
         corpus = open_corpus(data / "raw")
@@ -83,10 +82,17 @@ def figures_of_thoughts(e_step: Path, data: Path) -> dict:
     return figures
 
 
+def unit_of(rows: list[dict]) -> str:
+    """What nats are told for; documents of plain text differ in length."""
+    return "document" if any("accuracy" in row for row in rows) else "byte"
+
+
 def value(row: dict, key: str) -> float | None:
-    """A row's figure by its name in FIGURES."""
+    """A row's figure by its name in FIGURES; nats as unit_of says."""
+    unit = "_document" if "accuracy" in row else ""
+    key = key.replace("_document", unit)
     if key.startswith("bound_"):
-        return row.get("nll_bound_document", {}).get(key.removeprefix("bound_"))
+        return row.get(f"nll_bound{unit}", {}).get(key.removeprefix("bound_"))
     if key.startswith("e_"):
         return row.get("e_step", {}).get(key.removeprefix("e_"))
     return row.get(key)
@@ -109,9 +115,7 @@ def summarise(rows: list[dict]) -> list[dict]:
         for key in FIGURES:
             values = [v for row in mine if (v := value(row, key)) is not None]
             if values:
-                deviation = (
-                    float(np.std(values, ddof=1)) if len(values) > 1 else None
-                )
+                deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
                 summary[key] = float(np.mean(values)), deviation
         summaries.append(summary)
     return summaries
@@ -148,16 +152,10 @@ def stage_notes(folder: Path) -> list[tuple[str, dict, str]]:
             file = stage / f"{name}.json"
             said |= read_json(file) if file.exists() else {}
         known = said.keys() - settings.keys()
-        counts = {
-            k: x for k, x in said.items() if type(x) is int and k in known
-        }
+        counts = {k: x for k, x in said.items() if type(x) is int and k in known}
         counts["seconds"] = round(said.get("seconds", 0))
-        script = next(
-            scripts[file] for file in scripts if (stage / file).exists()
-        )
-        flags = {"out_dir": stage} | {
-            k: x for k, x in settings.items() if x != ""
-        }
+        script = next(scripts[file] for file in scripts if (stage / file).exists())
+        flags = {"out_dir": stage} | {k: x for k, x in settings.items() if x != ""}
         words = (f"--{k}={x}" for k, x in flags.items())
         command = shlex.join(["python", script, *words])
         notes.append((str(stage.relative_to(folder)), counts, command))
@@ -172,9 +170,7 @@ def sign_flip(differences) -> float:
     d, rng = np.asarray(differences, dtype=float), np.random.default_rng(0)
     n, least = len(d), abs(d.sum()) - 1e-9
     if n <= 16:
-        signs = 1 - 2 * (
-            np.arange(2**n)[:, None] >> np.arange(n) & 1
-        )  # [2^n, n]
+        signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)  # [2^n, n]
         return float((np.abs(signs @ d) >= least).mean())
     hits = 1  # the signs that were seen are themselves one of the flips
     for _ in range(64):
@@ -210,18 +206,55 @@ def pairs_of(last: str, arms) -> list[tuple[str, str]]:
     return list(dict.fromkeys(pairs))
 
 
+# The figures that are compared, and what one seed has many of.
+PAIRED = {
+    "accuracy": "problems",
+    "accuracy_sampled": "problems",
+    "bound_16": "documents",
+}
+
+
+def to_pair(row: dict, alone: bool) -> dict:
+    """{figure: numbers} of a model.
+
+    One number each, or (alone) one for each problem or document.
+    """
+    if not alone:
+        numbers = {key: value(row, key) for key in PAIRED}
+        return {key: [x] for key, x in numbers.items() if x is not None}
+    folder, found = Path(row["folder"]) / "eval", {}
+    if "accuracy" in row:
+        lines = (folder / "responses.jsonl").read_text("utf-8").splitlines()
+        records = [json.loads(line)["responses"] for line in lines]
+        right = [[x["correct"] for x in record] for record in records]
+        found["accuracy"] = [greedy for greedy, *_ in right]
+        found["accuracy_sampled"] = [np.mean(others) for _, *others in right]
+    with np.load(folder / "likelihood.npz", allow_pickle=False) as f:
+        return found | {"bound_16": f["bound_16"]} if "bound_16" in f else found
+
+
 def comparisons(rows: list[dict], last: str, arms) -> list[dict]:
-    """The paired differences of accuracy between rows, seed by seed."""
+    """The paired differences between rows in the figures of PAIRED, seed by seed.
+
+    With one seed they are paired problem by problem and document by document, in
+    nats a document. That says nothing about other seeds.
+    """
     known = {(row["name"], row["seed"]): row for row in rows}
-    seeds = dict.fromkeys(row["seed"] for row in rows)
+    seeds = list(dict.fromkeys(row["seed"] for row in rows))
+    alone = len(seeds) == 1
     found = []
     for a, b in pairs_of(last, arms):
         pairs = [(known.get((a, seed)), known.get((b, seed))) for seed in seeds]
-        both = [(x, y) for x, y in pairs if x and y]
-        for key in ("accuracy", "accuracy_sampled"):
-            d = [x[key] - y[key] for x, y in both if key in x and key in y]
-            if d:
-                found.append({"a": a, "b": b, "figure": key} | paired(d))
+        pairs = [
+            (to_pair(x, alone), to_pair(y, alone)) for x, y in pairs if x and y
+        ]
+        for key, of in PAIRED.items():
+            both = [(x[key], y[key]) for x, y in pairs if key in x and key in y]
+            if both:
+                d = [np.subtract(x, y, dtype=float) for x, y in both]
+                of = of if alone else "seeds"
+                test = {"a": a, "b": b, "figure": key, "of": of}
+                found.append(test | paired(np.concatenate(d)))
     return found
 
 
@@ -241,21 +274,13 @@ def likelihood_gaps(rows: list[dict], last: str) -> list[dict]:
     gaps = []
     for other in (last, "raw_tokens", "raw_flops"):
         key = "thoughtless" if other == last else "nll"
-        seeds = [
-            seed
-            for name, seed in nats
-            if name == last and (other, seed) in nats
-        ]
+        seeds = [seed for name, seed in nats if name == last and (other, seed) in nats]
         pairs = [(nats[last, seed], nats[other, seed]) for seed in seeds]
         if any(not np.array_equal(a["doc"], b["doc"]) for a, b in pairs):
             both = "give both the same --max_new and --bound_docs"
-            raise UserError(
-                f"{last} and {other} scored other documents; {both}"
-            )
+            raise UserError(f"{last} and {other} scored other documents; {both}")
         d = [a["bound_16"] - b[key] for a, b in pairs]
         of = "seeds" if len(d) > 1 else "documents"
         pair = {"a": f"{last} IWAE-16", "b": f"{other} {key}", "of": of}
-        gaps.append(
-            pair | paired([x.mean() for x in d] if len(d) > 1 else d[0])
-        )
+        gaps.append(pair | paired([x.mean() for x in d] if len(d) > 1 else d[0]))
     return gaps

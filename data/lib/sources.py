@@ -98,9 +98,7 @@ def expand(words: list[str]) -> list[str]:
 
 
 def names_of(word: str) -> list[str]:
-    """The files that a name or a pattern stands for; - is stdin."""
-    if word == "-":
-        return [word]
+    """The files that a name or a pattern stands for."""
     names = [word]
     if not os.path.exists(word) and glob.has_magic(word):
         names = [name for name in glob.glob(word, recursive=True) if not os.path.isdir(name)]
