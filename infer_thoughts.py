@@ -138,9 +138,7 @@ class Settings:
     # the machine
     part_size: int = opt(0, "chunks a part; 0: 500 on a CPU, 20000 on a GPU", low=0)
     rows: int = opt(0, "most thoughts side by side; 0: what memory allows", low=0)
-    workers: int = opt(
-        0, "processes on a CPU; 0: one a core for models below 20M parameters", low=0
-    )
+    workers: int = opt(0, "processes on a CPU; 0: one a core for models below 20M parameters", low=0)
     dtype: Literal["auto", "float32", "bfloat16"] = opt(
         "auto", "of the weights; auto: bfloat16 on a GPU, float32 elsewhere"
     )
@@ -757,7 +755,8 @@ def main(s: Settings) -> None:
     if not len(chosen):
         raise UserError(f"{s.corpus}: no chunk to infer thoughts for: {counts}")
     if s.context == "thoughts":
-        longest = limits.seq_len - s.max_new  # thoughts may fill the context
+        thoughts = s.before * (s.max_new + MARKERS)
+        longest = min(longest + thoughts, limits.seq_len - s.max_new)
     part_size = s.part_size or (500 if on_cpu else 20000)
     parts = split_parts(corpus, chosen, part_size)
     work = Work(Path(s.out_dir), parts)

@@ -468,13 +468,22 @@ def test_whole_documents_stay_in_a_part():
     assert [p.tolist() for p in split_parts(corpus, np.array([1, 2, 9]), 1)] == [[1, 2], [9]]
 
 
-def test_context_with_thoughts_as_a_command(digits, model, tmp_path):
+def test_context_with_thoughts_as_a_command(digits, model, tmp_path, monkeypatch):
+    asked, generate = [], Engine.generate
+
+    def recorded(engine, prompts, *rest):
+        asked.append(max(map(len, prompts)))
+        return generate(engine, prompts, *rest)
+
+    monkeypatch.setattr(Engine, "generate", recorded)
     parts = ["--problems=3", "--warm=5", "--raw=12", "--heldout=4", "--max_ops=3", "--min_ops=1"]
     inside(data.digits, f"--out_dir={tmp_path}/data", *parts, f"--tokenizer={model}/tokenizer.json")
     flags = [f"--corpus={tmp_path}/data/raw", f"--model={model}", "--max_new=24"]
     for context in ("bare", "thoughts"):
         out = [f"--out_dir={tmp_path}/{context}", f"--context={context}"]
-        inside(infer_thoughts, *flags, *out, "--part_size=10")
+        done = inside(infer_thoughts, *flags, *out, "--part_size=10", "--workers=1")
+        planned = int(done.stdout.split("prompts of up to ")[1].split()[0])
+        assert max(asked) <= planned < 512 - 24, "what is planned holds all prompts, and not the whole model"
     bare, thoughts = (np.load(tmp_path / name / "samples.npz")["log_w"] for name in ("bare", "thoughts"))
     first, second = np.arange(12) * 6 + 1, np.arange(12) * 6 + 3  # answers; chunks are question, answer, ...
     np.testing.assert_allclose(bare[first], thoughts[first], atol=1e-3)

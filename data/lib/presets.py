@@ -23,9 +23,9 @@ PRESETS = {
     "tinyllama-1.1b-warm": BIG | TINYLLAMA | {"batch_size": 96, "max_steps": 4069},
 }
 
-# SmolLM2-135M thinks in equations. Sequences are short, so rows are packed with documents that
-# do not see one another. M-steps start from M0, which takes fewer steps than from the base.
-# An equation says the answer, so all thoughts gain: the evidence is asked.
+# SmolLM2-135M thinks in equations. Rows are packed with short documents, in float32 because few
+# laptops have bfloat16, and from M0 an M-step takes fewer steps. An equation says the answer,
+# so all thoughts gain: the evidence is asked.
 WORDS = "--preset=smollm2-135m --attention=document --seq_len=512 --batch_size=2"
 EM_PRESETS = {
     "toy": {},
