@@ -19,7 +19,7 @@ maximises log p(z, x) + log q(z | x).
     python em.py --controls            # and all that could explain the result away
     python em.py --controls --seeds=10 --seed=120      # means, deviations, paired tests
     python em.py --corpus=C --base=M --benchmark=gsm8k      # from a pretrained model
-    python em.py --preset=word-problems --corpus=C --base=M # SmolLM2-135M on a laptop, hours
+    python em.py --preset=word-problems --corpus=C --base=M # SmolLM2-135M, hours
     python em.py --compare --seeds=2   # no loop: the methods of data/methods.py
 
 With several GPUs the stages start by torchrun. Controls use the same data and M0:

@@ -64,7 +64,7 @@ def read_problem(line: str) -> Problem:
         text = record.get(field)
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f'field "{field}" is missing or empty')
-        text.encode()  # a ValueError for half a surrogate pair
+        text.encode()  # refuses half a surrogate pair
     solution, mark, answer = record["answer"].rpartition("####")
     if not mark or not answer.strip():
         raise ValueError('field "answer" does not end in "#### number"')

@@ -171,7 +171,7 @@ def read_item(row) -> Item:
         solution = re.sub(r"<<[^<>]*>>", "", solution)
     if not is_said(answer):
         raise ValueError(why)
-    f"{question}{solution}{answer}".encode()  # a ValueError for half a surrogate pair
+    f"{question}{solution}{answer}".encode()  # refuses half a surrogate pair
     # A blank line would look like the end of an example.
     solution = " ".join(solution.split("\n\n")).strip()
     return Item(question.strip(), solution, str(answer).strip(), about_of(row))
