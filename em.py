@@ -17,12 +17,13 @@ maximises log p(z, x) + log q(z | x).
 
     python em.py                       # the toy corpus, some minutes on 2 CPU cores
     python em.py --controls            # and all that could explain the result away
+    python em.py --controls --only=raw_tokens,uniform  # just these rows beside the loop
     python em.py --controls --seeds=10 --seed=120      # means, deviations, paired tests
-    python em.py --corpus=C --base=M --benchmark=gsm8k      # from a pretrained model
-    python em.py --preset=word-problems --corpus=C --base=M # SmolLM2-135M, hours
+    python em.py --corpus=C --base=M --benchmark=gsm8k
+    python em.py --preset=word-problems --corpus=C --base=M
     python em.py --compare --seeds=2   # no loop: the methods of data/methods.py
 
-With several GPUs the stages start by torchrun. Controls use the same data and M0:
+With several GPUs training and E-steps start by torchrun. Controls use the same data:
 
     warm_flops   the documents with thoughts alone, trained for the arithmetic of the
                  whole loop: is the gain only longer training?
@@ -37,7 +38,6 @@ With several GPUs the stages start by torchrun. Controls use the same data and M
 
 FLOPs are 6 a parameter and trained token, and 2 a parameter and token that an E-step
 reads, samples or scores. They add up along a row.
-
 Each stage is a command that is printed as it starts: copy it, edit it, run it by
 hand. A complete stage is skipped, and one that was cut off goes on, so the same em.py
 command can be repeated at any time. Everything of a seed lies in OUT_DIR/seedN;
@@ -56,7 +56,7 @@ from typing import Literal
 import numpy as np
 
 from data.digits import true_nats
-from data.lib.cli import LEAST, UserError, duration, opt, read_json, run, write_json
+from data.lib.cli import LEAST, UserError, claim, duration, opt, read_json, run, write_json
 from data.lib.corpus import open_corpus
 from data.lib.pictures import align, compare_cells, plot, table_cells, test_cells
 from data.lib.presets import EM_PRESETS
@@ -141,6 +141,8 @@ ARMS = {
 }
 RAW_ROWS = ("raw_tokens", "raw_flops")
 CONTROLS = ("warm_flops", "warm_x4", *ARMS, "gold")
+# What may differ between two runs into one folder: what is run, and how.
+FREE = "controls only iterations seed seeds benchmark report device devices jobs".split()
 
 
 # -------------------- loop
@@ -364,6 +366,7 @@ def run_seeds(s: Settings, out_dir: Path, stages: Stages) -> list[dict]:
                 pool.submit(Seed, s, seed, out_dir, stages, pool) for seed in numbers
             ]
             seeds = [seed.result() for seed in seeds]
+            claim(out_dir, s, FREE)
             for done in [pool.submit(seed.run) for seed in seeds]:
                 done.result()
         except BaseException:
@@ -377,6 +380,7 @@ def run_compare(s: Settings, out_dir: Path, stages: Stages) -> list[dict]:
     # The problems are longer than the loop's: of those with two steps there are so
     # few that raw-fresh would soon have seen them all.
     data = find_data(s, s.seed, out_dir, stages, min_ops=3, max_ops=5, raw=3000)
+    claim(out_dir, s, FREE)
     return run_methods(s, data, out_dir, stages)
 
 
@@ -445,8 +449,11 @@ def check_settings(s: Settings) -> None:
             f"--preset={s.preset}: needs --corpus and --base; see data/README.md"
         )
     if s.benchmark:
-        named = read_words(s.benchmark_eval).get("file", "")
-        find_file(SimpleNamespace(benchmark=s.benchmark, file=named), "test")
+        flags = read_words(s.benchmark_eval)
+        if "finetune" in flags:
+            raise UserError("--benchmark_eval=--finetune: run eval_math.py by hand")
+        named = SimpleNamespace(benchmark=s.benchmark, file=flags.get("file", ""))
+        find_file(named, "test")
     of_loop = "iterations samples infer controls benchmark base warm_train jobs m_steps_from"
     for flag in of_loop.split() if s.compare else ["tokens"]:
         if getattr(s, flag) != getattr(Settings, flag):
@@ -454,8 +461,7 @@ def check_settings(s: Settings) -> None:
             raise UserError(f"--{flag}: does nothing {how} --compare; leave it out")
     for row in filter(None, s.only.split(",")):
         if row not in (*RAW_ROWS, *CONTROLS):
-            names = ", ".join((*RAW_ROWS, *CONTROLS))
-            raise UserError(f"--only={row}: expected {names}")
+            raise UserError(f"--only={row}: expected {', '.join(RAW_ROWS + CONTROLS)}")
     if s.only and s.preset == "toy" and not s.controls:
         raise UserError("--only: says which rows; add --controls")
 

@@ -43,23 +43,16 @@ and markers are no text. In nats, over the first --bound_docs documents:
     nll_thoughtless  -log( p(x | c) + p(SOL | c) p(x | c, SOL EOL) )
     nll_bound        -log( p(x | c) + p(SOL | c) ((1-e) mean w + e p(x | c, SOL EOL)) )
 
-The mean is over k = 1 (ELBO), 4 or 16 (IWAE) thoughts with their weights
-w = p(z, x | c, SOL PRI) / q(z | c, x), where w = 0 if z was cut off; e is NO_THOUGHT.
-nll_bound is averaged over the groups of k in the K = max(--samples, 16) thoughts that
-the model infers as in the E-step. In expectation it is at least -log p_text(x | c),
-the sum over all ways to write x (see infer_thoughts.py). It is finite however many
-thoughts are cut off, and no cut-off improves it: nothing is left out of a sum.
+The mean is over k = 1 (ELBO), 4 or 16 (IWAE) of the K = max(--samples, 16) thoughts
+that the model infers as in the E-step, and nll_bound over the groups of k; weights w and
+NO_THOUGHT e as in infer_thoughts.py. A thought that is cut off has w = 0.
 
 The c of a latent model is text (--context=bare), or text with the thoughts that were
-picked for it among all K: the same c for every k, for nll_alone, nll_thoughtless and
-the questions. A pick depends on its chunk, on earlier ones and on chance, never on
-what follows. So the sum over a document's chunks is, in expectation, at least the
--log of a probability of whole documents. For k < K it is not what a run with K = k
-would find, because the contexts hold picks among K.
-
+picked for it among all K, the same c for every figure. A pick depends on its chunk, on
+earlier ones and on chance, never on what follows, so a document's sum is, in
+expectation, at least the -log of a probability of whole documents.
 Figures are nats per byte, per token (_token) and per document (_document) of the
-scored chunks; nll_questions, of the same documents' questions, stands apart. ess,
-pick_right, no_pick_share and cut_off_share describe E-steps with --samples thoughts.
+scored chunks. ess, pick_right, no_pick_share and cut_off_share describe E-steps.
 """
 
 import hashlib

@@ -10,8 +10,8 @@ Written to --out_dir:
     warm/  warm_thoughts/      documents with their thoughts, for the warm start
     raw/                       documents without, for the EM loop
     heldout/                   documents for evaluation
-    raw_truth/  heldout_truth/ the true thoughts of the last two: for reporting
-                               only, no training or E-step opens them
+    raw_truth/  heldout_truth/ the true thoughts of the last two: for reports and
+                               the control gold; no stage of the loop opens them
 
 All problems are different from each other, over the three parts, so no held-out
 problem is ever trained on. The same seed gives the same bytes.

@@ -4,9 +4,8 @@
     python data/finemath.py --tokenizer=TinyLlama --out_dir=out/fm
     python data/finemath.py --tokenizer=TinyLlama --out_dir=out/fm "--files=here/*.parquet"
 
-The first prints what it will take: files, documents, disk, time. The second
-fetches 18 GB (it needs huggingface_hub and pyarrow) and builds the corpora, the
-third builds them from files that are there already.
+The first prints what it will take. The second fetches 18 GB (by huggingface_hub and
+pyarrow) and builds the corpora, the third builds them from files that are there.
 
 Writes --out_dir/validation, warm, bootstrap and rest: split by the index in the
 shuffled order, without copies, and without documents that hold a question of a

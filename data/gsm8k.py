@@ -19,7 +19,7 @@ in "#### 72". Written to --out_dir:
 A line that cannot be used is refused.
 
     python data/gsm8k.py --train=train.jsonl --test=test.jsonl --out_dir=out/gsm8k
-    python em.py --corpus=out/gsm8k
+    python em.py --corpus=out/gsm8k --max_new=128 ...    # flags: data/README.md
 """
 
 import json

@@ -28,7 +28,6 @@ other words, with reasoning added.
 Every answer is appended to OUT_DIR.answers/answers.jsonl as it comes and never asked
 for again: the same command goes on where a run was killed, stopped or out of budget.
 The output folder appears when every chunk has an answer, or with --partial.
-
 An answer that is empty, a refusal, cut off at --max_tokens or far too long is counted
 and left out: the chunk has no thought. The budget counts all runs on one --out_dir, and
 a request that broke off at its most. It is passed by one request at most.

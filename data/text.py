@@ -18,9 +18,9 @@ documents out + those. dropped.jsonl lists file, line and reason, but not of the
 empty ones and the copies. A damaged line or file stops the run; with --skip_bad
 it is counted as well.
 
-The order is that of a hash of text and seed, and the chunks depend on the text
-and the seed alone. So the folders are the same, byte for byte, for any number of
-workers and any order of files. Finished tasks are kept when a run is cut off:
+Order and chunks depend on text and seed alone. So the folders are the same, byte
+for byte, for any number of workers and any order of files. Finished tasks are kept
+when a run is cut off:
 
     scan     32 MB or a packed file -> documents, sorted by hash
              work/scan-TASK-PART.text, .index, .json, and scan-TASK.done

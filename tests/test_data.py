@@ -398,8 +398,8 @@ WRONG = [
     (["data/digits.py", "--out_dir=x", "--operations=/"], "--operations"),
     (["data/gsm8k.py", "--train=no.jsonl", "--test=no.jsonl", "--out_dir=x"], "no.jsonl: no such file"),
     (["em.py", "--preset=word-problems", "--base=x"], "--preset=word-problems: needs --corpus and --base"),
-    (["em.py", "--only=gold"], "--only: says which controls; add --controls"),
-    (["em.py", "--controls", "--only=golds"], "--only=golds: expected warm_flops, warm_x4"),
+    (["em.py", "--only=gold"], "--only: says which rows; add --controls"),
+    (["em.py", "--controls", "--only=golds"], "--only=golds: expected raw_tokens, raw_flops, warm_flops"),
     (["em.py", "--corpus=no/where", "--out_dir={tmp}/em"], "no/where/warm: missing"),
     (["em.py", "--iteration=3"], "did you mean --iterations?"),
 ]

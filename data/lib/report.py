@@ -25,7 +25,7 @@ from data.lib.pictures import (
     table_cells,
     test_cells,
 )
-from data.lib.results import stage_notes, unit_of
+from data.lib.results import stage_notes, summarise, unit_of
 from data.lib.sources import read_jsonl
 from data.lib.thoughts_report import (
     LONGEST,
@@ -149,7 +149,7 @@ def result(results: dict) -> str:
         names = [f"M{t}" for t in range(config["iterations"] + 1)]
         drawn = panels(names[-1], config["samples"], unit_of(rows))
         charts = [svg_panel(panel, rows, names) for panel in drawn]
-        summary, gaps = results["summary"], results["likelihood"]
+        summary, gaps = summarise(rows), results["likelihood"]
         bars = {r["name"]: r["accuracy"] for r in summary if "accuracy" in r}
         charts.append(svg_bars("greedy accuracy of all models", bars))
         tables = [table_cells(summary), test_cells(results["tests"], gaps)]

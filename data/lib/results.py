@@ -45,7 +45,8 @@ def make_row(name: str, model: Path, e_step: Path | None, data: Path) -> dict:
     row = {"name": name, "folder": str(model)}
     if results.get("accuracy") is not None:
         row |= {key: results[key] for key in ("accuracy", "accuracy_se", "n")}
-        row["accuracy_sampled"] = results["sampled"]["accuracy"]
+        if "sampled" in results:
+            row["accuracy_sampled"] = results["sampled"]["accuracy"]
     row |= {key: x for key, x in results.items() if key.startswith("nll")}
     row |= {key: results.get(key) for key in ("ess", "pick_right")}
     row["cut_off"] = results.get("cut_off_share")
@@ -142,9 +143,9 @@ def stage_notes(folder: Path) -> list[tuple[str, dict, str]]:
         "samples.npz": "infer_thoughts.py",
         "results.json": "eval_math.py",
         "heldout_truth": "data/digits.py",
-        ".": "data/methods.py",
+        "meta.json": "data/methods.py",
     }
-    age = {path: path.stat().st_mtime for path in folder.rglob("settings.json")}
+    age = {path: path.stat().st_mtime for path in folder.glob("*/**/settings.json")}
     notes = []
     for path in sorted(age, key=age.get):
         stage, settings, said = path.parent, read_json(path), {}
@@ -154,10 +155,12 @@ def stage_notes(folder: Path) -> list[tuple[str, dict, str]]:
         known = said.keys() - settings.keys()
         counts = {k: x for k, x in said.items() if type(x) is int and k in known}
         counts["seconds"] = round(said.get("seconds", 0))
-        script = next(scripts[file] for file in scripts if (stage / file).exists())
+        made_by = [scripts[file] for file in scripts if (stage / file).exists()]
+        if not made_by:
+            continue  # a stage that was cut off
         flags = {"out_dir": stage} | {k: x for k, x in settings.items() if x != ""}
         words = (f"--{k}={x}" for k, x in flags.items())
-        command = shlex.join(["python", script, *words])
+        command = shlex.join(["python", made_by[0], *words])
         notes.append((str(stage.relative_to(folder)), counts, command))
     return notes
 
@@ -206,7 +209,7 @@ def pairs_of(last: str, arms) -> list[tuple[str, str]]:
     return list(dict.fromkeys(pairs))
 
 
-# The figures that are compared, and what one seed has many of.
+# The figures that are compared (nats a document), and what one seed has many of.
 PAIRED = {
     "accuracy": "problems",
     "accuracy_sampled": "problems",
@@ -215,20 +218,18 @@ PAIRED = {
 
 
 def to_pair(row: dict, alone: bool) -> dict:
-    """{figure: numbers} of a model.
-
-    One number each, or (alone) one for each problem or document.
-    """
+    """{figure: [its number]}, or (alone) the numbers of all problems or documents."""
     if not alone:
-        numbers = {key: value(row, key) for key in PAIRED}
-        return {key: [x] for key, x in numbers.items() if x is not None}
+        numbers = row | {"bound_16": row.get("nll_bound_document", {}).get("16")}
+        return {key: [x] for key in PAIRED if (x := numbers.get(key)) is not None}
     folder, found = Path(row["folder"]) / "eval", {}
     if "accuracy" in row:
-        lines = (folder / "responses.jsonl").read_text("utf-8").splitlines()
+        lines = (folder / "responses.jsonl").read_bytes().splitlines()
         records = [json.loads(line)["responses"] for line in lines]
         right = [[x["correct"] for x in record] for record in records]
         found["accuracy"] = [greedy for greedy, *_ in right]
-        found["accuracy_sampled"] = [np.mean(others) for _, *others in right]
+        if "accuracy_sampled" in row:
+            found["accuracy_sampled"] = [np.mean(others) for _, *others in right]
     with np.load(folder / "likelihood.npz", allow_pickle=False) as f:
         return found | {"bound_16": f["bound_16"]} if "bound_16" in f else found
 
@@ -236,8 +237,8 @@ def to_pair(row: dict, alone: bool) -> dict:
 def comparisons(rows: list[dict], last: str, arms) -> list[dict]:
     """The paired differences between rows in the figures of PAIRED, seed by seed.
 
-    With one seed they are paired problem by problem and document by document, in
-    nats a document. That says nothing about other seeds.
+    With one seed they are paired problem by problem (as if they were independent) and
+    document by document, which says nothing about other seeds.
     """
     known = {(row["name"], row["seed"]): row for row in rows}
     seeds = list(dict.fromkeys(row["seed"] for row in rows))
@@ -276,8 +277,11 @@ def likelihood_gaps(rows: list[dict], last: str) -> list[dict]:
         key = "thoughtless" if other == last else "nll"
         seeds = [seed for name, seed in nats if name == last and (other, seed) in nats]
         pairs = [(nats[last, seed], nats[other, seed]) for seed in seeds]
-        if any(not np.array_equal(a["doc"], b["doc"]) for a, b in pairs):
-            both = "give both the same --max_new and --bound_docs"
+        if not pairs:
+            continue
+        same = "doc", "bytes", "tokens"
+        if any(not np.array_equal(a[k], b[k]) for a, b in pairs for k in same):
+            both = "give both the same --max_new, --bound_docs and --seq_len"
             raise UserError(f"{last} and {other} scored other documents; {both}")
         d = [a["bound_16"] - b[key] for a, b in pairs]
         of = "seeds" if len(d) > 1 else "documents"
