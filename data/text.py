@@ -564,8 +564,7 @@ def list_dropped(tasks: list[list[Piece]], parts: list[Path], out: Path) -> dict
             counts.update(state["counts"])
             for piece, line, reason, note in state["dropped"]:
                 path = pieces[piece].path
-                entry = {"file": path, "line": before[path] + line}
-                entry |= {"reason": reason, "note": note}
+                entry = {"file": path, "line": before[path] + line, "reason": reason, "note": note}
                 f.write(json.dumps(entry, ensure_ascii=False) + "\n")
             for piece, n in state["lines"].items():
                 before[pieces[int(piece)].path] += n

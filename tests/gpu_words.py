@@ -123,15 +123,19 @@ def join(folder: Path, out_dir: Path) -> None:
 # em.py's recipe for a CPU, in bf16 and without checkpoints: they would fill the disk of that machine.
 PRESET = {"preset": "word-problems"}
 PRESET |= {"train": f"{EM_PRESETS['word-problems']['train']} --dtype=bfloat16 --save_every=100000"}
-GSM8K_TRAIN = "--preset=smollm2-135m --attention=document --seq_len=512 --batch_size=16 --save_every=100000"
+# Evaluations are in fp32, and several share the memory without knowing of one another.
+PRESET |= {"eval": f"{EM_PRESETS['word-problems']['eval']} --rows=256"}
+GSM8K_TRAIN = "--preset=smollm2-135m --attention=document --seq_len=512 --batch_size=16 --micro_batch=16"
+GSM8K_TRAIN += " --save_every=100000"
 GSM8K = PRESET | {
     "train": f"{GSM8K_TRAIN} --max_steps=200",
     "warm_train": "--max_steps=45",
     "max_new": 192,
+    "only": "raw_tokens",
 }
-NO_CONTROLS = {"only": "raw_tokens,raw_flops"}
+NO_CONTROLS = {"only": "raw_tokens"}
 TINY = "--preset=toy --max_steps=2 --seq_len=256 --batch_size=4"
-TINY_LOOP = NO_CONTROLS | {"train": TINY, "warm_train": TINY, "max_new": 8}
+TINY_LOOP = {"only": "raw_tokens,gold", "train": TINY, "warm_train": TINY, "max_new": 8}
 TINY_LOOP |= {"eval": "--limit=2 --bound_docs=1"}
 
 
@@ -224,11 +228,12 @@ def toy_base(report: Report, work: Path) -> None:
                   part_bytes=100_000))  # fmt: skip
 
 
-def problems_corpus(work: Path, name: str, warm: int) -> Path:
-    """The corpus of data/word or data/gsm8k in the base model's tokens."""
+def problems_corpus(work: Path, name: str, warm: int, raw: int, heldout: int = 0) -> Path:
+    """The corpus of data/word or data/gsm8k in the base model's tokens, in the sizes of the recipe."""
     data, out_dir = work / "joined/data" / name, work / f"{name}_corpus"
-    files = {"train": data / "train.jsonl", "test": data / "test.jsonl"}
-    script("data/gsm8k.py", **files, tokenizer=work / "base/tokenizer.json", warm=warm, out_dir=out_dir)
+    flags = {"train": data / "train.jsonl", "test": data / "test.jsonl", "truth": True}
+    flags |= {"warm": warm, "raw": raw, "heldout": heldout, "tokenizer": work / "base/tokenizer.json"}
+    script("data/gsm8k.py", **flags, out_dir=out_dir)
     return out_dir
 
 
@@ -246,7 +251,7 @@ def prepare(report: Report, s, work: Path) -> bool:
     flags = {"init_from": work / "joined/model", "max_steps": 0, "device": report.device}
     script("train.py", **flags, marker_rows="words", out_dir=work / "base")
     report.put("weights", read_json(folder / "index.json"))
-    problems_corpus(work, "word", 8 if s.rehearse else 250)
+    problems_corpus(work, "word", *((8, 0) if s.rehearse else (250, 800)))
     return True
 
 
@@ -270,11 +275,12 @@ def words(report: Report, s) -> None:
     with report.part("K = 1 and 16"):
         for name in others:
             lend(work / "K4", loops[name]["out_dir"])
-            loops[name] |= NO_CONTROLS if pretrained else {}
+            loops[name] |= {"jobs": 5} | (NO_CONTROLS if pretrained else {})
         run_loops(report, {name: loops[name] for name in others})
-    if pretrained and not report.skip("GSM8K", 60):
+    if pretrained and not report.skip("GSM8K", 150):
         with report.part("GSM8K"):
-            flags = here | GSM8K | {"corpus": problems_corpus(work, "gsm8k", 500), "base": work / "base"}
+            corpus = problems_corpus(work, "gsm8k", 500, 1000, 300)
+            flags = here | GSM8K | {"corpus": corpus, "base": work / "base"}
             run_loops(report, {"GSM8K": flags | {"iterations": 3, "jobs": 3, "out_dir": work / "gsm8k"}})
     show(report)
 
