@@ -24,7 +24,6 @@ maximises log p(z, x) + log q(z | x).
     python em.py --compare --seeds=2   # no loop: the methods of data/methods.py
 
 With several GPUs training and E-steps start by torchrun. Controls use the same data:
-
     warm_flops   the documents with thoughts alone, trained for the arithmetic of the
                  whole loop: is the gain only longer training?
     warm_x4      the same for four times M0's tokens: is M0 at its plateau?

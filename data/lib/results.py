@@ -200,6 +200,7 @@ def pairs_of(last: str, arms) -> list[tuple[str, str]]:
     pairs = [*zip(models[1:], models)]
     pairs += [
         (last, "M0"),
+        ("gold", "M0"),
         ("warm_x4", "M0"),
         (last, "warm_flops"),
         (last, "warm_x4"),
