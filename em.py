@@ -447,12 +447,6 @@ def check_settings(s: Settings) -> None:
         raise UserError(
             f"--preset={s.preset}: needs --corpus and --base; see data/README.md"
         )
-    if s.benchmark:
-        flags = read_words(s.benchmark_eval)
-        if "finetune" in flags:
-            raise UserError("--benchmark_eval=--finetune: run eval_math.py by hand")
-        named = SimpleNamespace(benchmark=s.benchmark, file=flags.get("file", ""))
-        find_file(named, "test")
     of_loop = "iterations samples infer controls benchmark base warm_train jobs m_steps_from"
     for flag in of_loop.split() if s.compare else ["tokens"]:
         if getattr(s, flag) != getattr(Settings, flag):
@@ -463,6 +457,12 @@ def check_settings(s: Settings) -> None:
             raise UserError(f"--only={row}: expected {', '.join(RAW_ROWS + CONTROLS)}")
     if s.only and s.preset == "toy" and not s.controls:
         raise UserError("--only: says which rows; add --controls")
+    if s.benchmark:
+        flags = read_words(s.benchmark_eval)
+        if "finetune" in flags:
+            raise UserError("--benchmark_eval=--finetune: run eval_math.py by hand")
+        named = SimpleNamespace(benchmark=s.benchmark, file=flags.get("file", ""))
+        find_file(named, "test")
 
 
 def main(s: Settings) -> None:

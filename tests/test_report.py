@@ -355,7 +355,7 @@ def test_the_colour_blind_tell_the_lines_apart():
         x, y, z = np.cbrt(np.maximum(to_xyz @ seen / [0.9505, 1, 1.089], 1e-3))
         return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
-    for panel in panels("M3", 4):
+    for panel in panels("M3", 4, "document"):
         looks = [LOOKS[name.split("/")[0]] for name in (*panel.curves, *panel.levels)]
         for n, (label, colour, line) in enumerate(looks):
             for other, theirs, their_line in looks[:n]:
