@@ -141,7 +141,7 @@ ARMS = {
 RAW_ROWS = ("raw_tokens", "raw_flops")
 CONTROLS = ("warm_flops", "warm_x4", *ARMS, "gold")
 # What may differ between two runs into one folder: what is run, and how.
-FREE = "controls only iterations seed seeds benchmark report device devices jobs".split()
+FREE = "controls only iterations seed seeds benchmark device devices jobs".split()
 
 
 # -------------------- loop
@@ -160,6 +160,7 @@ class Seed:
         self.pool = pool
         self.folder = out_dir / f"seed{seed}"
         self.data = find_data(s, seed, self.folder, stages)
+        claim(self.folder, s, FREE)
         self.rows: dict[str, dict] = {}
         self.evals: list[Future] = []
 
@@ -365,7 +366,6 @@ def run_seeds(s: Settings, out_dir: Path, stages: Stages) -> list[dict]:
                 pool.submit(Seed, s, seed, out_dir, stages, pool) for seed in numbers
             ]
             seeds = [seed.result() for seed in seeds]
-            claim(out_dir, s, FREE)
             for done in [pool.submit(seed.run) for seed in seeds]:
                 done.result()
         except BaseException:
@@ -379,7 +379,6 @@ def run_compare(s: Settings, out_dir: Path, stages: Stages) -> list[dict]:
     # The problems are longer than the loop's: of those with two steps there are so
     # few that raw-fresh would soon have seen them all.
     data = find_data(s, s.seed, out_dir, stages, min_ops=3, max_ops=5, raw=3000)
-    claim(out_dir, s, FREE)
     return run_methods(s, data, out_dir, stages)
 
 

@@ -19,7 +19,7 @@ import em
 from data.lib import stages
 from data.lib.cli import UserError
 from data.lib.corpus import open_corpus, open_thoughts, write_corpus, write_thoughts
-from data.lib.results import comparisons, sign_flip, summarise
+from data.lib.results import comparisons, likelihood_gaps, sign_flip, summarise
 
 SMALL = [
     "--max_new=24",
@@ -80,6 +80,38 @@ def test_gold_without_true_thoughts_is_refused_before_any_stage(tmp_path):
         em.find_data(em.Settings(**how, controls=True), 0, tmp_path, None)
     assert em.find_data(em.Settings(**how), 0, tmp_path, None) == tmp_path
 
+
+def test_a_seed_is_not_mixed_of_two_runs(tmp_path):
+    """A flag that is taken away is noticed, too. By default the folder is the corpus's own (data/README.md)."""
+    for part in ("warm", "warm_thoughts", "raw", "heldout"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "meta.json").write_text("{}")
+    (tmp_path / "settings.json").write_text('{"warm": 250}')  # of data/gsm8k.py
+
+    def seed(**flags):
+        em.Seed(em.Settings(corpus=str(tmp_path), **flags), 0, tmp_path, None, None)
+
+    seed(infer="--select=argmax")
+    seed(infer="--select=argmax", iterations=1, controls=True, jobs=2)
+    with pytest.raises(UserError, match="--infer=--select=argmax became "):
+        seed()
+
+
+def test_rows_without_raw_models_odd_lines_and_no_samples(tmp_path):
+    rows = []
+    for name in ("M0", "M1"):
+        (tmp_path / name / "eval").mkdir(parents=True)
+        x = np.arange(3.0)
+        nats = {"doc": x, "bytes": x, "tokens": x, "bound_16": x, "thoughtless": x + 1}
+        np.savez(tmp_path / name / "eval/likelihood.npz", **nats)
+        answer = {"correct": name == "M1", "thought": "a\u2028b\x85"}
+        line = json.dumps({"responses": [answer]}, ensure_ascii=False)
+        (tmp_path / name / "eval/responses.jsonl").write_text((line + "\n") * 3, encoding="utf-8")
+        rows.append({"name": name, "seed": 0, "folder": str(tmp_path / name), "accuracy": 0.0})
+    found = {t["figure"]: t for t in comparisons(rows, "M1", em.ARMS)}
+    assert found.keys() == {"accuracy", "bound_16"} and found["accuracy"]["difference"] == 1
+    [gap] = likelihood_gaps(rows, "M1")
+    assert (gap["b"], gap["difference"]) == ("M1 thoughtless", -1)
 
 
 @pytest.mark.parametrize("flags,said", [("--lr='1", "No closing quotation"), ("n_layer 6", "not n_layer")])

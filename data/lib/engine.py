@@ -266,7 +266,7 @@ class Runner:
         self.on_cuda = self.device.type == "cuda"
         if self.on_cuda:  # graphs are captured on the current device
             torch.cuda.set_device(self.device)
-            torch.backends.cuda.enable_cudnn_sdp(False)  # 30 ms for each new shape
+            torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape
         self.static_shapes = self.on_cuda
         self.steps_per_sync = steps_per_sync or (8 if self.on_cuda else 1)
         self.stops = {}  # sets of stop tokens, on the device
