@@ -82,7 +82,7 @@ def test_gold_without_true_thoughts_is_refused_before_any_stage(tmp_path):
 
 
 def test_a_seed_is_not_mixed_of_two_runs(tmp_path):
-    """A flag that is taken away is noticed, too. By default the folder is the corpus's own (data/README.md)."""
+    """A flag that is taken away is noticed, too. The default folder can be the corpus's own."""
     for part in ("warm", "warm_thoughts", "raw", "heldout"):
         (tmp_path / part).mkdir()
         (tmp_path / part / "meta.json").write_text("{}")
