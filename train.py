@@ -73,6 +73,7 @@ class Settings:
     init_from: str = opt("", "model folder to start from; none: new weights")
     marker_rows: Literal["random", "words"] = opt("random", "added markers: drawn rows, or those of words")
     out_dir: str = opt("", "model folder to write")
+    thoughts_only: bool = opt(False, "with --thoughts: leave out documents of which no chunk has one")
     bare: float = opt(0.0, "share of chunks written without their thought, for --context=bare", low=0)
     val_corpus: str = opt("", "corpus folder for the validation loss")
     val_thoughts: str = opt("", "its thoughts folder")
@@ -738,7 +739,8 @@ def train(s: Settings, device: str) -> None:
     config, source, tok, stream = open_all(s)
     validation = None
     if s.val_corpus:
-        validation = open_stream(s.val_corpus, s.val_thoughts, "", tok, rows_of(s, seed=0))
+        whole = replace(rows_of(s, seed=0), thoughts_only=False)
+        validation = open_stream(s.val_corpus, s.val_thoughts, "", tok, whole)
     steps, step_tokens = steps_of(s, stream)
     if s.plan:
         print_plan(config, s, stream, steps, step_tokens, device)

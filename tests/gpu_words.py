@@ -11,6 +11,7 @@ Nothing is lost. join() puts all together, and checks the hash of every file.
 import hashlib
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -120,15 +121,30 @@ def join(folder: Path, out_dir: Path) -> None:
 
 # ---- the loop
 
-# em.py's recipe for a CPU, in bf16 and without checkpoints: they would fill the disk of that machine.
-PRESET = {"preset": "word-problems"}
-PRESET |= {"train": f"{EM_PRESETS['word-problems']['train']} --dtype=bfloat16 --save_every=100000"}
-# Evaluations are in fp32, and several share the memory without knowing of one another.
-PRESET |= {"eval": f"{EM_PRESETS['word-problems']['eval']} --rows=256"}
+# Without checkpoints: they would fill the disk of that machine. Evaluations are in fp32, and several share
+# the memory without knowing of one another.
+TRAIN = "--preset=smollm2-135m --attention=document --seq_len=512 --batch_size=2 --dtype=bfloat16"
+TRAIN += " --save_every=100000"
+PRESET = {"preset": "word-problems", "eval": f"{EM_PRESETS['word-problems']['eval']} --rows=256"}
+MORE_RAW = {"raw_more": "raw_more.jsonl"}  # 1,765 more raw problems, with the answer alone
+# Recipes of M-steps: the sizes of the corpus, and the flags of em.py. They are tried on problems that are
+# held back from those to train on, and the best one is run on the test problems.
+KEPT = "--thoughts_only=true"
+RECIPES = {
+    "800, kept, 70 steps": ({"raw": 800}, {"train": f"{TRAIN} {KEPT} --max_steps=70"}),
+    "all, all, 300 steps": (MORE_RAW, {"train": f"{TRAIN} --max_steps=300"}),
+    "all, kept, 300 steps": (MORE_RAW, {"train": f"{TRAIN} {KEPT} --max_steps=300"}),
+    "all, kept, 600 steps": (MORE_RAW, {"train": f"{TRAIN} {KEPT} --max_steps=600"}),
+    "all, kept, 600 steps from base": (
+        MORE_RAW,
+        {"train": f"{TRAIN} {KEPT} --max_steps=600", "m_steps_from": "base"}),
+}  # fmt: skip
+CHOSEN = "all, kept, 300 steps"
+HELD_BACK = 300  # problems
 GSM8K_TRAIN = "--preset=smollm2-135m --attention=document --seq_len=512 --batch_size=16 --micro_batch=16"
 GSM8K_TRAIN += " --save_every=100000"
 GSM8K = PRESET | {
-    "train": f"{GSM8K_TRAIN} --max_steps=200",
+    "train": f"{GSM8K_TRAIN} {KEPT} --max_steps=200",
     "warm_train": "--max_steps=45",
     "max_new": 192,
     "only": "raw_tokens",
@@ -228,13 +244,24 @@ def toy_base(report: Report, work: Path) -> None:
                   part_bytes=100_000))  # fmt: skip
 
 
-def problems_corpus(work: Path, name: str, warm: int, raw: int, heldout: int = 0) -> Path:
-    """The corpus of data/word or data/gsm8k in the base model's tokens, in the sizes of the recipe."""
-    data, out_dir = work / "joined/data" / name, work / f"{name}_corpus"
-    flags = {"train": data / "train.jsonl", "test": data / "test.jsonl", "truth": True}
-    flags |= {"warm": warm, "raw": raw, "heldout": heldout, "tokenizer": work / "base/tokenizer.json"}
-    script("data/gsm8k.py", **flags, out_dir=out_dir)
+def problems_corpus(work: Path, name: str, **more) -> Path:
+    """The corpus of data/word or data/gsm8k in the base model's tokens; more: flags of data/gsm8k.py."""
+    data = work / "joined/data" / name
+    given = {"train": "train.jsonl", "test": "test.jsonl"} | more
+    files = {key: data / x for key, x in given.items() if str(x).endswith(".jsonl")}
+    out_dir = work / "_".join([name, *(str(x).removesuffix(".jsonl") for x in more.values())])
+    if not (out_dir / "heldout_truth/meta.json").exists():
+        flags = {"truth": True, "tokenizer": work / "base/tokenizer.json"} | more | files
+        script("data/gsm8k.py", **flags, out_dir=out_dir)
     return out_dir
+
+
+def hold_back(folder: Path, n: int) -> None:
+    """Cut n problems off train.jsonl, to choose recipes on: held_back.jsonl; the others: train_less.jsonl."""
+    lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    random.Random(17).shuffle(lines)
+    (folder / "held_back.jsonl").write_text("".join(lines[:n]), encoding="utf-8")
+    (folder / "train_less.jsonl").write_text("".join(lines[n:]), encoding="utf-8")
 
 
 def prepare(report: Report, s, work: Path) -> bool:
@@ -251,18 +278,44 @@ def prepare(report: Report, s, work: Path) -> bool:
     flags = {"init_from": work / "joined/model", "max_steps": 0, "device": report.device}
     script("train.py", **flags, marker_rows="words", out_dir=work / "base")
     report.put("weights", read_json(folder / "index.json"))
-    problems_corpus(work, "word", *((8, 0) if s.rehearse else (250, 800)))
+    os.environ["OMP_NUM_THREADS"] = "1"  # many stages side by side
     return True
 
 
+def choose(report: Report, s) -> None:
+    """All recipes with two seeds, on problems held back from those to train on."""
+    work = Path(s.work) / "words"
+    work.mkdir(parents=True, exist_ok=True)
+    if not prepare(report, s, work):
+        return
+    hold_back(work / "joined/data/word", 8 if s.rehearse else HELD_BACK)
+    loops, common = {}, PRESET | {"seeds": 2, "jobs": 3, "only": "gold", "device": report.device}
+    for name, (sizes, flags) in RECIPES.items():
+        flags = common | flags
+        if s.rehearse:
+            sizes = {"warm": 8}
+            flags |= TINY_LOOP | {"seeds": 1, "iterations": 1}
+        held_back = {"train": "train_less.jsonl", "test": "held_back.jsonl"}
+        flags["corpus"] = problems_corpus(work, "word", **held_back, **{"warm": 250} | sizes)
+        flags["base"] = work / "base"
+        loops[name] = flags | {"out_dir": work / f"choose{len(loops)}"}
+        if s.rehearse:
+            break
+    with report.part("recipes"):
+        run_loops(report, loops)
+    show(report)
+
+
 def words(report: Report, s) -> None:
-    """K = 4 with three seeds; then K = 1 and 16, which share its M0; then GSM8K."""
+    """K = 4 with five seeds and the controls; then K = 1 and 16, which share its M0; then GSM8K."""
     work, here = Path(s.work) / "words", {"device": report.device}
     work.mkdir(parents=True, exist_ok=True)
     pretrained = prepare(report, s, work)
-    common = here | {"seeds": 3, "iterations": 3, "jobs": 8}
+    sizes, flags = RECIPES[CHOSEN]
+    common = here | {"seeds": 5, "iterations": 3, "jobs": 14}
     if pretrained:
-        common |= PRESET | {"corpus": work / "word_corpus", "base": work / "base"}
+        sizes = {"warm": 8} if s.rehearse else {"warm": 250} | sizes
+        common |= PRESET | flags | {"corpus": problems_corpus(work, "word", **sizes), "base": work / "base"}
     if s.rehearse:
         common |= TINY_LOOP | {"seeds": 1, "iterations": 1, "jobs": 2}
     what = "word problems" if pretrained else "digits"
@@ -275,11 +328,11 @@ def words(report: Report, s) -> None:
     with report.part("K = 1 and 16"):
         for name in others:
             lend(work / "K4", loops[name]["out_dir"])
-            loops[name] |= {"jobs": 5} | (NO_CONTROLS if pretrained else {})
+            loops[name] |= {"jobs": 7, "seeds": 3} | (NO_CONTROLS if pretrained else {})
         run_loops(report, {name: loops[name] for name in others})
     if pretrained and not report.skip("GSM8K", 150):
         with report.part("GSM8K"):
-            corpus = problems_corpus(work, "gsm8k", 500, 1000, 300)
+            corpus = problems_corpus(work, "gsm8k", warm=500, raw=1000, heldout=300)
             flags = here | GSM8K | {"corpus": corpus, "base": work / "base"}
             run_loops(report, {"GSM8K": flags | {"iterations": 3, "jobs": 3, "out_dir": work / "gsm8k"}})
     show(report)

@@ -345,6 +345,33 @@ def test_stream_covers_each_epoch_once_and_depends_on_the_position_only():
     assert row_ids(padded_stream(50, seed=1), (0, 1)) != first[:2]
 
 
+def test_thoughts_only_leaves_documents_without_a_thought_out():
+    """The stream is that of a corpus that holds the other documents alone, in lengths and epochs, too."""
+    documents = [[[0] * (i % 5 + 1), [1, i % 2]] for i in range(30)]
+    spans = [z for i in range(30) for z in ([], [1] * (i % 3))]
+    having = [i for i in range(30) if i % 3]
+    kept = Stream([corpus_of(documents)], [carried(spans)], TOY, Rows(seq_len=64, thoughts_only=True))
+    alone = Stream(
+        [corpus_of([documents[i] for i in having])],
+        [carried([z for i in having for z in spans[2 * i : 2 * i + 2]])],
+        TOY,
+        Rows(seq_len=64),
+    )
+    assert kept.docs[0].tolist() == having
+    assert (kept.mean_length(0), kept.takes) == (alone.mean_length(0), alone.takes)
+    for epoch in range(3):
+        assert sorted(kept.epoch(epoch).doc) == having
+    # The coins differ, because a chunk's has its number in the corpus; the text does not.
+    text, same = ([sorted(x for x in row if x < 2) for row in row_ids(s, range(60))] for s in (kept, alone))
+    assert sorted(text) == sorted(same)
+    assert [kept.row_length(n) for n in range(60)] == list(map(len, row_ids(kept, range(60))))
+    assert Stream([corpus_of(documents)], [None], TOY, Rows(seq_len=64, thoughts_only=True)).takes == [30]
+    with pytest.raises(UserError, match="holds no thought"):
+        none = carried([[]] * 60)
+        none.folder = "E1"
+        Stream([corpus_of(documents)], [none], TOY, Rows(seq_len=64, thoughts_only=True))
+
+
 def form_of(ids) -> int:
     """The form of a document's only thought."""
     if TOY.pri in ids:

@@ -166,11 +166,11 @@ def amounts(stream: Stream, tokens: float) -> list[dict]:
     documents = tokens / (stream.mean_row() if padded else stream.mean_document())
     rows = []
     for c, corpus in enumerate(stream.corpora):
-        epochs = documents / sum(stream.takes) * stream.takes[c] / corpus.n_docs
+        epochs = documents / sum(stream.takes) * stream.takes[c] / len(stream.docs[c])
         rows.append({
             "corpus": str(corpus.folder),
             "epochs": epochs,
-            "text_tokens": round(epochs * len(corpus.tokens)),
+            "text_tokens": round(epochs * stream.text_tokens[c]),
             "thought_tokens": round(epochs * stream.thought_tokens[c]),
         })  # fmt: skip
     return rows

@@ -48,6 +48,7 @@ class Rows:
     attention: str = "padded"  # or packed, or document: packed, and rows tell documents apart
     bare: float = 0.0  # share of the chunks that are written without their thought
     completion: bool = False  # only what answers a question is learned; padded rows only
+    thoughts_only: bool = False  # documents without any thought are left out
 
 
 class Batch(NamedTuple):
@@ -103,6 +104,8 @@ class Stream:
         self.attention = rows.attention
         self.n_thoughts = [int((np.diff(t.chunks) > 0).sum()) if t else 0 for t in thoughts]
         self.thought_tokens = [len(t.tokens) if t else 0 for t in thoughts]
+        self.docs = [self.wanted_docs(c) for c in range(len(corpora))]
+        self.text_tokens = [self.count_text(c) for c in range(len(corpora))]
         self.takes = self.documents_of_an_epoch(weights)
         self.firsts = [0]  # packed: the first token of each epoch, as far as known
         # Caches that belong to this stream and go away with it.
@@ -113,10 +116,28 @@ class Stream:
 
     # ---- sizes
 
+    def wanted_docs(self, c: int) -> np.ndarray:
+        """The documents of corpus c that are trained on; UserError if there is none."""
+        corpus, thoughts = self.corpora[c], self.thoughts[c]
+        if not (self.rows.thoughts_only and thoughts):
+            return np.arange(corpus.n_docs)
+        upto = np.concatenate(([0], np.cumsum(np.diff(thoughts.chunks) > 0)))
+        wanted = np.flatnonzero(np.diff(upto[corpus.docs]))
+        if not len(wanted):
+            raise UserError(f"{thoughts.folder}: holds no thought, and --thoughts_only leaves nothing else")
+        return wanted
+
+    def count_text(self, c: int) -> int:
+        """Tokens of text of the documents that are trained on."""
+        corpus, docs = self.corpora[c], self.docs[c]
+        if len(docs) == corpus.n_docs:
+            return len(corpus.tokens)
+        return int((corpus.chunks[corpus.docs[docs + 1]] - corpus.chunks[corpus.docs[docs]]).sum())
+
     def documents_of_an_epoch(self, weights: list[float]) -> list[int]:
         """How many documents of each corpus an epoch takes: all of the one that is read
         most often, and of the others what their weight allows."""
-        n_docs = [corpus.n_docs for corpus in self.corpora]
+        n_docs = list(map(len, self.docs))
         sizes = np.array([self.mean_length(c) * n for c, n in enumerate(n_docs)])
         passes = np.array(weights or sizes) / sizes  # but for a common factor
         return [max(1, round(p / passes.max() * n)) for p, n in zip(passes, n_docs)]
@@ -124,11 +145,10 @@ class Stream:
     def mean_length(self, c: int) -> float:
         """Expected tokens of a document of corpus c: BOS and EOS, text, and thoughts with
         their markers."""
-        corpus = self.corpora[c]
         markers = marker_count([PRIOR, POSTERIOR]).mean()
         carried = self.thought_tokens[c] + markers * self.n_thoughts[c]
-        n_tokens = len(corpus.tokens) + (1 - self.rows.bare) * carried
-        return 2 + n_tokens / corpus.n_docs
+        n_tokens = self.text_tokens[c] + (1 - self.rows.bare) * carried
+        return 2 + n_tokens / len(self.docs[c])
 
     def mean_document(self) -> float:
         """Expected tokens of a document of the mix."""
@@ -168,14 +188,14 @@ class Stream:
         """(corpus, document, turn, length) of the documents that an epoch takes from
         corpus c. They go on in the corpus' own permutations where the last epoch ended."""
         take = self.takes[c]
-        n_docs = self.corpora[c].n_docs
+        docs = self.docs[c]
         position = np.arange(number * take, (number + 1) * take)
-        turns = position // n_docs + (c << 40)
+        turns = position // len(docs) + (c << 40)
         doc = np.empty(take, np.int64)
         length = np.empty(take, np.int64)
         for turn in np.unique(turns).tolist():
             here = turns == turn
-            doc[here] = self.permutation(turn, n_docs)[position[here] % n_docs]
+            doc[here] = docs[self.permutation(turn, len(docs))[position[here] % len(docs)]]
             length[here] = self.lengths(c, turn)[doc[here]]
         return np.full(take, c), doc, turns, length
 
@@ -353,7 +373,7 @@ def pad(documents: list[Document]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def rows_of(s, seed: int) -> Rows:
     """How train.py's settings make rows."""
-    same = {name: getattr(s, name) for name in ("seq_len", "attention", "bare")}
+    same = {name: getattr(s, name) for name in ("seq_len", "attention", "bare", "thoughts_only")}
     return Rows(seed=seed, completion=s.loss == "completion", **same)
 
 
