@@ -8,25 +8,31 @@ their high bytes (sign and exponent), which zlib makes less than half as long, a
 Nothing is lost. join() puts all together, and checks the hash of every file.
 """
 
+import gc
 import hashlib
 import json
+import multiprocessing
 import os
+import queue
 import random
 import shutil
-import subprocess
 import sys
+import threading
 import time
+import traceback
 import zlib
 from dataclasses import dataclass
+from multiprocessing import spawn
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import torch
 from gpu_report import Report, script
 
-from data.lib.cli import ROOT, UserError, opt, read_json, replacing, run, start, write_json
-from data.lib.presets import EM_PRESETS
+from data.lib.cli import ROOT, UserError, opt, read_json, read_settings, replacing, run, write_json
+from data.lib.presets import EM_PRESETS, PRESETS
 
 PART_BYTES = 60_000_000
 DATA = ("word/train.jsonl", "word/test.jsonl", "word/raw_more.jsonl", "gsm8k/train.jsonl", "gsm8k/test.jsonl")
@@ -141,6 +147,7 @@ RECIPES = {
 }  # fmt: skip
 CHOSEN = "all, kept, 300 steps"
 HELD_BACK = 300  # problems
+N_WORKERS = 12  # stages side by side
 GSM8K_TRAIN = "--preset=smollm2-135m --attention=document --seq_len=512 --batch_size=16 --micro_batch=16"
 GSM8K_TRAIN += " --save_every=100000"
 GSM8K = PRESET | {
@@ -177,37 +184,124 @@ def rows_so_far(out_dir: Path) -> dict:
     return found
 
 
-def run_loops(report: Report, loops: dict[str, dict]) -> None:
+class Workers:
+    """Processes that run the stages of em.py, each one after another: Python, torch and the device are
+    started once for each, where a stage of some seconds would wait longer for its start.
+
+    Workers(n).start takes the place of data.lib.stages.start, whose results have wait() and terminate().
+    """
+
+    def __init__(self, n: int):
+        context = multiprocessing.get_context("spawn")
+        self.free, self.seconds = queue.SimpleQueue(), []
+        for _ in range(n):
+            ours, theirs = context.Pipe()
+            context.Process(target=serve, args=(theirs, os.getpid())).start()
+            self.free.put(ours)
+
+    def start(self, script: str, flags: dict, launcher=(), env=None, stdout=None, **how):
+        assert not launcher, "a worker has one device"
+        words = [f"--{name}={value}" for name, value in flags.items() if value != ""]
+        return Stage(self, script, words, stdout.name)
+
+
+class Stage(threading.Thread):
+    """One stage in the next worker that is free."""
+
+    def __init__(self, workers: Workers, *order):
+        super().__init__(daemon=True)
+        self.workers, self.order, self.code = workers, order, 1
+        self.start()
+
+    def run(self) -> None:
+        pipe, begin = self.workers.free.get(), time.time()
+        pipe.send(self.order)
+        self.code = pipe.recv()
+        self.workers.seconds.append((Path(self.order[2]).stem, time.time() - begin))
+        self.workers.free.put(pipe)
+
+    def wait(self) -> int:
+        self.join()
+        return self.code
+
+    def terminate(self) -> None:
+        """It ends with this process."""
+
+
+def serve(pipe, parent: int) -> None:
+    """A worker: (script, words of its command line, log) come in, exit codes go out."""
+    # A grader, which is a process of its own, must not import what this one began with.
+    prepared = spawn.get_preparation_data
+    spawn.get_preparation_data = lambda name: {
+        key: x for key, x in prepared(name).items() if not key.startswith("init_main")
+    }
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    import eval_math
+    import infer_thoughts
+    import train
+
+    scripts = {"train.py": train, "infer_thoughts.py": infer_thoughts, "eval_math.py": eval_math}
+    while True:
+        script, words, log = pipe.recv()
+        with open(log, "ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        module, code = scripts[script], 0
+        try:
+            module.main(read_settings(module.Settings, words, PRESETS if script == "train.py" else None))
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        pipe.send(code)
+
+
+def end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def run_loops(report: Report, loops: dict[str, dict], workers: Workers) -> None:
     """em.py for each {name: flags} side by side, until all have ended or the time is over; what they have
     found is kept every few seconds, and in the end each one's own results."""
-    children, logs = {}, {}
+    import em
+    from data.lib import stages
+
+    stages.start = workers.start
+    ended = {}
+
+    def loop(name: str, flags: dict) -> None:
+        words = [f"--{key}={value}" for key, value in flags.items()]
+        try:
+            em.main(read_settings(em.Settings, words, EM_PRESETS))
+            ended[name] = ""
+        except Exception:
+            ended[name] = traceback.format_exc()[-5000:]
+
     for name, flags in loops.items():
-        out_dir = Path(flags["out_dir"])
-        out_dir.mkdir(parents=True, exist_ok=True)
-        logs[name] = out_dir / "log.txt"
-        with open(logs[name], "wb") as log:
-            children[name] = start("em.py", flags, stdout=log, stderr=subprocess.STDOUT)
-    saved = time.time()
-    while any(child.poll() is None for child in children.values()) and report.left() > 6:
-        time.sleep(0.2)
-        if time.time() > saved + 10:
-            saved = time.time()
-            for name, flags in loops.items():
-                report.found[name] = rows_so_far(Path(flags["out_dir"]))
-            report.save()
-    for name, child in children.items():
-        flags = loops[name]
+        threading.Thread(target=loop, args=(name, flags), daemon=True).start()
+    while len(ended) < len(loops) and report.left() > 6:
+        time.sleep(1)
+        for name, flags in loops.items():
+            report.found[name] = {"flags": flags} | rows_so_far(Path(flags["out_dir"]))
+        report.save()
+    for name, flags in loops.items():
         report.found[name] = {"flags": flags} | rows_so_far(Path(flags["out_dir"]))
-        if child.poll() is None:
-            child.stdin.close()  # which ends it, and its stages
+        if name not in ended:
             report.record["skipped"][name] = "the time was over before the loop"
-        elif child.returncode:
-            report.record["errors"][name] = logs[name].read_text(errors="replace")[-5000:]
+        elif ended[name]:
+            report.record["errors"][name] = ended[name]
         else:
             results = read_json(Path(flags["out_dir"]) / "results.json")
             report.found[name] |= {key: results[key] for key in ("summary", "tests", "likelihood")}
-        report.save()
-        report.say(f"{name}: {logs[name].read_text(errors='replace')[-3000:]}")
+    seconds = {}
+    for name, spent in workers.seconds:
+        seconds.setdefault(name, []).append(round(spent, 1))
+    report.put("seconds of stages", seconds)
 
 
 def lend(whose: Path, out_dir: Path) -> None:
@@ -271,25 +365,31 @@ def prepare(report: Report, s, work: Path) -> bool:
         toy_base(report, work)
         folder = work / "packed"
     try:
-        join(folder, work / "joined")
+        if not (work / "joined/model/config.json").exists():
+            join(folder, work / "joined")
     except UserError as e:
         report.put("weights", f"none, so the loop runs on digits, from new weights: {e}")
         return False
     flags = {"init_from": work / "joined/model", "max_steps": 0, "device": report.device}
     script("train.py", **flags, marker_rows="words", out_dir=work / "base")
     report.put("weights", read_json(folder / "index.json"))
-    os.environ["OMP_NUM_THREADS"] = "1"  # many stages side by side
     return True
+
+
+def start_workers(s) -> Workers:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    return Workers(2 if s.rehearse else N_WORKERS)
 
 
 def choose(report: Report, s) -> None:
     """All recipes with two seeds, on problems held back from those to train on."""
     work = Path(s.work) / "words"
     work.mkdir(parents=True, exist_ok=True)
+    workers = start_workers(s)
     if not prepare(report, s, work):
         return
     hold_back(work / "joined/data/word", 8 if s.rehearse else HELD_BACK)
-    loops, common = {}, PRESET | {"seeds": 2, "jobs": 3, "only": "gold", "device": report.device}
+    loops, common = {}, PRESET | {"seeds": 2, "jobs": N_WORKERS, "only": "gold", "device": report.device}
     for name, (sizes, flags) in RECIPES.items():
         flags = common | flags
         if s.rehearse:
@@ -302,17 +402,18 @@ def choose(report: Report, s) -> None:
         if s.rehearse:
             break
     with report.part("recipes"):
-        run_loops(report, loops)
+        run_loops(report, loops, workers)
     show(report)
 
 
 def words(report: Report, s) -> None:
-    """K = 4 with five seeds and the controls; then K = 1 and 16, which share its M0; then GSM8K."""
+    """K = 4 with three seeds and the controls; then K = 1 and 16, which share its M0; then GSM8K."""
     work, here = Path(s.work) / "words", {"device": report.device}
     work.mkdir(parents=True, exist_ok=True)
+    workers = start_workers(s)
     pretrained = prepare(report, s, work)
     sizes, flags = RECIPES[CHOSEN]
-    common = here | {"seeds": 5, "iterations": 3, "jobs": 14}
+    common = here | {"seeds": 3, "iterations": 3, "jobs": N_WORKERS}
     if pretrained:
         sizes = {"warm": 8} if s.rehearse else {"warm": 250} | sizes
         common |= PRESET | flags | {"corpus": problems_corpus(work, "word", **sizes), "base": work / "base"}
@@ -322,19 +423,20 @@ def words(report: Report, s) -> None:
     loops = {f"{what}, K = {k}": common | {"samples": k, "out_dir": work / f"K{k}"} for k in (4, 1, 16)}
     first, *others = loops
     with report.part(first):
-        run_loops(report, {first: loops[first]})
+        run_loops(report, {first: loops[first]}, workers)
     if s.rehearse or report.skip("K = 1 and 16", 60):
         return show(report)
     with report.part("K = 1 and 16"):
         for name in others:
             lend(work / "K4", loops[name]["out_dir"])
-            loops[name] |= {"jobs": 7, "seeds": 3} | (NO_CONTROLS if pretrained else {})
-        run_loops(report, {name: loops[name] for name in others})
+            loops[name] |= NO_CONTROLS if pretrained else {}
+        run_loops(report, {name: loops[name] for name in others}, workers)
     if pretrained and not report.skip("GSM8K", 150):
         with report.part("GSM8K"):
             corpus = problems_corpus(work, "gsm8k", warm=500, raw=1000, heldout=300)
             flags = here | GSM8K | {"corpus": corpus, "base": work / "base"}
-            run_loops(report, {"GSM8K": flags | {"iterations": 3, "jobs": 3, "out_dir": work / "gsm8k"}})
+            flags |= {"iterations": 3, "jobs": N_WORKERS, "out_dir": work / "gsm8k"}
+            run_loops(report, {"GSM8K": flags}, workers)
     show(report)
 
 

@@ -112,7 +112,7 @@ class Scheduler:
     """Decides which prompts are prefilled when, and which samples grow where.
 
     prompts: int64 arrays. noise: int64 [n_prompts, samples], a state for each
-    sample. prefill_tokens: how many are taken in beside one step.
+    sample. prefill_tokens: how many are taken in by one step.
     """
 
     def __init__(self, prompts, noise, layout: Layout, prefill_tokens: int):
@@ -137,10 +137,14 @@ class Scheduler:
             self.add_chunks(np.array([0]), shared, 0)
 
     def schedule(self) -> Step | None:
-        """The next step; None when all samples have ended."""
-        lanes = np.fromiter(self.running, np.int64)
-        lanes.sort()
+        """The next step; None when all samples have ended.
+
+        It takes in prompts or samples tokens. A GPU reads all weights for a
+        step of few lanes, so that samples wait until the slots are filled.
+        """
         prefill = self.next_prefill()
+        lanes = np.fromiter(() if prefill else self.running, np.int64)
+        lanes.sort()
         if not len(lanes) and not prefill:
             return None
         lengths = self.lengths[lanes]
@@ -318,18 +322,12 @@ class Runner:
         """Compute a step. Returns the lengths of its lanes, int64 [n], and
         which of them grow on, bool [n]."""
         self.upload(step, sampling)
-        shape = self.shape_of(step)
-        chunk = step.prefill
-        if chunk and not chunk.ids.size:
-            chunk = None  # upload() has copied all of it
-        if chunk and not shape.n_lanes:
-            self.forward(*self.prefill_inputs(chunk))
-        for _ in range(self.steps_per_sync if shape.n_lanes else 0):
-            if chunk or not self.on_cuda:
-                self.decode(shape, sampling, chunk)
-                chunk = None
-            else:
-                self.replay(shape, sampling)
+        if step.prefill:
+            if step.prefill.ids.size:  # else upload() has copied all of it
+                self.prefill(step.prefill)
+            return step.lengths, step.lengths > 0  # of no lane
+        for _ in range(self.steps_per_sync):
+            (self.replay if self.on_cuda else self.decode)(self.shape_of(step), sampling)
         lanes = self.lanes[: len(step.lanes)]
         state = torch.stack((self.length[lanes], self.growing[lanes].long()))
         lengths, growing = state.cpu().numpy()
@@ -390,8 +388,8 @@ class Runner:
 
     # ---- the model on flat tokens
 
-    def decode(self, shape: Shape, sampling: Sampling, chunk=None) -> None:
-        """Sample a token in each of the first lanes, and prefill a chunk.
+    def decode(self, shape: Shape, sampling: Sampling) -> None:
+        """Sample a token in each of the first lanes.
 
         Nothing comes back from the device.
         """
@@ -400,12 +398,7 @@ class Runner:
         ids = self.last_token[lanes]
         positions = self.prompt_len[lanes // self.layout.lanes] + length
         attend = self.attend_decoding(lanes, shape)
-        if chunk:
-            chunk_ids, chunk_positions, attend_chunk = self.prefill_inputs(chunk)
-            ids = torch.cat((ids, chunk_ids))
-            positions = torch.cat((positions, chunk_positions))
-            attend = side_by_side(len(lanes), attend, attend_chunk)
-        hidden = self.forward(ids, positions, attend)[: len(lanes)]
+        hidden = self.forward(ids, positions, attend)
         uniform = keyed_uniform(self.noise[lanes], length)
         logits = self.logits(hidden)
         tokens, log_p = draw(logits, uniform, sampling.temperature, sampling.top_p)
@@ -419,12 +412,11 @@ class Runner:
         stopped = (tokens[:, None] == self.stops[sampling.stop]).any(dim=1)
         self.growing[lanes] = growing & ~stopped & (length < sampling.max_new)
 
-    def prefill_inputs(self, chunk: PrefillChunk):
-        """ids [B * T], positions [B * T] and attend() of a chunk."""
+    def prefill(self, chunk: PrefillChunk) -> None:
+        """Put the keys and values of a chunk into the cache."""
         B, T = chunk.ids.shape
         positions = torch.arange(T, device=self.device) + chunk.start
-        attend = self.attend_prefill(chunk)
-        return self.put(chunk.ids).flatten(), positions.repeat(B), attend
+        self.forward(self.put(chunk.ids).flatten(), positions.repeat(B), self.attend_prefill(chunk))
 
     def forward(self, ids, positions, attend) -> Tensor:
         """ids [N], positions [N] -> hidden [N, n_embd].
@@ -531,16 +523,6 @@ class Runner:
         return term.masked_fill_(hidden, -torch.inf)
 
 
-def side_by_side(n: int, first, second):
-    """attend() of `first` for n tokens and of `second` for the others."""
-
-    def attend(layer, q, k, v):
-        one = first(layer, q[:n], k[:n], v[:n])
-        return torch.cat((one, second(layer, q[n:], k[n:], v[n:])))
-
-    return attend
-
-
 def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
@@ -556,7 +538,7 @@ class Engine:
     """
 
     LANES = 4  # of a slot, if prompts have as many samples
-    PREFILL_TOKENS = 2048  # taken in beside one step
+    PREFILL_TOKENS = 2048  # taken in by one step; a GPU takes as many as it scores
     SCORE_TOKENS = 8192  # scored at once
 
     def __init__(self, model, n_rows: int = 0, steps_per_sync: int = 0):
@@ -568,6 +550,8 @@ class Engine:
         self.n_rows = n_rows
         self.n_prompts = 0  # for which the cache has been planned
         self.runner = Runner(model, steps_per_sync)
+        if self.runner.on_cuda:
+            self.PREFILL_TOKENS = self.SCORE_TOKENS
 
     # ---- memory
 
