@@ -8,6 +8,7 @@ their high bytes (sign and exponent), which zlib makes less than half as long, a
 Nothing is lost. join() puts all together, and checks the hash of every file.
 """
 
+import contextlib
 import gc
 import hashlib
 import json
@@ -49,6 +50,10 @@ class Settings:
 # ---- packing
 
 
+def sha256(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()
+
+
 def encode(raw: bytes, in_planes: bool) -> bytes:
     """The bytes of a file, shorter; in planes: first the odd bytes, shortened, then the even ones."""
     if not in_planes:
@@ -88,7 +93,7 @@ def pack(s: Settings) -> None:
         in_planes = name.endswith(".safetensors")
         packed = encode(raw, in_planes)
         about = {"name": name, "in_planes": in_planes, "packed": len(packed)}
-        index["files"].append(about | {"sha256": hashlib.sha256(raw).hexdigest()})
+        index["files"].append(about | {"sha256": sha256(raw)})
         stream += packed
     starts = range(0, len(stream), s.part_bytes)
     for n, first in enumerate(starts):
@@ -117,7 +122,7 @@ def join(folder: Path, out_dir: Path) -> None:
         except (zlib.error, ValueError):
             raw = b""
         first += about["packed"]
-        if hashlib.sha256(raw).hexdigest() != about["sha256"]:
+        if sha256(raw) != about["sha256"]:
             raise UserError(f"{folder}: {about['name']} is damaged; pack again")
         path = out_dir / about["name"]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -241,22 +246,27 @@ def serve(pipe, parent: int) -> None:
     import train
 
     scripts = {"train.py": train, "infer_thoughts.py": infer_thoughts, "eval_math.py": eval_math}
-    while True:
-        script, words, log = pipe.recv()
-        with open(log, "ab") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        module, code = scripts[script], 0
-        try:
-            module.main(read_settings(module.Settings, words, PRESETS if script == "train.py" else None))
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        pipe.send(code)
+    with contextlib.suppress(EOFError):  # whoever started it has ended
+        while True:
+            serve_one(pipe, scripts)
+
+
+def serve_one(pipe, scripts: dict) -> None:
+    script, words, log = pipe.recv()
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    module, code = scripts[script], 0
+    try:
+        module.main(read_settings(module.Settings, words, PRESETS if script == "train.py" else None))
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    pipe.send(code)
 
 
 def end_with(parent: int) -> None:
@@ -365,14 +375,15 @@ def prepare(report: Report, s, work: Path) -> bool:
         toy_base(report, work)
         folder = work / "packed"
     try:
-        if not (work / "joined/model/config.json").exists():
+        if not (work / "joined/model/config.json").exists():  # or they have been put there by hand
             join(folder, work / "joined")
     except UserError as e:
         report.put("weights", f"none, so the loop runs on digits, from new weights: {e}")
         return False
     flags = {"init_from": work / "joined/model", "max_steps": 0, "device": report.device}
     script("train.py", **flags, marker_rows="words", out_dir=work / "base")
-    report.put("weights", read_json(folder / "index.json"))
+    hashes = {path.name: sha256(path.read_bytes()) for path in sorted((work / "joined/model").iterdir())}
+    report.put("weights", hashes)
     return True
 
 

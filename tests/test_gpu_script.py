@@ -16,11 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(ROOT / "tests"))
 
+import gpu_stages
 import gpu_words
 from gpu_report import Report, plain
 
 from data.lib.cli import UserError
 from data.lib.engine import Engine, Layout, Runner, Sampling, Shape
+from infer_thoughts import sample_slowly
 
 
 def test_the_end_of_the_time_loses_only_what_is_left(tmp_path):
@@ -46,6 +48,15 @@ def test_a_part_that_fails_is_kept_and_the_others_go_on(tmp_path):
     assert "broken here" in kept["errors"]["one"] and "test_gpu_script" in kept["errors"]["one"]
     assert kept["found"]["found"] == {"nan": "nan", "array": [0, 1], "tensor": [1.0]}
     assert plain(report.record["skipped"]).keys() == {"three"}
+
+
+def test_a_pick_beside_a_border_is_told_from_a_wrong_one(toy_model):
+    """0 for what the slow sampler draws, a rounding's width beside a border; large for any other token."""
+    sampling = Sampling(6, frozenset())
+    drawn, _, _ = sample_slowly(toy_model, [1, 5, 6], sampling, 2, 1)
+    wrong = [*drawn[:3], (drawn[3] + 3) % toy_model.config.n_vocab]
+    assert gpu_stages.beside_border(toy_model, [1, 5, 6], sampling, (2, 1), drawn[:4], wrong) == 0
+    assert gpu_stages.beside_border(toy_model, [1, 5, 6], sampling, (2, 1), wrong, drawn[:4]) > 1e-4
 
 
 @pytest.fixture
