@@ -25,10 +25,9 @@ paper's code and torchtitan; nanoGPT and Hugging Face's Trainer spare norms and 
 Model folders (--init_from, --out_dir) have Hugging Face's layout. On several machines
 --out_dir must be on a file system that all of them share.
 
-The same command goes on where a run was cut off, also on another number of devices. On a
-CPU and the same number of processes it ends in the same weights, bit for bit: whatever is
-random is a function of --seed and the position in the stream. SIGTERM and Ctrl-C save
-before they end. Checkpoints contain a pickle: resume only your own.
+The same command goes on where a run was cut off, also on other devices; on as many CPU
+processes it ends in the same weights, bit for bit. SIGTERM and Ctrl-C save before they
+end. Checkpoints contain a pickle: resume only your own.
 
 Out of memory? First --micro_batch=4 (fewer rows at once, the same result), then
 --recompute (a third slower), then more devices.
@@ -69,12 +68,12 @@ class Settings:
     # Input and output. Corpora and thoughts can be lists: --corpus=A,B --thoughts=TA,
     corpus: str = opt("", "corpus folders, with commas between")
     thoughts: str = opt("", "a thoughts folder for each corpus; none: plain text")
-    weights: str = opt("", "share of the tokens from each corpus, as in 0.7,0.3; none: by size")
+    weights: str = opt("", "share of the tokens from each corpus: 0.7,0.3; none: by size")
     init_from: str = opt("", "model folder to start from; none: new weights")
     marker_rows: Literal["random", "words"] = opt("random", "added markers: drawn rows, or those of words")
     out_dir: str = opt("", "model folder to write")
-    thoughts_only: bool = opt(False, "with --thoughts: leave out documents of which no chunk has one")
-    bare: float = opt(0.0, "share of chunks written without their thought, for --context=bare", low=0)
+    thoughts_only: bool = opt(False, "leave out documents without any thought")
+    bare: float = opt(0.0, "share of chunks without their thought, for --context=bare", low=0)
     val_corpus: str = opt("", "corpus folder for the validation loss")
     val_thoughts: str = opt("", "its thoughts folder")
     val_every: int = opt(100, "steps between validations (and one at the end)", low=1)
@@ -83,9 +82,9 @@ class Settings:
     n_head: int = opt(2, "query heads", low=1)
     n_kv_head: int = opt(1, "key and value heads; below --n_head: grouped-query attention", low=1)
     n_embd: int = opt(64, "width", low=2)
-    n_hidden: int = opt(0, "width inside the SwiGLU; 0: 8/3 of --n_embd, rounded up to 16", low=0)
+    n_hidden: int = opt(0, "width inside the SwiGLU; 0: 8/3 of --n_embd", low=0)
     n_vocab: int = opt(0, "rows of the embedding; 0: as many as the tokenizer has ids", low=0)
-    rope_theta: float = opt(20.0, "base of the rotary frequencies; 1e4 beyond a few hundred tokens", low=1)
+    rope_theta: float = opt(20.0, "rotary base; 1e4 beyond a few hundred tokens", low=1)
     tie_embeddings: bool = opt(True, "one matrix for input and output embeddings")
     # Sequences
     seq_len: int = opt(512, "tokens a row", low=8)
@@ -739,8 +738,8 @@ def train(s: Settings, device: str) -> None:
     config, source, tok, stream = open_all(s)
     validation = None
     if s.val_corpus:
-        whole = replace(rows_of(s, seed=0), thoughts_only=False)
-        validation = open_stream(s.val_corpus, s.val_thoughts, "", tok, whole)
+        rows = replace(rows_of(s, seed=0), thoughts_only=False)
+        validation = open_stream(s.val_corpus, s.val_thoughts, "", tok, rows)
     steps, step_tokens = steps_of(s, stream)
     if s.plan:
         print_plan(config, s, stream, steps, step_tokens, device)

@@ -192,7 +192,7 @@ def boxed(text: str, start: int) -> str | None:
 
 
 def last_boxed(text: str, starts: list[int]) -> str | None:
-    """The answer in the last of the boxes at `starts`, with those that only "and" or a comma part from it."""
+    """The answer in the last box of `starts`, with those that "and" or a comma join to it."""
     parts, names, after = [], [], 0
     for start in reversed(starts[-MAX_ITEMS:]):
         here = boxed(text, start)
@@ -243,7 +243,7 @@ def trimmed(answer: str) -> str:
 
 
 def narrowed(answer: str) -> str:
-    """An answer without the words behind its number, and without a subject: the value is 42 for 6 rows."""
+    """An answer without subject and words behind its number: the value is 42 for 6 rows."""
     number = NUMBER.match(answer)
     more = GOES_ON.match(answer, number.end()) if number else None
     if more and not readable(answer):

@@ -131,7 +131,7 @@ def help_text(settings: type, doc: str) -> str:
 
 
 def run(main, settings: type, presets: dict[str, dict] | None = None) -> None:
-    """Call main(settings of sys.argv); bad input and Ctrl-C end in one line on stderr and a bad exit code."""
+    """main(settings of sys.argv); bad input and Ctrl-C end in a line and a bad exit code."""
     name = os.path.basename(sys.argv[0])
     if os.environ.pop("EM_CHILD", None):
         threading.Thread(target=die_with_parent, daemon=True).start()
@@ -157,7 +157,7 @@ def run(main, settings: type, presets: dict[str, dict] | None = None) -> None:
 
 
 def start(script: str, flags: dict, launcher=(), env: dict | None = None, **how):
-    """Start `python SCRIPT --name=value ...`, a script of this project, as subprocess.Popen.
+    """Start a script, `python SCRIPT --name=value ...`, as subprocess.Popen.
 
     Flags that are "" are left out. `launcher` goes before the script, as in ["-m",
     "torch.distributed.run"]; `env` is added to the environment; `how` goes to

@@ -139,7 +139,7 @@ class Answers:
                     damaged += 1
                 offset += len(line)
         if damaged:
-            print(f"note: {path}: {damaged} damaged lines are passed over; what they answered is asked again")
+            print(f"note: {path}: {damaged} damaged lines are passed over, and asked again")
 
     def note(self, record: dict, offset: int) -> None:
         """Count a record's tokens, and remember where its answer lies."""

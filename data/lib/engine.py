@@ -326,8 +326,9 @@ class Runner:
             if step.prefill.ids.size:  # else upload() has copied all of it
                 self.prefill(step.prefill)
             return step.lengths, step.lengths > 0  # of no lane
+        decode, shape = self.replay if self.on_cuda else self.decode, self.shape_of(step)
         for _ in range(self.steps_per_sync):
-            (self.replay if self.on_cuda else self.decode)(self.shape_of(step), sampling)
+            decode(shape, sampling)
         lanes = self.lanes[: len(step.lanes)]
         state = torch.stack((self.length[lanes], self.growing[lanes].long()))
         lengths, growing = state.cpu().numpy()
@@ -416,7 +417,8 @@ class Runner:
         """Put the keys and values of a chunk into the cache."""
         B, T = chunk.ids.shape
         positions = torch.arange(T, device=self.device) + chunk.start
-        self.forward(self.put(chunk.ids).flatten(), positions.repeat(B), self.attend_prefill(chunk))
+        attend = self.attend_prefill(chunk)
+        self.forward(self.put(chunk.ids).flatten(), positions.repeat(B), attend)
 
     def forward(self, ids, positions, attend) -> Tensor:
         """ids [N], positions [N] -> hidden [N, n_embd].

@@ -55,7 +55,7 @@ def values_of_both(a, b, symbols: list, part=None) -> list[tuple]:
         with contextlib.suppress(Undefined):
             pairs.append((numeric(a, point), numeric(b, point)))
     if symbols and not (a.has(I) or b.has(I)):
-        # Roots of negative numbers do not count if there are other points: people take variables as positive.
+        # Roots of negative numbers do not count if there are other points.
         pairs = [p for p in pairs if not mp.im(p[0]) and not mp.im(p[1])] or pairs
     return pairs
 
@@ -186,7 +186,7 @@ def unique(items) -> tuple:
 
 
 def same(a, b) -> bool:
-    """Whether an answer a means the reference b. Raises one of mathvalues.FAILURES if that cannot be said."""
+    """Whether answer a means the reference b. Raises a mathvalues.FAILURES if unsure."""
     kinds = tuple(x.kind if isinstance(x, Value) else "number" for x in (a, b))
     if kinds == ("number", "number"):
         return equal(a, b)

@@ -91,8 +91,7 @@ class HeadLoss(torch.autograd.Function):
     """
 
     KEEP = 256 << 20
-    # Bytes of a piece in fp32. A CPU's should fit into its cache; a GPU adds to grad_hidden for each.
-    PIECE = {"cpu": 16 << 20, "cuda": 256 << 20}
+    PIECE = {"cpu": 16 << 20, "cuda": 256 << 20}  # bytes in fp32; a CPU's cache holds them
 
     @staticmethod
     def piece_rows(tensor, width: int) -> int:
@@ -107,7 +106,7 @@ class HeadLoss(torch.autograd.Function):
         V = len(weight)
         size = HeadLoss.piece_rows(hidden, V)
         keep = hidden.itemsize * N * V <= HeadLoss.KEEP and any(ctx.needs_input_grad)
-        # Rows begin at multiples of 16 bytes: an H100 multiplies others by its old, slow kernels.
+        # Rows begin at multiples of 16 bytes, or a GPU's fast kernels refuse.
         logits = hidden.new_empty(N if keep else min(N, size), -(-V // 8) * 8)[:, :V]
         lse = torch.empty(N, device=hidden.device)
         target_logit = torch.empty(N, device=hidden.device)

@@ -134,7 +134,7 @@ MP_NAMES = {"Abs": "fabs", "ceiling": "ceil", "factorial2": "fac2", "log": "ln"}
 
 
 def numeric(expression, point: dict):
-    """The value of an expression, as of mpmath, where its symbols are those of the point; or Undefined."""
+    """The value of an expression at a point, as mpmath has it; or Undefined."""
     if expression.is_Rational:
         return mp.mpf(expression.p) / expression.q
     if expression.is_Symbol:

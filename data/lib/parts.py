@@ -130,7 +130,7 @@ def do_parts(work: Work, make_part) -> None:
             watch.add(0)
     if failed:
         first = next(iter(failed.values()))
-        raise UserError(f"{len(failed)} of {len(work.parts)} parts failed (see above), the first: {first}")
+        raise UserError(f"{len(failed)} of {len(work.parts)} parts failed, the first: {first}")
     watch.show(watch.total)
 
 

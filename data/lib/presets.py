@@ -23,9 +23,9 @@ PRESETS = {
     "tinyllama-1.1b-warm": BIG | TINYLLAMA | {"batch_size": 96, "max_steps": 4069},
 }
 
-# SmolLM2-135M thinks in equations. Rows are packed with short documents, in float32 because few
-# laptops have bfloat16, and from M0 an M-step takes fewer steps. An equation says the answer,
-# so all thoughts gain: the evidence is asked.
+# SmolLM2-135M thinks in equations. Few laptops have bfloat16, and from M0 an M-step takes fewer
+# steps. An equation says the answer, so all thoughts gain: the evidence is asked, and only
+# documents whose thought was kept are trained on.
 WORDS = "--preset=smollm2-135m --attention=document --seq_len=512 --batch_size=2"
 EM_PRESETS = {
     "toy": {},
@@ -34,7 +34,7 @@ EM_PRESETS = {
         "max_new": 40,
         "controls": True,
         "only": "raw_tokens,raw_flops,warm_flops,uniform,gold",
-        "train": f"{WORDS} --dtype=float32 --max_steps=70",
+        "train": f"{WORDS} --dtype=float32 --max_steps=70 --thoughts_only=true",
         "warm_train": "--max_steps=94",
         "infer": "--gain_by=evidence",
         "eval": "--gain_by=evidence --bound_docs=100",

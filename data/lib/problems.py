@@ -206,7 +206,7 @@ def read_items(path: Path) -> list[Item]:
 
 
 def find_file(s, split: str) -> Path:
-    """The file of a split ("train" or "test"), named by a flag or lying in data/benchmarks; or UserError."""
+    """The file of a split ("train" or "test"): a flag's, or in data/benchmarks."""
     ours = s.benchmark in N_SHOTS
     named = s.train_file if split == "train" else s.file or ("" if ours else s.benchmark)
     folder = DATA / "benchmarks" / s.benchmark

@@ -1,4 +1,4 @@
-"""Run scripts as commands: each fills a folder, several run side by side, one that is complete is skipped.
+"""Run scripts as commands: each fills a folder, and one that is complete is skipped.
 
 Stages.run() is what em.py calls. A stage is `python SCRIPT --flag=value ...` (or
 torchrun, where there are several devices), printed as it starts. It counts as
@@ -207,6 +207,6 @@ def count_devices(device: str, asked: int) -> tuple[bool, int]:
 
 
 def peak_memory() -> str:
-    """Largest resident memory of any stage, where the system tells (kilobytes on Linux, bytes on a Mac)."""
+    """Largest resident memory of any stage (Linux tells kilobytes, a Mac bytes)."""
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return f", peak memory of a stage {peak / 1e6:,.0f} MB"

@@ -105,7 +105,8 @@ class Stream:
         self.n_thoughts = [int((np.diff(t.chunks) > 0).sum()) if t else 0 for t in thoughts]
         self.thought_tokens = [len(t.tokens) if t else 0 for t in thoughts]
         self.docs = [self.wanted_docs(c) for c in range(len(corpora))]
-        self.text_tokens = [self.count_text(c) for c in range(len(corpora))]
+        spans = [np.diff(corpus.chunks[corpus.docs]) for corpus in corpora]
+        self.text_tokens = [int(n[docs].sum()) for n, docs in zip(spans, self.docs)]
         self.takes = self.documents_of_an_epoch(weights)
         self.firsts = [0]  # packed: the first token of each epoch, as far as known
         # Caches that belong to this stream and go away with it.
@@ -124,15 +125,8 @@ class Stream:
         upto = np.concatenate(([0], np.cumsum(np.diff(thoughts.chunks) > 0)))
         wanted = np.flatnonzero(np.diff(upto[corpus.docs]))
         if not len(wanted):
-            raise UserError(f"{thoughts.folder}: holds no thought, and --thoughts_only leaves nothing else")
+            raise UserError(f"{thoughts.folder}: holds no thought, as --thoughts_only needs")
         return wanted
-
-    def count_text(self, c: int) -> int:
-        """Tokens of text of the documents that are trained on."""
-        corpus, docs = self.corpora[c], self.docs[c]
-        if len(docs) == corpus.n_docs:
-            return len(corpus.tokens)
-        return int((corpus.chunks[corpus.docs[docs + 1]] - corpus.chunks[corpus.docs[docs]]).sum())
 
     def documents_of_an_epoch(self, weights: list[float]) -> list[int]:
         """How many documents of each corpus an epoch takes: all of the one that is read
