@@ -23,7 +23,6 @@ import time
 import traceback
 import zlib
 from dataclasses import dataclass
-from multiprocessing import spawn
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -235,11 +234,6 @@ class Stage(threading.Thread):
 
 def serve(pipe, parent: int) -> None:
     """A worker: (script, words of its command line, log) come in, exit codes go out."""
-    # A grader, which is a process of its own, must not import what this one began with.
-    prepared = spawn.get_preparation_data
-    spawn.get_preparation_data = lambda name: {
-        key: x for key, x in prepared(name).items() if not key.startswith("init_main")
-    }
     threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     import eval_math
     import infer_thoughts

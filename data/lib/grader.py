@@ -10,13 +10,16 @@ All are pure functions of strings. Worker runs them in another process, with lim
 import contextlib
 import multiprocessing
 import re
-import signal
+import subprocess
+import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import sympy
 from sympy import Rational, pi
 
 from data.lib.answers import ANNOUNCEMENTS, extract_answer, first_problem, prose
+from data.lib.cli import ROOT
 from data.lib.equality import equal, is_relation, same
 from data.lib.latex import MEASURES, Reading, readings
 from data.lib.latex_tokens import WRAPPED, words_of
@@ -220,23 +223,16 @@ class Worker:
     of one ask(), and the megabytes beyond what it begins with. killed counts these."""
 
     def __init__(self, seconds: float = 10.0, megabytes: int = 1000):
-        self.seconds = seconds
-        self.megabytes = megabytes
-        self.killed = 0
+        self.seconds, self.megabytes, self.killed = seconds, megabytes, 0
         self.start()
 
     def start(self) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would share locks of torch's threads
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, self.megabytes), daemon=True)
-        # Ctrl-C is for this process alone. The child inherits that it is ignored, also while it imports.
-        before = None
-        with contextlib.suppress(ValueError):  # not the main thread
-            before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        self.process.start()
-        with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGINT, before or signal.SIG_DFL)
-        theirs.close()
+        # multiprocessing would import what runs here, torch and all. Ctrl-C does not reach a new session.
+        self.pipe, theirs = multiprocessing.Pipe()
+        with theirs:
+            fd = theirs.fileno()
+            command = [sys.executable, "-m", "data.lib.grader", str(fd), str(self.megabytes)]
+            self.process = subprocess.Popen(command, cwd=ROOT, pass_fds=[fd], start_new_session=True)
         self.fresh = True
 
     def ask(self, name: str, *args):
@@ -256,6 +252,10 @@ class Worker:
         if self.process is None:  # its last question was too much for it
             return
         self.process.kill()
-        self.process.join()
+        self.process.wait()
         self.pipe.close()
         self.process = None
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])), int(sys.argv[2]))
