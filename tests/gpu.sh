@@ -56,10 +56,10 @@ run_stage() { # NAME SECONDS: TERM lets a stage write what it has; KILL comes 8 
 failed=
 for stage in ${stages//,/ }; do
   case $stage in # seconds; what a stage does not use is left for the later ones
-    right) limit=110 ;;
-    train) limit=140 ;;
-    sample) limit=100 ;;
-    choose) limit=170 ;;
+    right) limit=100 ;;
+    train) limit=100 ;;
+    sample) limit=80 ;;
+    choose) limit=110 ;;
     words) limit=$all ;;
     *) echo "--stages=$stage: expected right, train, sample, choose or words" >&2; exit 2 ;;
   esac

@@ -155,7 +155,9 @@ def compare_drawn(one: list, other: list) -> dict:
 def beside_border(model, prompt, sampling: Sampling, names: tuple, one, other) -> float:
     """How far the random number lies beside the share of the first token of `one` that `other` does not have:
     0 where it lies within, some millionths where rounding has tipped it. names: the keys of its noise."""
-    at = next(i for i, (a, b) in enumerate(zip(one, other)) if a != b)
+    at = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), None)
+    if at is None:  # one ended, and the other went on behind the same token
+        return float("inf")
     ids = torch.tensor([[*prompt, *one[:at]]], device=model.embed_tokens.weight.device)
     p = torch.softmax(model.logits(model(ids)[0, -1]).double(), dim=-1)
     upto, point = p.cumsum(dim=0), hash_uniform(sampling.purpose, sampling.seed, *names, at)[0]

@@ -11,6 +11,7 @@ Nothing is lost. join() puts all together, and checks the hash of every file.
 import contextlib
 import gc
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 from gpu_report import Report, script
 
-from data.lib.cli import ROOT, UserError, opt, read_json, read_settings, replacing, run, write_json
+from data.lib.cli import ROOT, UserError, opt, read_json, read_settings, replacing, run, start, write_json
 from data.lib.presets import EM_PRESETS, PRESETS
 
 PART_BYTES = 60_000_000
@@ -136,9 +137,10 @@ def join(folder: Path, out_dir: Path) -> None:
 TRAIN = "--preset=smollm2-135m --attention=document --seq_len=512 --batch_size=2 --dtype=bfloat16"
 TRAIN += " --save_every=100000"
 PRESET = {"preset": "word-problems", "eval": f"{EM_PRESETS['word-problems']['eval']} --rows=256"}
+PRESET["warm_train"] = "--max_steps=94 --thoughts_only=false"  # one M0 for all recipes
 MORE_RAW = {"raw_more": "raw_more.jsonl"}  # 1,765 more raw problems, with the answer alone
-# Recipes of M-steps: the sizes of the corpus, and the flags of em.py. They are tried on problems that are
-# held back from those to train on, and the best one is run on the test problems.
+# Recipes of M-steps: the sizes of the corpus, and the flags of em.py. `choose` tries them on problems held
+# back from those to train on; `words` runs CHOSEN on the test problems.
 KEPT = "--thoughts_only=true"
 RECIPES = {
     "800, kept, 70 steps": ({"raw": 800}, {"train": f"{TRAIN} {KEPT} --max_steps=70"}),
@@ -180,12 +182,15 @@ def rows_so_far(out_dir: Path) -> dict:
         if training.exists():
             row |= {key: read_json(training)[key] for key in ("steps", "train_tokens", "seconds")}
         found[str(model.relative_to(out_dir))] = row
-    for path in sorted(out_dir.glob("seed*/**/E[0-9]*/meta.json")):
+    for path in sorted(out_dir.glob("seed*/**/E[0-9]/meta.json")):
         got = read_json(path)
         row = {key: got.get(key) for key in ("n_inferred", "cut_off_share", "ess", "gain_picked", "no_gain")}
         row["timing"] = read_json(path.with_name("timing.json"))
         found[str(path.parent.relative_to(out_dir))] = row
     return found
+
+
+SCRIPTS = "train.py", "infer_thoughts.py", "eval_math.py"
 
 
 class Workers:
@@ -205,6 +210,8 @@ class Workers:
 
     def start(self, script: str, flags: dict, launcher=(), env=None, stdout=None, **how):
         assert not launcher, "a worker has one device"
+        if script not in SCRIPTS:
+            return start(script, flags, launcher, env, stdout=stdout, **how)
         words = [f"--{name}={value}" for name, value in flags.items() if value != ""]
         return Stage(self, script, words, stdout.name)
 
@@ -235,11 +242,7 @@ class Stage(threading.Thread):
 def serve(pipe, parent: int) -> None:
     """A worker: (script, words of its command line, log) come in, exit codes go out."""
     threading.Thread(target=end_with, args=(parent,), daemon=True).start()
-    import eval_math
-    import infer_thoughts
-    import train
-
-    scripts = {"train.py": train, "infer_thoughts.py": infer_thoughts, "eval_math.py": eval_math}
+    scripts = {name: importlib.import_module(name.removesuffix(".py")) for name in SCRIPTS}
     with contextlib.suppress(EOFError):  # whoever started it has ended
         while True:
             serve_one(pipe, scripts)
@@ -257,6 +260,7 @@ def serve_one(pipe, scripts: dict) -> None:
         traceback.print_exc()
         code = 1
     sys.stdout.flush()
+    torch.backends.cuda.enable_cudnn_sdp(True)  # an engine turns it off
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -308,14 +312,19 @@ def run_loops(report: Report, loops: dict[str, dict], workers: Workers) -> None:
     report.put("seconds of stages", seconds)
 
 
-def lend(whose: Path, out_dir: Path) -> None:
-    """Link the models of another loop that do not depend on K, so that they are not trained again."""
-    for model in whose.glob("seed*/M0"), whose.glob("seed*/raw_tokens"):
-        for folder in model:
-            target = out_dir / folder.relative_to(whose)
-            without_eval = shutil.ignore_patterns("eval", "checkpoints")
-            if (folder / "config.json").exists() and not target.exists():
-                shutil.copytree(folder, target, copy_function=os.link, ignore=without_eval)
+def lend(whose: Path, out_dir: Path, names: tuple, *without: str) -> None:
+    """Link folders of another loop's seeds that this one would fill by the same commands, so that they are
+    not made again; without: what is left out of them."""
+    for folder in (folder for name in names for folder in whose.glob(f"seed*/{name}")):
+        target = out_dir / folder.relative_to(whose)
+        if target.exists() or not (folder / "settings.json").exists():
+            continue
+        ignore = shutil.ignore_patterns("checkpoints", *without)
+        shutil.copytree(folder, target, copy_function=os.link, ignore=ignore)
+        for path in target.rglob("settings.json"):  # its paths are this loop's
+            text = path.read_text(encoding="utf-8").replace(f"{whose}/", f"{out_dir}/")
+            path.unlink()
+            path.write_text(text, encoding="utf-8")
 
 
 def made_up_problems(folder: Path) -> None:
@@ -386,27 +395,39 @@ def start_workers(s) -> Workers:
     return Workers(2 if s.rehearse else N_WORKERS)
 
 
+def recipe_loops(report: Report, s, work: Path) -> dict[str, dict]:
+    """{recipe: flags of em.py} on problems held back."""
+    hold_back(work / "joined/data/word", 8 if s.rehearse else HELD_BACK)
+    loops = {}
+    common = PRESET | {"seeds": 2, "jobs": N_WORKERS, "only": "gold", "device": report.device}
+    for name, (sizes, flags) in list(RECIPES.items())[: 2 if s.rehearse else None]:
+        flags = common | flags
+        if s.rehearse:
+            sizes, flags = {}, flags | TINY_LOOP | {"seeds": 1}
+        files = {"train": "train_less.jsonl", "test": "held_back.jsonl"}
+        sizes = {"warm": 8 if s.rehearse else 250} | sizes
+        flags |= {"corpus": problems_corpus(work, "word", **files, **sizes), "base": work / "base"}
+        loops[name] = flags | {"out_dir": work / f"choose{len(loops)}"}
+    return loops
+
+
 def choose(report: Report, s) -> None:
-    """All recipes with two seeds, on problems held back from those to train on."""
-    work = Path(s.work) / "words"
+    """All recipes with two seeds, on problems held back from those to train on. M0 and its E-step do not
+    depend on the recipe: the first one of each corpus makes them."""
+    work = Path(s.work) / ("choose" if s.rehearse else "words")  # rehearsals run side by side
     work.mkdir(parents=True, exist_ok=True)
     workers = start_workers(s)
     if not prepare(report, s, work):
         return
-    hold_back(work / "joined/data/word", 8 if s.rehearse else HELD_BACK)
-    loops, common = {}, PRESET | {"seeds": 2, "jobs": N_WORKERS, "only": "gold", "device": report.device}
-    for name, (sizes, flags) in RECIPES.items():
-        flags = common | flags
-        if s.rehearse:
-            sizes = {"warm": 8}
-            flags |= TINY_LOOP | {"seeds": 1, "iterations": 1}
-        held_back = {"train": "train_less.jsonl", "test": "held_back.jsonl"}
-        flags["corpus"] = problems_corpus(work, "word", **held_back, **{"warm": 250} | sizes)
-        flags["base"] = work / "base"
-        loops[name] = flags | {"out_dir": work / f"choose{len(loops)}"}
-        if s.rehearse:
-            break
+    loops = recipe_loops(report, s, work)
+    firsts = {flags["corpus"]: name for name, flags in reversed(loops.items())}
+    with report.part("first rounds"):
+        run_loops(report, {name: loops[name] | {"iterations": 1} for name in firsts.values()}, workers)
+    for name, flags in loops.items():
+        if name not in firsts.values():
+            lend(loops[firsts[flags["corpus"]]]["out_dir"], flags["out_dir"], ("M0", "E1"))
     with report.part("recipes"):
+        loops = {name: flags | {"iterations": 2 if s.rehearse else 3} for name, flags in loops.items()}
         run_loops(report, loops, workers)
     show(report)
 
@@ -433,7 +454,7 @@ def words(report: Report, s) -> None:
         return show(report)
     with report.part("K = 1 and 16"):
         for name in others:
-            lend(work / "K4", loops[name]["out_dir"])
+            lend(work / "K4", loops[name]["out_dir"], ("M0", "raw_tokens"), "eval")
             loops[name] |= NO_CONTROLS if pretrained else {}
         run_loops(report, {name: loops[name] for name in others}, workers)
     if pretrained and not report.skip("GSM8K", 150):

@@ -366,7 +366,7 @@ def test_thoughts_only_leaves_documents_without_a_thought_out():
     assert sorted(text) == sorted(same)
     assert [kept.row_length(n) for n in range(60)] == list(map(len, row_ids(kept, range(60))))
     assert Stream([corpus_of(documents)], [None], TOY, Rows(seq_len=64, thoughts_only=True)).takes == [30]
-    with pytest.raises(UserError, match="holds no thought"):
+    with pytest.raises(UserError, match="no thought, so"):
         none = carried([[]] * 60)
         none.folder = "E1"
         Stream([corpus_of(documents)], [none], TOY, Rows(seq_len=64, thoughts_only=True))

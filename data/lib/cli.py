@@ -341,7 +341,8 @@ def claim(out_dir, settings, free: tuple = ("device",)) -> Path:
     for name in ("out_dir", *free):
         now.pop(name, None)
     if (out_dir / "settings.json").exists():
-        before = read_json(out_dir / "settings.json")
+        before = {f.name: f.default for f in dataclasses.fields(settings) if f.name in now}
+        before |= read_json(out_dir / "settings.json")
         names = [k for k in sorted(now | before) if now.get(k) != before.get(k)]
         changed = [f"--{k}={before.get(k)} became {now.get(k)}" for k in names]
         if changed:

@@ -139,8 +139,8 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """The next step; None when all samples have ended.
 
-        It takes in prompts or samples tokens. A GPU reads all weights for a
-        step of few lanes, so that samples wait until the slots are filled.
+        It takes in prompts or samples tokens. A GPU reads all weights for
+        few lanes, too, so that samples wait until the slots are full.
         """
         prefill = self.next_prefill()
         lanes = np.fromiter(() if prefill else self.running, np.int64)
@@ -169,7 +169,7 @@ class Scheduler:
     def fill_slots(self) -> None:
         """Give free slots to one long prompt or several short ones."""
         width = len(self.prompts[self.waiting[0]]) - 1
-        n = self.prefill_tokens // max(1, width - self.shared_len)
+        n = self.prefill_tokens // max(1, width - self.shared_len, width // 8)
         n = max(1, min(n, len(self.free_slots), len(self.waiting)))
         slots = np.array([heapq.heappop(self.free_slots) for _ in range(n)])
         ids = np.zeros((n, width), np.int64)

@@ -227,7 +227,7 @@ class Worker:
         self.start()
 
     def start(self) -> None:
-        # multiprocessing would import what runs here, torch and all. Ctrl-C does not reach a new session.
+        # multiprocessing would import torch, too. Ctrl-C does not reach a new session.
         self.pipe, theirs = multiprocessing.Pipe()
         with theirs:
             fd = theirs.fileno()
@@ -241,7 +241,7 @@ class Worker:
             self.start()
         with contextlib.suppress(EOFError, OSError):
             self.pipe.send((name, args))
-            if self.pipe.poll(self.seconds + 60 * self.fresh):  # a new one has to import this file first
+            if self.pipe.poll(self.seconds + 60 * self.fresh):  # a new one must import first
                 self.fresh = False
                 return self.pipe.recv()
         self.killed += 1

@@ -106,14 +106,14 @@ class HeadLoss(torch.autograd.Function):
         V = len(weight)
         size = HeadLoss.piece_rows(hidden, V)
         keep = hidden.itemsize * N * V <= HeadLoss.KEEP and any(ctx.needs_input_grad)
-        # Rows begin at multiples of 16 bytes, or a GPU's fast kernels refuse.
-        logits = hidden.new_empty(N if keep else min(N, size), -(-V // 8) * 8)[:, :V]
+        wide = F.pad(weight, (0, 0, 0, -V % 8))  # for a GPU's fast kernels
+        logits = hidden.new_empty(N if keep else min(N, size), len(wide))
         lse = torch.empty(N, device=hidden.device)
         target_logit = torch.empty(N, device=hidden.device)
         for first in range(0, N, size):
             here = slice(first, min(N, first + size))
             out = logits[here] if keep else logits[: here.stop - first]
-            piece = torch.mm(hidden[here], weight.T, out=out)  # [n, V]
+            piece = torch.mm(hidden[here], wide.T, out=out)[:, :V]  # [n, V]
             lse[here] = piece.float().logsumexp(dim=1)
             classes = targets[here, None].clamp(min=0)  # [n, 1]
             target_logit[here] = piece.gather(1, classes)[:, 0]

@@ -81,11 +81,10 @@ class Stream:
     An epoch is one seeded permutation of documents. With several corpora it takes from
     each what its weight allows, so that none is used up more than once, and each goes on
     in its own permutation in the next epoch. Row n is document n (padded), or tokens
-    n * seq_len to (n + 1) * seq_len of all documents end to end, and the token after
-    (packed).
+    n * seq_len to (n + 1) * seq_len of all documents end to end and one more (packed).
 
-    `thoughts` has a folder for each corpus, or None. `weights` are shares of the tokens;
-    without them corpora count by their size.
+    `thoughts` has a folder for each corpus, or None. `weights` are shares of the tokens, or
+    corpora count by size.
     """
 
     def __init__(
@@ -105,8 +104,8 @@ class Stream:
         self.n_thoughts = [int((np.diff(t.chunks) > 0).sum()) if t else 0 for t in thoughts]
         self.thought_tokens = [len(t.tokens) if t else 0 for t in thoughts]
         self.docs = [self.wanted_docs(c) for c in range(len(corpora))]
-        spans = [np.diff(corpus.chunks[corpus.docs]) for corpus in corpora]
-        self.text_tokens = [int(n[docs].sum()) for n, docs in zip(spans, self.docs)]
+        sizes = (np.diff(c.chunks[c.docs])[docs] for c, docs in zip(corpora, self.docs))
+        self.text_tokens = [int(n.sum()) for n in sizes]
         self.takes = self.documents_of_an_epoch(weights)
         self.firsts = [0]  # packed: the first token of each epoch, as far as known
         # Caches that belong to this stream and go away with it.
@@ -118,14 +117,14 @@ class Stream:
     # ---- sizes
 
     def wanted_docs(self, c: int) -> np.ndarray:
-        """The documents of corpus c that are trained on; UserError if there is none."""
+        """The documents of corpus c to train on; UserError if there is none."""
         corpus, thoughts = self.corpora[c], self.thoughts[c]
         if not (self.rows.thoughts_only and thoughts):
             return np.arange(corpus.n_docs)
         upto = np.concatenate(([0], np.cumsum(np.diff(thoughts.chunks) > 0)))
         wanted = np.flatnonzero(np.diff(upto[corpus.docs]))
         if not len(wanted):
-            raise UserError(f"{thoughts.folder}: holds no thought, as --thoughts_only needs")
+            raise UserError(f"{thoughts.folder}: no thought, so --thoughts_only leaves none")
         return wanted
 
     def documents_of_an_epoch(self, weights: list[float]) -> list[int]:
