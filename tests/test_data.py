@@ -15,7 +15,7 @@ from data import gsm8k
 from data.digits import Settings as DigitsSettings
 from data.digits import make_documents, pairs_of, solve, true_nats, write_thought
 from data.gsm8k import read_problem
-from data.lib.cli import UserError, read_json
+from data.lib.cli import UserError, claim, read_json, write_json
 from data.lib.corpus import (
     POSTERIOR,
     PRIOR,
@@ -443,3 +443,15 @@ def test_a_lock_is_held_where_standard_input_is_closed(tmp_path):
     code += f"with hold({str(tmp_path / 'lock')!r}, wait=False) as held: print(bool(held))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "True", done.stderr
+
+
+def test_a_folder_that_is_older_than_a_setting_is_still_its_own(tmp_path):
+    """A setting that settings.json lacks counts as its default; another value is refused."""
+    settings = DigitsSettings(out_dir=str(tmp_path), warm=7)
+    claim(tmp_path, settings)
+    older = read_json(tmp_path / "settings.json")
+    assert older.pop("heldout") == DigitsSettings.heldout
+    write_json(tmp_path / "settings.json", older)
+    claim(tmp_path, settings)
+    with pytest.raises(UserError, match=f"--heldout={DigitsSettings.heldout} became 1"):
+        claim(tmp_path, DigitsSettings(out_dir=str(tmp_path), warm=7, heldout=1))
