@@ -136,7 +136,7 @@ class Settings:
     min_gain: float = opt(0.0, "drop picks that gain fewer nats; -inf: none", low=-math.inf)
     gain_by: Literal["text", "evidence"] = opt("text", "the pick, or the mean weight of all")
     # the machine
-    part_size: int = opt(0, "chunks a part; 0: 500 on a CPU, 20000 on a GPU", low=0)
+    part_size: int = opt(0, "chunks a part; 0: 100 to 500 on a CPU, or 20000", low=0)
     rows: int = opt(0, "most thoughts side by side; 0: what memory allows", low=0)
     workers: int = opt(0, "processes on a CPU; 0: one a core for models below 20M parameters", low=0)
     dtype: Literal["auto", "float32", "bfloat16"] = opt(
@@ -757,13 +757,13 @@ def main(s: Settings) -> None:
     if s.context == "thoughts":
         thoughts = s.before * (s.max_new + MARKERS)
         longest = min(longest + thoughts, limits.seq_len - s.max_new)
-    part_size = s.part_size or (500 if on_cpu else 20000)
+    small = sum(p.numel() for p in model.parameters()) < 20e6
+    part_size = s.part_size or (20000 if not on_cpu else 500 if small else 100)
     parts = split_parts(corpus, chosen, part_size)
     work = Work(Path(s.out_dir), parts)
     engine = Engine(model, s.rows)
     threads, n_workers = torch.get_num_threads(), 1
     if on_cpu:
-        small = sum(p.numel() for p in model.parameters()) < 20e6
         n_workers = min(s.workers or (threads if small else 1), len(parts))
 
     def make_plan() -> dict:
