@@ -122,7 +122,7 @@ class Settings:
     seed: int = opt(0, "decides which of the four styles a document gets", low=0)
     # who answers
     model: str = opt("", "the endpoint's name of the model")
-    base_url: str = opt("", "the endpoint, with its version: https://HOST/v1, http://localhost:8000/v1")
+    base_url: str = opt("", "the endpoint: https://HOST/v1, http://localhost:8000/v1")
     key_env: str = opt("OPENAI_API_KEY", "environment variable with the key; unset: none")
     given: str = opt("", "a jsonl of thoughts instead of a model")
     batch_out: str = opt("", "write the requests still to be answered into NAME-000.jsonl ... and end")
@@ -130,7 +130,7 @@ class Settings:
     batch_in: str = opt("", "answers to batch files, separated by commas")
     # how it answers
     temperature: float = opt(0.7, "of the sampling; 0: the likeliest tokens", low=0)
-    max_tokens: int = opt(2048, "longest answer, in the model's tokens", low=1)
+    max_tokens: int = opt(2048, "longest answer in tokens", low=1)
     partial: bool = opt(False, "write the output though some chunks have no answer")
     # how fast, and at what price
     concurrency: int = opt(8, "requests in flight", low=1)
