@@ -379,7 +379,7 @@ def test_a_part_that_fails_stops_alone(toy_model, monkeypatch, tmp_path, capsys)
         path.write_bytes(b"done")
         return {"part": path.stem}
 
-    with pytest.raises(UserError, match="1 of 4 parts failed .* chunk 1: log-probabilities are not finite"):
+    with pytest.raises(UserError, match="1 of 4 parts failed.* chunk 1: log-probabilities are not finite"):
         do_parts(work, run_part)
     assert [work.path(n).exists() for n in range(4)] == [True, False, True, True]
     assert "part 000001 failed" in capsys.readouterr().err
