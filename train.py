@@ -82,7 +82,7 @@ class Settings:
     n_head: int = opt(2, "query heads", low=1)
     n_kv_head: int = opt(1, "key and value heads; below --n_head: grouped-query attention", low=1)
     n_embd: int = opt(64, "width", low=2)
-    n_hidden: int = opt(0, "width inside the SwiGLU; 0: 8/3 of --n_embd", low=0)
+    n_hidden: int = opt(0, "SwiGLU's width; 0: 8/3 of --n_embd, rounded up to 16", low=0)
     n_vocab: int = opt(0, "rows of the embedding; 0: as many as the tokenizer has ids", low=0)
     rope_theta: float = opt(20.0, "rotary base; 1e4 beyond a few hundred tokens", low=1)
     tie_embeddings: bool = opt(True, "one matrix for input and output embeddings")

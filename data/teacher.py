@@ -12,8 +12,8 @@ Where the thoughts can come from:
     --batch_out=NAME         batch files to hand in; later --batch_in=FILE,FILE
     --given=FILE             lines of {"chunk": 7, "thought": "..."}
 
-A model folder answers questions in files. eval_math.py writes each behind "Problem:" and
-before "Solution:", so show a base model how, by examples of that form in --prompt_file.
+A model folder answers questions in files, between "Problem:" and "Solution:": show a base
+model how in --prompt_file. Its last response counts, to a blank line at most.
 
     python data/teacher.py --corpus=C --out_dir=T --model=M --batch_out=q \\
         --batch_form=questions

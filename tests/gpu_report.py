@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from data.lib.cli import start, write_json
+from data.lib.cli import ROOT, start, write_json
 
 PACKAGES = "torch", "numpy", "tiktoken", "sympy", "triton", "transformers", "tokenizers"
 
@@ -125,7 +125,8 @@ class Report:
             yield
         except Exception as e:
             with self.lock:
-                self.record["errors"][name] = traceback.format_exc()[-6000:]
+                told = traceback.format_exc().replace(f"{ROOT}/", "")  # no path of one machine
+                self.record["errors"][name] = told[-6000:]
             self.say(f"{name}: FAILED: {type(e).__name__}: {e}"[:1500])
         finally:
             with self.lock:

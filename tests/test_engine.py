@@ -397,6 +397,7 @@ def test_the_scheduler_grows_every_sample_once(samples, n_slots, prefill_tokens)
         for slot, n in zip(step.prefill.slots.tolist(), step.prefill.lengths) if step.prefill else ():
             prefilled[slot] = n
             assert step.prefill.ids.size <= prefill_tokens
+            assert not len(step.lanes), "a step takes in prompts or samples tokens"
         assert step.lengths.tolist() == [length[lane] for lane in step.lanes.tolist()]
         length |= {lane: length[lane] + 1 for lane in step.lanes.tolist()}
         growing = rng.random(len(step.lanes)) < 0.7

@@ -167,7 +167,7 @@ class Scheduler:
         return self.chunks.popleft() if self.chunks else None
 
     def fill_slots(self) -> None:
-        """Give free slots to one long prompt or several short ones."""
+        """Fill slots: one long prompt or several; a shared start counts an eighth."""
         width = len(self.prompts[self.waiting[0]]) - 1
         n = self.prefill_tokens // max(1, width - self.shared_len, width // 8)
         n = max(1, min(n, len(self.free_slots), len(self.waiting)))

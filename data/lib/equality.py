@@ -55,7 +55,7 @@ def values_of_both(a, b, symbols: list, part=None) -> list[tuple]:
         with contextlib.suppress(Undefined):
             pairs.append((numeric(a, point), numeric(b, point)))
     if symbols and not (a.has(I) or b.has(I)):
-        # Roots of negative numbers do not count if there are other points.
+        # Where other points are left, variables are taken as positive.
         pairs = [p for p in pairs if not mp.im(p[0]) and not mp.im(p[1])] or pairs
     return pairs
 

@@ -60,7 +60,7 @@ def squash(text: str) -> str:
 
 
 def units_clash(a: tuple, b: tuple) -> bool:
-    """Whether both answers have units, and others. A modulus is compared apart; dollars may lack."""
+    """Whether two answers have unlike units. A modulus is compared apart; dollars may lack."""
     if ("prime", 1) in {*a} ^ {*b}:
         return True  # minutes of an angle, or feet
     a, b = ({part for unit in units for part in COMPOUND_UNITS.get(unit, (unit,))} for units in (a, b))
@@ -116,7 +116,7 @@ def readings_agree(a: Reading, b: Reading) -> bool:
 
 
 def restated(answer: str) -> str:
-    """One of two ways to say an answer, 3/4 of "3/4 (75%)"; the exact one if one is rounded."""
+    """The first of two ways to say an answer, 3/4 of "3/4 (75%)"; or the exact one."""
     m = RESTATED.fullmatch(WRAPPED.sub(r"\1", answer))
     if not m:
         return answer
