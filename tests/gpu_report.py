@@ -69,6 +69,11 @@ def plain(value):
     return str(value)
 
 
+def what_failed() -> str:
+    """The end of the traceback, without this machine's path to the project."""
+    return traceback.format_exc().replace(f"{ROOT}/", "")[-6000:]
+
+
 class Report:
     """The JSON of a stage, written anew with whatever is found. Threads may share it."""
 
@@ -88,7 +93,7 @@ class Report:
             self.record |= about(device)
         except Exception:  # no GPU, say: the stage will tell of it, too
             self.record |= about("cpu")
-            self.record["errors"]["about"] = traceback.format_exc()
+            self.record["errors"]["about"] = what_failed()
         self.save()
         self.say(json.dumps({key: self.record[key] for key in ("card", "versions", "missing")}))
 
@@ -125,8 +130,7 @@ class Report:
             yield
         except Exception as e:
             with self.lock:
-                told = traceback.format_exc().replace(f"{ROOT}/", "")  # no path of one machine
-                self.record["errors"][name] = told[-6000:]
+                self.record["errors"][name] = what_failed()
             self.say(f"{name}: FAILED: {type(e).__name__}: {e}"[:1500])
         finally:
             with self.lock:

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from gpu_report import Report, script
+from gpu_report import Report, script, what_failed
 
 from data.lib.cli import ROOT, UserError, opt, read_json, read_settings, replacing, run, start, write_json
 from data.lib.presets import EM_PRESETS, PRESETS
@@ -288,7 +288,7 @@ def run_loops(report: Report, loops: dict[str, dict], workers: Workers) -> None:
             em.main(read_settings(em.Settings, words, EM_PRESETS))
             ended[name] = ""
         except Exception:
-            ended[name] = traceback.format_exc()[-5000:]
+            ended[name] = what_failed()
 
     for name, flags in loops.items():
         threading.Thread(target=loop, args=(name, flags), daemon=True).start()

@@ -46,6 +46,7 @@ def test_a_part_that_fails_is_kept_and_the_others_go_on(tmp_path):
     report.skip("three", needs=1000)
     kept = json.loads((tmp_path / "stage.json").read_text())
     assert "broken here" in kept["errors"]["one"] and "test_gpu_script" in kept["errors"]["one"]
+    assert str(ROOT) not in kept["errors"]["one"], "a path of one machine"
     assert kept["found"]["found"] == {"nan": "nan", "array": [0, 1], "tensor": [1.0]}
     assert plain(report.record["skipped"]).keys() == {"three"}
 
