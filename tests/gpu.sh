@@ -2,7 +2,7 @@
 # Everything that only a GPU can show, on a machine with one H100, in at most 9 minutes.
 #
 #   tests/gpu.sh                         all stages; JSON files into ${OUT:-tests/gpu}
-#   tests/gpu.sh --stages=right,train    some of them: right, train, sample, choose, words
+#   tests/gpu.sh --stages=right,train    some of them: right, train, sample, words
 #   tests/gpu.sh --rehearse              every stage on the CPU in tiny sizes (CI does that)
 #   tests/gpu.sh --pack=/tmp/smollm2     here, before: weights and data into tests/gpu/weights
 #
@@ -13,7 +13,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 all=${SECONDS_IN_ALL:-530}
-stages=right,train,sample,choose,words
+stages=right,train,sample,words
 rehearse=
 out=${OUT:-tests/gpu}
 for word in "$@"; do
@@ -21,7 +21,7 @@ for word in "$@"; do
     --rehearse) rehearse=--rehearse ;;
     --stages=*) stages=${word#*=} ;;
     --pack=*) exec "$python" tests/gpu_words.py "$word" ;;
-    *) echo "$word: expected --rehearse, --stages=right,train,sample,choose,words or --pack=FOLDER" >&2; exit 2 ;;
+    *) echo "$word: expected --rehearse, --stages=right,train,sample,words or --pack=FOLDER" >&2; exit 2 ;;
   esac
 done
 if [ -n "$rehearse" ] && [ -z "${OUT:-}" ]; then # never over the results of a real run
@@ -59,9 +59,8 @@ for stage in ${stages//,/ }; do
     right) limit=100 ;;
     train) limit=100 ;;
     sample) limit=80 ;;
-    choose) limit=110 ;;
     words) limit=$all ;;
-    *) echo "--stages=$stage: expected right, train, sample, choose or words" >&2; exit 2 ;;
+    *) echo "--stages=$stage: expected right, train, sample or words" >&2; exit 2 ;;
   esac
   left=$((begin + all - $(date +%s)))
   if [ -n "$rehearse" ] || [ "$limit" -gt "$left" ]; then limit=$left; fi

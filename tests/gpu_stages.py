@@ -4,7 +4,6 @@
              against transformers, resuming, FSDP2 on one device
     train    speed and memory of training the 1.1B preset
     sample   speed and memory of an E-step with it, and where the time goes
-    choose   recipes for that, on problems held back
     words    the EM loop on word problems (tests/gpu_words.py)
 
     python tests/gpu_stages.py --stage=right --out_dir=OUT --work=SCRATCH --seconds=100
@@ -57,7 +56,7 @@ from infer_thoughts import EStep, Limits, context_of, infer, sample_slowly, writ
 
 @dataclass(kw_only=True)
 class Settings:
-    stage: Literal["right", "train", "sample", "choose", "words", "fsdp"] = opt(help="which")
+    stage: Literal["right", "train", "sample", "words", "fsdp"] = opt(help="which")
     out_dir: str = opt("tests/gpu", "where STAGE.json goes")
     work: str = opt(help="scratch folder, shared by the stages")
     seconds: float = opt(300.0, "time for the stage", low=1)
@@ -783,13 +782,7 @@ def words(report: Report, s: Settings) -> None:
     gpu_words.words(report, s)
 
 
-def choose(report: Report, s: Settings) -> None:
-    import gpu_words
-
-    gpu_words.choose(report, s)
-
-
-STAGES = {"right": right, "train": train_speed, "sample": sample_speed, "choose": choose, "words": words}
+STAGES = {"right": right, "train": train_speed, "sample": sample_speed, "words": words}
 
 
 def main(s: Settings) -> None:

@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import queue
-import random
 import shutil
 import sys
 import threading
@@ -137,23 +136,13 @@ def join(folder: Path, out_dir: Path) -> None:
 TRAIN = "--preset=smollm2-135m --attention=document --seq_len=512 --batch_size=2 --dtype=bfloat16"
 TRAIN += " --save_every=100000"
 PRESET = {"preset": "word-problems", "eval": f"{EM_PRESETS['word-problems']['eval']} --rows=256"}
-PRESET["warm_train"] = "--max_steps=94 --thoughts_only=false"  # one M0 for all recipes
-MORE_RAW = {"raw_more": "raw_more.jsonl"}  # 1,765 more raw problems, with the answer alone
-# Recipes of M-steps: the sizes of the corpus, and the flags of em.py. `choose` tries them on problems held
-# back from those to train on; `words` runs CHOSEN on the test problems.
 KEPT = "--thoughts_only=true"
-RECIPES = {
-    "800, kept, 70 steps": ({"raw": 800}, {"train": f"{TRAIN} {KEPT} --max_steps=70"}),
-    "all, all, 300 steps": (MORE_RAW, {"train": f"{TRAIN} --max_steps=300"}),
-    "all, kept, 300 steps": (MORE_RAW, {"train": f"{TRAIN} {KEPT} --max_steps=300"}),
-    "all, kept, 600 steps": (MORE_RAW, {"train": f"{TRAIN} {KEPT} --max_steps=600"}),
-    "all, kept, 600 steps from base": (
-        MORE_RAW,
-        {"train": f"{TRAIN} {KEPT} --max_steps=600", "m_steps_from": "base"}),
-}  # fmt: skip
-CHOSEN = "all, kept, 300 steps"
-HELD_BACK = 300  # problems
-N_WORKERS = 12  # stages side by side
+ROWS = f"{EM_PRESETS['word-problems']['only']},samples1,samples16"
+# The preset's own recipe with all its controls and other K, on five seeds that had never been run.
+WORDS = PRESET | {"seed": 10, "seeds": 5, "train": f"{TRAIN} {KEPT} --max_steps=70", "only": ROWS}
+# As many passes over 3,550 raw problems, of which 1,765 have nothing but an answer.
+MORE = WORDS | {"seeds": 3, "train": f"{TRAIN} {KEPT} --max_steps=310", "only": "warm_flops"}
+N_WORKERS = 14  # stages side by side
 GSM8K_TRAIN = "--preset=smollm2-135m --attention=document --seq_len=512 --batch_size=16 --micro_batch=16"
 GSM8K_TRAIN += " --save_every=100000"
 GSM8K = PRESET | {
@@ -162,7 +151,6 @@ GSM8K = PRESET | {
     "max_new": 192,
     "only": "raw_tokens",
 }
-NO_CONTROLS = {"only": "raw_tokens"}
 TINY = "--preset=toy --max_steps=2 --seq_len=256 --batch_size=4"
 TINY_LOOP = {"only": "raw_tokens,gold", "train": TINY, "warm_train": TINY, "max_new": 8}
 TINY_LOOP |= {"eval": "--limit=2 --bound_docs=1"}
@@ -274,13 +262,14 @@ def end_with(parent: int) -> None:
 
 
 def run_loops(report: Report, loops: dict[str, dict], workers: Workers) -> None:
-    """em.py for each {name: flags} side by side, until all have ended or the time is over; what they have
-    found is kept every few seconds, and in the end each one's own results."""
+    """em.py for each {name: flags}, until all have ended or the time is over: the next one starts when no
+    other runs, or, after a minute, when a worker has nothing to do. What they have found is kept all the
+    time, and in the end each one's own results."""
     import em
     from data.lib import stages
 
     stages.start = workers.start
-    ended = {}
+    ended, waiting, begun = {}, list(loops), 0.0
 
     def loop(name: str, flags: dict) -> None:
         words = [f"--{key}={value}" for key, value in flags.items()]
@@ -290,15 +279,17 @@ def run_loops(report: Report, loops: dict[str, dict], workers: Workers) -> None:
         except Exception:
             ended[name] = what_failed()
 
-    for name, flags in loops.items():
-        threading.Thread(target=loop, args=(name, flags), daemon=True).start()
     while len(ended) < len(loops) and report.left() > 6:
+        idle = not workers.free.empty() and time.time() - begun > 60
+        if waiting and (idle or len(ended) + len(waiting) == len(loops)):
+            name, begun = waiting.pop(0), time.time()
+            report.say(f"{name}: starts")
+            threading.Thread(target=loop, args=(name, loops[name]), daemon=True).start()
         time.sleep(1)
         for name, flags in loops.items():
             report.found[name] = {"flags": flags} | rows_so_far(Path(flags["out_dir"]))
         report.save()
     for name, flags in loops.items():
-        report.found[name] = {"flags": flags} | rows_so_far(Path(flags["out_dir"]))
         if name not in ended:
             report.record["skipped"][name] = "the time was over before the loop"
         elif ended[name]:
@@ -310,21 +301,6 @@ def run_loops(report: Report, loops: dict[str, dict], workers: Workers) -> None:
     for name, spent in workers.seconds:
         seconds.setdefault(name, []).append(round(spent, 1))
     report.put("seconds of stages", seconds)
-
-
-def lend(whose: Path, out_dir: Path, names: tuple, *without: str) -> None:
-    """Link folders of another loop's seeds that this one would fill by the same commands, so that they are
-    not made again; without: what is left out of them."""
-    for folder in (folder for name in names for folder in whose.glob(f"seed*/{name}")):
-        target = out_dir / folder.relative_to(whose)
-        if target.exists() or not (folder / "settings.json").exists():
-            continue
-        ignore = shutil.ignore_patterns("checkpoints", *without)
-        shutil.copytree(folder, target, copy_function=os.link, ignore=ignore)
-        for path in target.rglob("settings.json"):  # its paths are this loop's
-            text = path.read_text(encoding="utf-8").replace(f"{whose}/", f"{out_dir}/")
-            path.unlink()
-            path.write_text(text, encoding="utf-8")
 
 
 def made_up_problems(folder: Path) -> None:
@@ -363,14 +339,6 @@ def problems_corpus(work: Path, name: str, **more) -> Path:
     return out_dir
 
 
-def hold_back(folder: Path, n: int) -> None:
-    """Cut n problems off train.jsonl, to choose recipes on: held_back.jsonl; the others: train_less.jsonl."""
-    lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    random.Random(17).shuffle(lines)
-    (folder / "held_back.jsonl").write_text("".join(lines[:n]), encoding="utf-8")
-    (folder / "train_less.jsonl").write_text("".join(lines[n:]), encoding="utf-8")
-
-
 def prepare(report: Report, s, work: Path) -> bool:
     """The base model with its markers and the corpus of word problems; False without weights."""
     folder = Path(s.weights)
@@ -390,79 +358,31 @@ def prepare(report: Report, s, work: Path) -> bool:
     return True
 
 
-def start_workers(s) -> Workers:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    return Workers(2 if s.rehearse else N_WORKERS)
-
-
-def recipe_loops(report: Report, s, work: Path) -> dict[str, dict]:
-    """{recipe: flags of em.py} on problems held back."""
-    hold_back(work / "joined/data/word", 8 if s.rehearse else HELD_BACK)
-    loops = {}
-    common = PRESET | {"seeds": 2, "jobs": N_WORKERS, "only": "gold", "device": report.device}
-    for name, (sizes, flags) in list(RECIPES.items())[: 2 if s.rehearse else None]:
-        flags = common | flags
-        if s.rehearse:
-            sizes, flags = {}, flags | TINY_LOOP | {"seeds": 1}
-        files = {"train": "train_less.jsonl", "test": "held_back.jsonl"}
-        sizes = {"warm": 8 if s.rehearse else 250} | sizes
-        flags |= {"corpus": problems_corpus(work, "word", **files, **sizes), "base": work / "base"}
-        loops[name] = flags | {"out_dir": work / f"choose{len(loops)}"}
-    return loops
-
-
-def choose(report: Report, s) -> None:
-    """All recipes with two seeds, on problems held back from those to train on. M0 and its E-step do not
-    depend on the recipe: the first one of each corpus makes them."""
-    work = Path(s.work) / ("choose" if s.rehearse else "words")  # rehearsals run side by side
-    work.mkdir(parents=True, exist_ok=True)
-    workers = start_workers(s)
-    if not prepare(report, s, work):
-        return
-    loops = recipe_loops(report, s, work)
-    firsts = {flags["corpus"]: name for name, flags in reversed(loops.items())}
-    with report.part("first rounds"):
-        run_loops(report, {name: loops[name] | {"iterations": 1} for name in firsts.values()}, workers)
-    for name, flags in loops.items():
-        if name not in firsts.values():
-            lend(loops[firsts[flags["corpus"]]]["out_dir"], flags["out_dir"], ("M0", "E1"))
-    with report.part("recipes"):
-        loops = {name: flags | {"iterations": 2 if s.rehearse else 3} for name, flags in loops.items()}
-        run_loops(report, loops, workers)
-    show(report)
-
-
 def words(report: Report, s) -> None:
-    """K = 4 with three seeds and the controls; then K = 1 and 16, which share its M0; then GSM8K."""
-    work, here = Path(s.work) / "words", {"device": report.device}
+    """Word problems with K = 4, 1 and 16 and the controls; with more of them raw; then GSM8K."""
+    work = Path(s.work) / "words"
     work.mkdir(parents=True, exist_ok=True)
-    workers = start_workers(s)
-    pretrained = prepare(report, s, work)
-    sizes, flags = RECIPES[CHOSEN]
-    common = here | {"seeds": 3, "iterations": 3, "jobs": N_WORKERS}
-    if pretrained:
-        sizes = {"warm": 8} if s.rehearse else {"warm": 250} | sizes
-        common |= PRESET | flags | {"corpus": problems_corpus(work, "word", **sizes), "base": work / "base"}
+    os.environ["OMP_NUM_THREADS"] = "1"
+    workers = Workers(2 if s.rehearse else N_WORKERS)
+    common = {"device": report.device, "iterations": 3, "jobs": N_WORKERS}
     if s.rehearse:
-        common |= TINY_LOOP | {"seeds": 1, "iterations": 1, "jobs": 2}
-    what = "word problems" if pretrained else "digits"
-    loops = {f"{what}, K = {k}": common | {"samples": k, "out_dir": work / f"K{k}"} for k in (4, 1, 16)}
-    first, *others = loops
-    with report.part(first):
-        run_loops(report, {first: loops[first]}, workers)
-    if s.rehearse or report.skip("K = 1 and 16", 60):
-        return show(report)
-    with report.part("K = 1 and 16"):
-        for name in others:
-            lend(work / "K4", loops[name]["out_dir"], ("M0", "raw_tokens"), "eval")
-            loops[name] |= NO_CONTROLS if pretrained else {}
-        run_loops(report, {name: loops[name] for name in others}, workers)
-    if pretrained and not report.skip("GSM8K", 150):
-        with report.part("GSM8K"):
-            corpus = problems_corpus(work, "gsm8k", warm=500, raw=1000, heldout=300)
-            flags = here | GSM8K | {"corpus": corpus, "base": work / "base"}
-            flags |= {"iterations": 3, "jobs": N_WORKERS, "out_dir": work / "gsm8k"}
-            run_loops(report, {"GSM8K": flags}, workers)
+        common = {"device": report.device, "jobs": 2, "iterations": 1} | TINY_LOOP
+    if not prepare(report, s, work):
+        return run_loops(report, {"digits": common | {"out_dir": work / "digits"}}, workers)
+    loops = {}
+    for name, flags, data, parts in [
+        ("word problems", WORDS, "word", {"warm": 250, "raw": 800, "seed": 1}),
+        ("word problems, 3,550 raw", MORE, "word", {"warm": 250, "raw_more": "raw_more.jsonl", "seed": 1}),
+        ("GSM8K", GSM8K, "gsm8k", {"warm": 500, "raw": 1000, "heldout": 300}),
+    ][: 2 if s.rehearse else None]:
+        if not (work / "joined/data" / data).exists():
+            report.record["skipped"][name] = f"no problems of {data} were brought"
+            continue
+        if s.rehearse:
+            parts, flags = {"warm": 8, "raw": 8 + len(loops)}, flags | {"seeds": 1}
+        flags = flags | common | {"corpus": problems_corpus(work, data, **parts), "base": work / "base"}
+        loops[name] = flags | {"out_dir": work / f"loop{len(loops)}"}
+    run_loops(report, loops, workers)
     show(report)
 
 
