@@ -27,8 +27,8 @@ The same text without a thought, in the two ways in which training writes it:
 One marker is scored, for the bounds: log_sol is log p(SOL | c), SOL or the text.
 
 As K grows, the pick tends to a sample of the exact posterior p(z | c, x). A
-thought that was cut off at --max_new tokens has no EOL, so its weight is 0. A
-chunk whose thoughts were all cut off gets none. Both are counted.
+thought cut off at --max_new tokens or by another marker has no EOL, so its
+weight is 0. A chunk whose thoughts were all cut off gets none. Both are counted.
 
 Why --min_gain: weights compare the K thoughts only with one another. When all
 of them mislead, one is picked nevertheless, and p learns to expect thoughts
@@ -338,7 +338,7 @@ def infer_side_by_side(
     for i, context in zip(numbers, contexts):
         prompt, _ = write_chunk(corpus, i, context, None, e_step.proposal, picked)
         prompts.append(prompt)
-    stop = frozenset({corpus.tokenizer.eol})
+    stop = frozenset(corpus.tokenizer.special.values())
     sampling = Sampling(e_step.limits.max_new, stop, e_step.seed, e_step.purpose)
     drawn = engine.generate(prompts, numbers, e_step.samples, sampling, on_tokens)
     got = weigh(engine, corpus, numbers, contexts, drawn, picked)
@@ -377,7 +377,7 @@ def weigh(engine: Engine, corpus: Corpus, numbers, contexts, drawn, picked) -> S
         for k, (ids, ended, log_prob) in enumerate(drawn[row]):
             thoughts[row, k] = ids[:-1] if ended else ids
             length[row, k] = len(ids)
-            finished[row, k] = ended
+            finished[row, k] = ended and ids[-1] == corpus.tokenizer.eol
             log_q[row, k] = log_prob
         ended = thoughts[row, finished[row]]
         prefix, group, places = write_tails(corpus, i, context, ended, picked)

@@ -269,6 +269,19 @@ def test_cut_off_thoughts_weigh_nothing(toy_model):
     assert pick(none, np.array([0.5]))[0] == -1 and normalise(none).sum() == 0
 
 
+def test_a_thought_with_another_marker_is_cut_off(toy_model, exact):
+    """And never picked; the mean weight is then p(z, x | c) of all other thoughts. Here 0 is a marker."""
+    corpus = corpus_of([[[0, 1], [1, 0, 1]]])
+    corpus.tokenizer = SimpleNamespace(**vars(TOY) | {"special": TOY.special | {"<zero>": 0}})
+    got = infer(Engine(toy_model), corpus, np.array([CHUNK]), EStep(LIMITS, 40000))
+    assert not any(0 in ids for ids in got.thoughts[0])
+    thoughts, _, log_p = exact
+    p_x = sum(np.exp(p) for z, p in zip(thoughts, log_p) if 0 not in z)
+    assert 0.1 < p_x / np.exp(log_p).sum() < 0.9, "it matters"
+    w = np.exp(got.log_w[0])
+    assert abs(w.mean() - p_x) < 4 * w.std() / np.sqrt(len(w))
+
+
 def test_pick_follows_the_weights():
     log_w = np.tile(np.log([1.0, 0.0001, 5.0, 2.0]), (100000, 1))
     counts = np.bincount(pick(log_w, hash_uniform(3, 0, np.arange(100000))), minlength=4) / 100000

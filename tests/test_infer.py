@@ -60,9 +60,13 @@ def test_shared_prefixes_score_like_whole_sequences(toy_model):
     rng = np.random.default_rng(0)
     prefixes = [rng.integers(0, 8, rng.integers(1, 12)) for _ in range(15)]
     tails = [[rng.integers(0, 8, rng.integers(0, 6)) for _ in range(1 + i % 4)] for i in range(15)]
+    tails[3] = [tails[3][0], [1, 2, 3], tails[3][0], [1, 2, 3]]
     engine = Engine(toy_model)
     engine.SCORE_TOKENS = 40
+    scored, score_batch = [], engine.score_batch
+    engine.score_batch = lambda *args: scored.extend(args[1]) or score_batch(*args)
     got = engine.score(prefixes, tails)
+    assert len(scored) == sum(len({tuple(tail) for tail in group} - {()}) for group in tails)
     for prefix, group, values in zip(prefixes, tails, got):
         for tail, value in zip(group, values):
             ids = torch.tensor([[*prefix, *tail]])
@@ -228,7 +232,7 @@ def test_the_printed_bound_never_gains_by_cutting_off(digits, model, tmp_path, c
         found.append(meta["nll_bound"]["1"])
         cut.append(meta["cut_off_share"])
         samples = np.load(tmp_path / f"{max_new}/samples.npz")
-    assert cut[0] > 0.9 and cut[-1] < 0.1 and cut == sorted(cut, reverse=True)
+    assert cut[0] > 0.9 and cut[-1] < 0.3 and cut == sorted(cut, reverse=True)
     assert min(found) > found[-1] - (1e-6 if context == "bare" else 0.03)
     assert context == "thoughts" or all(a > b - 1e-6 for a, b in zip(found, found[1:]))
     corpus = open_corpus(tmp_path / "data/raw")

@@ -675,31 +675,33 @@ class Engine:
         prefixes: ids, at least one each. tails: for each prefix a list of ids.
         Returns a float64 array in place of each tail. This is the one fast
         scoring function: log_p of thoughts and chunks, and the NLL of text.
-        A prefix is computed once for as many tails as SCORE_TOKENS allow.
+        A prefix is computed once for as many tails as SCORE_TOKENS allow, and of
+        equal tails one.
         """
-        results = [[np.zeros(len(tail)) for tail in group] for group in tails]
+        tails = [[tuple(np.asarray(t).tolist()) for t in group] for group in tails]
 
-        def tail_size(name):  # (i, j): tail j of prefix i
-            return len(tails[name[0]][name[1]])
+        def size(group):  # of pairs (i, tail) with one prefix i
+            return len(prefixes[group[0][0]]) + sum(len(tail) for _, tail in group)
 
-        def size(group):  # names of tails of one prefix
-            return len(prefixes[group[0][0]]) + sum(map(tail_size, group))
-
-        groups = []
+        groups, log_p = [], {}
         for i, prefix in enumerate(prefixes):
-            names = [(i, j) for j, tail in enumerate(tails[i]) if len(tail)]
-            groups += fill(names, tail_size, self.SCORE_TOKENS - len(prefix))
-        groups.sort(key=size, reverse=True)  # for little padding
+            pairs = [(i, tail) for tail in dict.fromkeys(tails[i]) if tail]
+            room = self.SCORE_TOKENS - len(prefix)
+            groups += fill(pairs, lambda pair: len(pair[1]), room)
+        groups.sort(key=size, reverse=True)  # less padding
         for batch in fill(groups, size, self.SCORE_TOKENS):
-            names = [name for group in batch for name in group]
+            pairs = [pair for group in batch for pair in group]
             found = self.score_batch(
                 [prefixes[group[0][0]] for group in batch],
-                [tails[i][j] for i, j in names],
+                [tail for _, tail in pairs],
                 np.repeat(np.arange(len(batch)), [len(group) for group in batch]),
             )
-            for (i, j), log_p in zip(names, found):
-                results[i][j] = log_p
-        return results
+            log_p |= zip(pairs, found)
+        empty = np.zeros(0)
+        return [
+            [log_p.get((i, t), empty) for t in row]
+            for i, row in enumerate(tails)
+        ]
 
     def score_batch(self, prefixes, tails, owner) -> list[np.ndarray]:
         """log p of each tail's tokens; tail r continues prefix owner[r].
@@ -771,10 +773,8 @@ class Engine:
 
 
 def fill(items, size, limit: int) -> list[list]:
-    """Lists of consecutive items whose sizes add up to at most `limit`.
-
-    An item that is larger has a list of its own.
-    """
+    """Lists of consecutive items whose sizes add up to at most `limit`,
+    or of one item that is larger."""
     lists = []
     total = 0
     for item in items:
