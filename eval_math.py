@@ -152,7 +152,7 @@ class Settings:
     device: str = opt("", "cpu, cuda, cuda:1, mps; none: the best there is")
 
 
-# ------------------------------------- prompts
+# -------------------- prompts
 
 # Where a response to a problem ends, for results.json and as a pattern.
 UNTIL = ('a line with "Problem:" or "Question:"', 'the end of what follows "The final answer is"')
@@ -260,7 +260,7 @@ def corpus_problems(s: Settings, corpus: Corpus, seq_len: int, picked=NOTHING) -
     return problems[: s.limit or None], {"answers_too_long": too_long}
 
 
-# ------------------------------------- responses
+# -------------------- responses
 
 
 class Decoding(NamedTuple):
@@ -463,7 +463,7 @@ def answer_all(
     return file.records, timing
 
 
-# ------------------------------------- likelihood
+# -------------------- likelihood
 
 
 def limits_of(s: Settings, engine: Engine) -> Limits:
@@ -602,7 +602,7 @@ def thoughts_before(engine: Engine, corpus: Corpus, s: Settings) -> dict:
     return picked
 
 
-# ------------------------------------- fine-tuning
+# -------------------- fine-tuning
 
 
 def finetune(s: Settings) -> None:
@@ -631,7 +631,7 @@ def finetune(s: Settings) -> None:
     write_json(out_dir / "results.json", figures)
 
 
-# ------------------------------------- main
+# -------------------- main
 
 # The settings that results.json repeats.
 REPEATED = """mode benchmark file shots limit corpus model

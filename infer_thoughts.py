@@ -48,7 +48,7 @@ write it. With e = NO_THOUGHT = 0.01 their probabilities add up to
                    +  p(SOL | c)    e    p(x | c, SOL EOL)   none
 
 The mean weight is an unbiased estimate of p(x, |z| < max_new | c, SOL PRI):
-only thoughts that end in time. It replaces p(x | c, SOL PRI), which is at
+only thoughts that end, in time. It replaces p(x | c, SOL PRI), which is at
 least as large. So by Jensen's inequality the log of the sum is in expectation at most
 log p_text: the ELBO at K = 1, tighter with every K (IWAE, Burda et al. 2016).
 It is finite whatever is cut off, and each cut-off makes it worse.
@@ -338,8 +338,8 @@ def infer_side_by_side(
     for i, context in zip(numbers, contexts):
         prompt, _ = write_chunk(corpus, i, context, None, e_step.proposal, picked)
         prompts.append(prompt)
-    stop = frozenset(corpus.tokenizer.special.values())
-    sampling = Sampling(e_step.limits.max_new, stop, e_step.seed, e_step.purpose)
+    markers = corpus.tokenizer.markers  # each ends a thought
+    sampling = Sampling(e_step.limits.max_new, markers, e_step.seed, e_step.purpose)
     drawn = engine.generate(prompts, numbers, e_step.samples, sampling, on_tokens)
     got = weigh(engine, corpus, numbers, contexts, drawn, picked)
     got.computed += np.array(list(map(len, prompts)), dtype=np.int64)
@@ -375,9 +375,10 @@ def weigh(engine: Engine, corpus: Corpus, numbers, contexts, drawn, picked) -> S
     prefixes, tails, parts = [], [], []
     for row, (i, context) in enumerate(zip(numbers, contexts)):
         for k, (ids, ended, log_prob) in enumerate(drawn[row]):
+            ended = ended and ids[-1] == corpus.tokenizer.eol
             thoughts[row, k] = ids[:-1] if ended else ids
             length[row, k] = len(ids)
-            finished[row, k] = ended and ids[-1] == corpus.tokenizer.eol
+            finished[row, k] = ended
             log_q[row, k] = log_prob
         ended = thoughts[row, finished[row]]
         prefix, group, places = write_tails(corpus, i, context, ended, picked)
@@ -406,7 +407,7 @@ def weigh(engine: Engine, corpus: Corpus, numbers, contexts, drawn, picked) -> S
     log_q = np.where(finished, log_q, -np.inf)
     computed = length.sum(axis=1)
     for row, group in enumerate(tails):
-        computed[row] += len(prefixes[row]) + sum(map(len, group))
+        computed[row] += len(prefixes[row]) + sum({t.tobytes(): len(t) for t in group}.values())
     of_samples = thoughts, log_q, log_p, log_x, log_w, length, finished
     no_pick = np.full(len(numbers), -1)
     return Samples(*of_samples, log_none, log_alone, log_sol, computed, no_pick)

@@ -62,7 +62,7 @@ class Settings:
     dry_run: bool = opt(False, "print the plan and end")
 
 
-# -------------------------------------------------------------------------- fetch
+# -------------------- fetch
 
 
 def fetch(folder: Path, names: list[str]) -> None:
@@ -79,7 +79,7 @@ def fetch(folder: Path, names: list[str]) -> None:
         progress.update(number)
 
 
-# --------------------------------------------------------------------------- plan
+# -------------------- plan
 
 
 def gigabytes(n: float) -> str:
@@ -116,7 +116,7 @@ def show_plan(s: Settings, build: text.Settings) -> None:
     )
 
 
-# --------------------------------------------------------------------------- main
+# -------------------- main
 
 
 def known_benchmarks() -> str:

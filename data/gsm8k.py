@@ -81,17 +81,25 @@ def read_problems(path: str) -> list[Problem]:
     return problems
 
 
+def words_of(problem: Problem) -> tuple[str, ...]:
+    """The question's words and numbers; problems that share them are the same."""
+    return tuple(re.findall(r"\w+", problem[0].lower()))
+
+
 def split_problems(s: Settings) -> dict[str, list[Problem]]:
     """The problems of warm, raw and heldout, without training problems that are tested."""
     train = read_problems(s.train)
     test = read_problems(s.test)
     random.Random(s.seed).shuffle(train)
     more = read_problems(s.raw_more) if s.raw_more else []
-    tested = {question for question, _, _ in test}
-    kept = [problem for problem in train if problem[0] not in tested]
+    known = {words_of(problem) for problem in test}
+    kept = [problem for problem in train if words_of(problem) not in known]
     n_kept = len(kept)
-    known = tested | {question for question, _, _ in train}
-    kept += [problem for problem in more if problem[0] not in known]
+    known |= set(map(words_of, train))
+    for problem in more:
+        if words_of(problem) not in known:
+            kept.append(problem)
+        known.add(words_of(problem))
     n_out = len(train) + len(more) - len(kept)
     if n_out:
         print(f"{n_out} problems are also test problems, or there twice: left out")
@@ -102,11 +110,8 @@ def split_problems(s: Settings) -> dict[str, list[Problem]]:
     n_bare = sum(not solution for _, solution, _ in warm)
     if n_bare:
         raise UserError(f"{s.train}: {n_bare} problems that would be warm have no solution")
-    return {
-        "warm": warm,
-        "raw": raw[: s.raw or None] + more,
-        "heldout": test[: s.heldout or None],
-    }
+    raw = raw[: s.raw or None] + more
+    return {"warm": warm, "raw": raw, "heldout": test[: s.heldout or None]}
 
 
 def write_document(problem: Problem) -> list[tuple[str, str, str]]:

@@ -172,7 +172,7 @@ def check_settings(s: Settings) -> None:
         read_key(s.key_env)
 
 
-# ------------------------------------------------------------------------------ requests
+# -------------------- requests
 
 
 class Job(NamedTuple):
@@ -288,7 +288,7 @@ def judge(record: dict, passage: str, tok, given: bool) -> tuple[str, str]:
     return text, ""
 
 
-# ---------------------------------------------------------------------- where answers come from
+# -------------------- where answers come from
 
 
 def ask_endpoint(s: Settings, task: Task, answers: Answers) -> tuple[collections.Counter, str]:
@@ -451,7 +451,7 @@ def obtain(s: Settings, task: Task, answers: Answers) -> None:
     raise UserError(f"{s.out_dir}: not written, {said}; {advice}")
 
 
-# ------------------------------------------------------------------------------ the output
+# -------------------- the output
 
 
 def usable(s: Settings, task: Task, find, counts: collections.Counter):

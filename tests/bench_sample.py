@@ -111,10 +111,10 @@ def theirs(batch: int) -> dict:
             top_p=1.0,
             num_return_sequences=s.samples,
             max_new_tokens=s.max_new,
-            eos_token_id=sorted(tok.special.values()),
+            eos_token_id=sorted(tok.markers),
             pad_token_id=tok.eos,
         )[:, ids.shape[1] :].cpu()
-        ended = torch.isin(out, torch.tensor(sorted(tok.special.values()))).int()
+        ended = torch.isin(out, torch.tensor(sorted(tok.markers))).int()
         lengths = torch.where(ended.any(1), ended.argmax(1) + 1, out.shape[1])
         tokens, steps = tokens + int(lengths.sum()), steps + out.numel()
         padding, n_ids = padding + int((mask == 0).sum()), n_ids + mask.numel()
@@ -154,7 +154,7 @@ def ours(_=None) -> dict:
     )
     prompts = [write_chunk(corpus, i, context_of(corpus, i, limits), None, POSTERIOR)[0] for i in numbers]
     begin = time.time()
-    engine.generate(prompts, numbers, s.samples, Sampling(s.max_new, frozenset(tok.special.values())))
+    engine.generate(prompts, numbers, s.samples, Sampling(s.max_new, tok.markers))
     sampled = time.time()
     got = infer(engine, corpus, numbers, EStep(limits, s.samples))
     return {"tokens": int(got.length.sum()), "sampling": sampled - begin, "total": time.time() - sampled}
@@ -197,7 +197,7 @@ def recorded_steps() -> np.ndarray:
         return run(step, sampling)
 
     runner.run = recording
-    engine.generate(prompts, HELD["numbers"], s.samples, Sampling(s.max_new, frozenset(tok.special.values())))
+    engine.generate(prompts, HELD["numbers"], s.samples, Sampling(s.max_new, tok.markers))
     runner.run = run
     return np.array(steps, dtype=float).T
 

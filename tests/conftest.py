@@ -28,7 +28,7 @@ from data.lib.stream import Rows, Stream
 
 # Two letters and six special tokens: every thought of a few tokens can be written down.
 TOY = SimpleNamespace(n_vocab=8, bos=2, eos=3, sol=4, eol=5, pri=6, pos=7)
-TOY.special = {"<eol>": TOY.eol}  # the other markers may stand in thoughts, so that there are more of them
+TOY.markers = frozenset({TOY.eol})  # the others may stand in thoughts, so that there are more of them
 TOY.decode_bytes = staticmethod(lambda ids, first=True: bytes(ids.tolist()))  # a byte a token
 
 

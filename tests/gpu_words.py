@@ -261,6 +261,13 @@ def end_with(parent: int) -> None:
     os._exit(1)
 
 
+def keep(report: Report, loops: dict[str, dict]) -> None:
+    """Write down what the loops have found so far."""
+    for name, flags in loops.items():
+        report.found[name] = {"flags": flags} | rows_so_far(Path(flags["out_dir"]))
+    report.save()
+
+
 def run_loops(report: Report, loops: dict[str, dict], workers: Workers) -> None:
     """em.py for each {name: flags}, until all have ended or the time is over: the next one starts when no
     other runs, or, after a minute, when a worker has nothing to do. What they have found is kept all the
@@ -286,9 +293,8 @@ def run_loops(report: Report, loops: dict[str, dict], workers: Workers) -> None:
             report.say(f"{name}: starts")
             threading.Thread(target=loop, args=(name, loops[name]), daemon=True).start()
         time.sleep(1)
-        for name, flags in loops.items():
-            report.found[name] = {"flags": flags} | rows_so_far(Path(flags["out_dir"]))
-        report.save()
+        keep(report, loops)
+    keep(report, loops)
     for name, flags in loops.items():
         if name not in ended:
             report.record["skipped"][name] = "the time was over before the loop"

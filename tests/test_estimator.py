@@ -272,9 +272,11 @@ def test_cut_off_thoughts_weigh_nothing(toy_model):
 def test_a_thought_with_another_marker_is_cut_off(toy_model, exact):
     """And never picked; the mean weight is then p(z, x | c) of all other thoughts. Here 0 is a marker."""
     corpus = corpus_of([[[0, 1], [1, 0, 1]]])
-    corpus.tokenizer = SimpleNamespace(**vars(TOY) | {"special": TOY.special | {"<zero>": 0}})
+    corpus.tokenizer = SimpleNamespace(**vars(TOY) | {"markers": TOY.markers | {0}})
     got = infer(Engine(toy_model), corpus, np.array([CHUNK]), EStep(LIMITS, 40000))
-    assert not any(0 in ids for ids in got.thoughts[0])
+    for ids, length, finished in zip(got.thoughts[0], got.length[0], got.finished[0]):
+        assert (0 in ids) == (ids[-1:].tolist() == [0]) and not (finished and 0 in ids)
+        assert len(ids) == length - finished
     thoughts, _, log_p = exact
     p_x = sum(np.exp(p) for z, p in zip(thoughts, log_p) if 0 not in z)
     assert 0.1 < p_x / np.exp(log_p).sum() < 0.9, "it matters"

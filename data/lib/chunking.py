@@ -39,7 +39,7 @@ MOST = 20
 
 Span = tuple[int, int]  # the first character, and the one after the last
 
-# --------------------------------------------------------------- formulas and code
+# -------------------- formulas and code
 
 # What follows the "$" of a price. In "$5. He bought 3 for $10" the second "$"
 # closes nothing. Two plain words in a row are no formula, either.
@@ -148,7 +148,7 @@ def outside(places: list[int], borders: list[int]) -> list[int]:
     return [at for at in places if bisect_right(borders, at) % 2 == 0]
 
 
-# --------------------------------------------------------------------------- stops
+# -------------------- stops
 
 CLOSERS = r"""["'”’»)\]}*_$]"""
 # How a list item or a heading begins.
@@ -217,7 +217,7 @@ def is_marker(text: str, at: int) -> bool:
     return bool((start or at < 24) and MARKER.fullmatch(text, start, at))
 
 
-# ----------------------------------------------------------------------- sentences
+# -------------------- sentences
 
 
 def sentence_ends(text: str) -> list[int]:
@@ -260,7 +260,7 @@ def candidates(text: str, math: list[Span]) -> list[int]:
     return outside(sorted(ends), borders_of(math))
 
 
-# ---------------------------------------------------------- cuts in long sentences
+# -------------------- cuts in long sentences
 
 SPACE = re.compile(r"\s+")
 
@@ -315,7 +315,7 @@ def between_words(text: str, at: int) -> int:
     return at
 
 
-# -------------------------------------------------------------------------- chunks
+# -------------------- chunks
 
 # The chance that Poisson(MEAN - 1) is at most n, for n < MOST - 1.
 CHANCES = [math.exp(1 - MEAN) * (MEAN - 1) ** k / math.factorial(k) for k in range(MOST - 1)]

@@ -41,7 +41,7 @@ class UserError(Exception):
     """
 
 
-# ------------------------------------------------------------------------------ settings
+# -------------------- settings
 
 
 def opt(default=dataclasses.MISSING, help: str = "", low: float | None = None):
@@ -153,7 +153,7 @@ def run(main, settings: type, presets: dict[str, dict] | None = None) -> None:
         sys.exit(f"{name}: error: {e.filename or 'a file'}: {e.strerror or e}")
 
 
-# ------------------------------------------------------------------------- other scripts
+# -------------------- other scripts
 
 
 def start(script: str, flags: dict, launcher=(), env: dict | None = None, **how):
@@ -177,7 +177,7 @@ def die_with_parent() -> None:
     os._exit(1)
 
 
-# ------------------------------------------------------------------------------ progress
+# -------------------- progress
 
 
 def duration(seconds: float) -> str:
@@ -222,7 +222,7 @@ class Progress:
         print(text, end="" if self.live else "\n", flush=True)
 
 
-# --------------------------------------------------------------- files, whole or absent
+# -------------------- files, whole or absent
 
 
 @contextlib.contextmanager

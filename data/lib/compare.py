@@ -47,7 +47,7 @@ def short_names(folders: list[str]) -> list[str]:
     return [folder[shared.rfind("/") + 1 :] for folder in folders]
 
 
-# ------------------------------------- what is compared
+# -------------------- what is compared
 
 
 def compare_accuracy(folders: list[str], names: list[str]) -> list[dict]:
@@ -115,7 +115,7 @@ def read_table(path: Path) -> dict:
         raise UserError(f"{path}: damaged ({e}); remove its folder and run again") from None
 
 
-# ------------------------------------- text and tables
+# -------------------- text and tables
 
 
 def print_results(results: dict) -> None:

@@ -35,7 +35,7 @@ from data.lib.tokenizer import Tokenizer, load_tokenizer
 
 RAW, PRIOR, POSTERIOR = 0, 1, 2  # the three ways to write a chunk
 
-# ----------------------------------------------------------------------- sequences
+# -------------------- sequences
 
 
 class Part(NamedTuple):
@@ -135,7 +135,7 @@ def hash_uniform(*keys) -> np.ndarray:
 FORM_COIN, DRAW, PICK, TEST_DRAW, CONTEXT_FORM, CHECK = 1, 2, 3, 4, 5, 6
 
 
-# ------------------------------------------------------------------------- reading
+# -------------------- reading
 
 
 @dataclasses.dataclass
@@ -281,7 +281,7 @@ def token_dtype(n_vocab: int) -> np.dtype:
     return np.dtype(np.uint16 if n_vocab <= 65536 else np.uint32)
 
 
-# ------------------------------------------------------------------------- writing
+# -------------------- writing
 
 
 class Offsets:

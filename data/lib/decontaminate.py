@@ -37,7 +37,7 @@ FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9],
 NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 
 
-# -------------------------------------------------------------------------- streams
+# -------------------- streams
 
 
 @lru_cache(maxsize=1 << 14)
@@ -121,7 +121,7 @@ class Index:
                 yield Hit(int(at[i]) * STEP, int(self.question[j]), int(self.place[j]))
 
 
-# ---------------------------------------------------------------------------- search
+# -------------------- search
 
 
 class Finder:

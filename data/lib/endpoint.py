@@ -57,7 +57,7 @@ def price(s, tokens) -> float:
     return float(tokens[0] * s.usd_in + tokens[1] * s.usd_out) / 1e6
 
 
-# ----------------------------------------------------------------------- what a server sends
+# -------------------- what a server sends
 
 
 def read_answer(body) -> dict:
@@ -116,7 +116,7 @@ def read_key(variable: str) -> str:
     return key
 
 
-# --------------------------------------------------------------------------- what is kept
+# -------------------- what is kept
 
 
 class Answers:
@@ -218,7 +218,7 @@ class Meter:
         self.next_start = max(self.next_start, time.monotonic() + wait)
 
 
-# ------------------------------------------------------------------------------ asking
+# -------------------- asking
 
 
 class Endpoint:

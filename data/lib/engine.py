@@ -70,7 +70,7 @@ class Shape:
     own_len: int
 
 
-# ---------------------------------------- the scheduler
+# -------------------- the scheduler
 
 
 @dataclass
@@ -251,7 +251,7 @@ def shared_length(prompts: list[np.ndarray]) -> int:
     return n if n >= 32 and len(prompts) > 1 else 0
 
 
-# ---------------------------------------- the device
+# -------------------- the device
 
 
 class Runner:
@@ -529,7 +529,7 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-# ---------------------------------------- the engine
+# -------------------- the engine
 
 
 class Engine:
@@ -697,11 +697,8 @@ class Engine:
                 np.repeat(np.arange(len(batch)), [len(group) for group in batch]),
             )
             log_p |= zip(pairs, found)
-        empty = np.zeros(0)
-        return [
-            [log_p.get((i, t), empty) for t in row]
-            for i, row in enumerate(tails)
-        ]
+        none = np.zeros(0)
+        return [[log_p[i, t] if t else none for t in row] for i, row in enumerate(tails)]
 
     def score_batch(self, prefixes, tails, owner) -> list[np.ndarray]:
         """log p of each tail's tokens; tail r continues prefix owner[r].
@@ -773,8 +770,7 @@ class Engine:
 
 
 def fill(items, size, limit: int) -> list[list]:
-    """Lists of consecutive items whose sizes add up to at most `limit`,
-    or of one item that is larger."""
+    """Lists of consecutive items with sizes of at most `limit` together, or of one item."""
     lists = []
     total = 0
     for item in items:

@@ -38,33 +38,28 @@ class Panel(NamedTuple):
     title: str
     curves: tuple  # figures by iteration
     levels: dict  # {row: figure}: one number
-    top: float | None  # of the axis; None: as high as the numbers
 
 
 def panels(last: str, k: int, unit: str) -> list[Panel]:
     """What is drawn of a loop; last: its last model; k: thoughts a chunk; unit: of likelihoods."""
     controls = "warm_flops", f"uniform/{last}", "gold", "raw_flops"
+    names = {"accuracy": "greedy", "accuracy_sampled": "temperature 1"}
     found = []
-    for key, how in (
-        ("accuracy", "greedy"),
-        ("accuracy_sampled", "temperature 1"),
-    ):
+    for key, how in names.items():
         levels = dict.fromkeys(controls, key)
-        found.append(Panel(f"held-out accuracy, {how}", (key,), levels, 1.02))
+        found.append(Panel(f"held-out accuracy, {how}", (key,), levels))
     nats = "nll_thoughtless_document", "bound_1", "bound_4", "bound_16"
     raw = dict.fromkeys(("raw_tokens", "raw_flops"), "nll_document")
     picks = "e_kept", "e_right_of_kept"
     return [
         *found,
-        Panel(f"-log p, nats a {unit}", nats, raw, None),
-        Panel("the thoughts it was trained on", picks, {}, 1.02),
-        Panel(f"effective samples of K = {k}", ("ess",), {}, 1.02 * k),
+        Panel(f"-log p, nats a {unit}", nats, raw),
+        Panel("the thoughts it was trained on", picks, {}),
+        Panel(f"effective samples of K = {k}", ("ess",), {}),
     ]
 
 
-def numbers(
-    panel: Panel, rows: list[dict], names: list[str]
-) -> tuple[dict, dict]:
+def numbers(panel: Panel, rows: list[dict], names: list[str]) -> tuple[dict, dict]:
     """({look: a curve}, {look: a level}), without what no row has.
 
     A curve: ([(iteration, value)] of each seed, [(iteration, mean, deviation)]).
@@ -85,6 +80,15 @@ def numbers(
         if key in known.get(name, {}):
             levels[name.split("/")[0]] = known[name][key][0]
     return curves, levels
+
+
+def top_of(curves: dict, levels: dict) -> float:
+    """Height of an axis: a bit above a round number that holds all."""
+    lines = [line for lines, _ in curves.values() for line in lines]
+    most = max(0.01, *levels.values(), *(v for line in lines for _, v in line))
+    power = 10 ** math.floor(math.log10(most))
+    steps = (n * power for n in (1, 2, 3, 4, 6, 8, 10))
+    return 1.02 * next(step for step in steps if step >= most)
 
 
 def spread(mean: float, deviation: float | None) -> str:
@@ -166,9 +170,7 @@ def plot_compare(figure, rows: list[dict], s) -> None:
     axis.bar_label(bars, fmt="%.2f", padding=6)
     for i, r in enumerate(rows):
         axis.plot([i] * len(r["accuracies"]), r["accuracies"], "k.")
-    title = (
-        f"held-out accuracy after {s.tokens:,} tokens, {s.seeds} seeds (dots)"
-    )
+    title = f"accuracy after {s.tokens:,} tokens, {s.seeds} seeds (dots)"
     axis.set(title=title, ylim=(0, 1.1))
     axis.grid(axis="y", alpha=0.3)
 
@@ -184,13 +186,13 @@ def plot_loop(figure, rows: list[dict], s) -> None:
             for line in lines:
                 axis.plot(*zip(*line), color=color, alpha=0.25, linewidth=0.8)
             x, y, _ = zip(*means)
-            axis.plot(
-                x, y, style, color=color, marker="o", linewidth=2, label=label
-            )
+            how = {"marker": "o", "linewidth": 2, "label": label}
+            axis.plot(x, y, style, color=color, **how)
         for look, height in levels.items():
             label, color, style = LOOKS[look]
             axis.axhline(height, color=color, linestyle=style, label=label)
-        axis.set(title=panel.title, xlabel="EM iteration", ylim=(0, panel.top))
+        top = top_of(curves, levels)
+        axis.set(title=panel.title, xlabel="EM iteration", ylim=(0, top))
         axis.set_xticks(range(len(names)), names)
         axis.grid(alpha=0.3)
         if curves or levels:
@@ -207,10 +209,7 @@ def svg_panel(panel: Panel, rows: list[dict], names: list[str]) -> str:
     curves, levels = numbers(panel, rows, names)
     if not curves:
         return ""
-    heights = [
-        v for lines, _ in curves.values() for line in lines for _, v in line
-    ]
-    top = panel.top or 1.02 * math.ceil(max(1, *heights, *levels.values()))
+    top = top_of(curves, levels)
 
     def at(t, v):  # the place of a value of iteration t
         x = LEFT + (RIGHT - LEFT) * (t + 0.5) / len(names)
@@ -229,9 +228,7 @@ def svg_panel(panel: Panel, rows: list[dict], names: list[str]) -> str:
         parts.append(hover(f"{LOOKS[look][0]}: {v:.3f}", level(look, v)))
     for look, (lines, means) in curves.items():
         for line in lines:
-            parts.append(
-                svg_line(f"{look} thin", *(at(*point) for point in line))
-            )
+            parts.append(svg_line(f"{look} thin", *(at(*point) for point in line)))
         parts.append(svg_line(look, *(at(t, mean) for t, mean, _ in means)))
         for t, mean, deviation in means:
             (x, y), d = at(t, mean), deviation or 0
@@ -261,9 +258,7 @@ def svg_figure(title: str, height: int, parts: list[str], looks=()) -> str:
         line = svg_line(look, (0, 5), (30, 5))
         keys += f'<span><svg viewBox="0 0 30 10">{line}</svg> {LOOKS[look][0]}</span>'
     svg = f'<svg viewBox="0 0 380 {height}">{"".join(parts)}</svg>'
-    return (
-        f"<figure><h4>{title}</h4>{svg}<figcaption>{keys}</figcaption></figure>"
-    )
+    return f"<figure><h4>{title}</h4>{svg}<figcaption>{keys}</figcaption></figure>"
 
 
 def svg_line(kind: str, *points: tuple[float, float]) -> str:

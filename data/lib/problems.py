@@ -44,7 +44,7 @@ class Item(NamedTuple):
         return f"\nThe final answer is {dollar}{self.answer}{dollar}."
 
 
-# ------------------------------------- rows of a file
+# -------------------- rows of a file
 
 
 def read_rows(path: Path, use: Callable = lambda row: row) -> list:
@@ -106,7 +106,7 @@ def mmlu_row(question: str, *cells: str) -> dict:
     return {"question": question, "choices": choices, "answer": answer}
 
 
-# ------------------------------------- rows to problems
+# -------------------- rows to problems
 
 
 def is_said(value) -> bool:
@@ -202,7 +202,7 @@ def read_items(path: Path) -> list[Item]:
     return items
 
 
-# ------------------------------------- files and worked examples
+# -------------------- files and worked examples
 
 
 def find_file(s, split: str) -> Path:

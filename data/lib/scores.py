@@ -23,7 +23,7 @@ def mean_and_error(values) -> tuple[float, float]:
     return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
-# ------------------------------------- accuracy
+# -------------------- accuracy
 
 
 def pass_at(n: int, right: int, k: int) -> float:
@@ -97,7 +97,7 @@ def sampled_scores(records: list[dict], k: int) -> dict:
     return out
 
 
-# ------------------------------------- two runs
+# -------------------- two runs
 
 
 def sign_test(only_a: int, only_b: int) -> float:
@@ -134,7 +134,7 @@ def paired_difference(a, b) -> tuple[float, float]:
     return mean_and_error(difference)
 
 
-# ------------------------------------- nats in units
+# -------------------- nats in units
 
 
 class Scored(NamedTuple):

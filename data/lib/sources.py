@@ -64,7 +64,7 @@ def from_hub(repo: str, instead: str, call: Callable):
         ) from None
 
 
-# -------------------------------------------------------------------------- files
+# -------------------- files
 
 # A file of a model folder: what may be there in its place, and what to do
 SAVE = "is not read; transformers writes the other: {}.from_pretrained(FOLDER).save_pretrained(NEW)"
@@ -218,7 +218,7 @@ def skip_to(stream, start: int) -> int:
     return end_of_line(stream, stream.seek(start - 1), BLOCK) if start else 0
 
 
-# -------------------------------------------------------------------------- texts
+# -------------------- texts
 
 
 class Found(NamedTuple):
@@ -344,7 +344,7 @@ def too_long(want: Wanted) -> Bad:
     return Bad("over-long", f"longer than {want.max_bytes:,} bytes")
 
 
-# -------------------------------------------------------------- small jsonl files
+# -------------------- small jsonl files
 
 
 def read_jsonl(path: str, parse: Callable, skip_bad: bool = False, hint: str = "") -> list:

@@ -52,7 +52,7 @@ MARKERS = (
 BOS = "<|BOS|>"
 EOS = "<|EOS|>"
 
-# ----------------------------------------------------------------- patterns of words
+# -------------------- patterns of words
 
 # Words with the space before them, single digits (arithmetic is learned digit by
 # digit), runs of signs, white space.
@@ -130,6 +130,7 @@ class Tokenizer:
     """Ids for text, made from the contents of tokenizer.json and tokenizer_config.json.
 
     bos eos sol eol pri pos   ids of the special tokens
+    markers                   the set of these
     n_vocab                   how many ids there are, special tokens included
     n_base                    how many of them the file has
     new_markers               ids of the markers that it lacked, appended behind its own
@@ -191,6 +192,7 @@ class Tokenizer:
             self.config["bos_token"] = bos
         self.bos = self.special[bos]
         self.eos = self.special[eos]
+        self.markers = frozenset((self.bos, self.eos, *map(self.special.get, MARKERS)))
 
     def _build(self, vocab: dict[str, int], order: list[str]) -> None:
         """Make the encoding.
@@ -376,7 +378,7 @@ class Tokenizer:
                 temporary.write_text(text, encoding="utf-8")
 
 
-# -------------------------------------------------------------------------- reading
+# -------------------- reading
 
 
 def load_tokenizer(path) -> Tokenizer:
@@ -602,7 +604,7 @@ def to_nfc(text: str) -> str:
     return "".join(parts)
 
 
-# --------------------------------------------------------------------------- merges
+# -------------------- merges
 
 
 def merge_order(pairs: list, units: set[str], whole_words: list[str]) -> list[str]:
@@ -681,7 +683,7 @@ def byte_names() -> list[str]:
     return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
 
 
-# -------------------------------------------------------------------------- writing
+# -------------------- writing
 
 
 FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
@@ -720,7 +722,7 @@ def essence(vocab: dict, pairs: list, special: dict, rules: dict) -> dict:
     return {"version": "1.0", "added_tokens": added, "model": model} | rules
 
 
-# --------------------------------------------------------------------------- making
+# -------------------- making
 
 
 def merge_pair(parts: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
