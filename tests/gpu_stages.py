@@ -66,7 +66,7 @@ class Settings:
 
 # ---- models and text that need no files
 
-FAKE = SimpleNamespace(bos=1, eos=2, sol=3, eol=4, pri=5, pos=6, n_vocab=0, markers={4})
+FAKE = SimpleNamespace(bos=1, eos=2, sol=3, eol=4, pri=5, pos=6, n_vocab=0, markers=frozenset({4}))
 FIRST_WORD = 7
 
 
