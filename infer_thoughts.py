@@ -334,15 +334,27 @@ def infer_side_by_side(
 ) -> Samples:
     """infer() for chunks of which none stands in the context of another."""
     contexts = [context_of(corpus, i, e_step.limits, picked) for i in numbers]
-    prompts = []
-    for i, context in zip(numbers, contexts):
-        prompt, _ = write_chunk(corpus, i, context, None, e_step.proposal, picked)
-        prompts.append(prompt)
+    how = e_step.proposal, picked
+    prompts = [write_chunk(corpus, i, c, None, *how)[0] for i, c in zip(numbers, contexts)]
     markers = corpus.tokenizer.markers  # each ends a thought
     sampling = Sampling(e_step.limits.max_new, markers, e_step.seed, e_step.purpose)
-    drawn = engine.generate(prompts, numbers, e_step.samples, sampling, on_tokens)
-    got = weigh(engine, corpus, numbers, contexts, drawn, picked)
-    got.computed += np.array(list(map(len, prompts)), dtype=np.int64)
+    read = np.array(list(map(len, prompts)), dtype=np.int64)
+    scores = [None] * len(numbers)
+
+    def score(slots: dict, drawn) -> None:
+        """Score what has ended, while the engine holds the keys of the contexts."""
+        prefixes, tails = [], []
+        for row in slots.values():
+            prefix, group = write_tails(corpus, numbers[row], contexts[row], drawn[row], picked)
+            prefixes.append(prefix)
+            tails.append(group)
+            read[row] += sum({tail.tobytes(): len(tail) for tail in group}.values())
+        for row, found in zip(slots.values(), engine.score(prefixes, tails, list(slots))):
+            scores[row] = found
+
+    drawn = engine.generate(prompts, numbers, e_step.samples, sampling, on_tokens, on_ended=score)
+    got = weigh(numbers, drawn, scores, corpus.tokenizer.eol)
+    got.computed += read
     uniform = hash_uniform(PICK, e_step.seed, numbers)
     gain = got.gain if e_step.gain_by == "text" else evidence(got.log_w, got.log_none)
     got.pick = choose(e_step.select, got.log_w, gain, e_step.min_gain, uniform)
@@ -361,10 +373,11 @@ def remember(picked: dict, numbers, got: Samples, seed: int) -> None:
             picked[int(i)] = thought, PRIOR if coin < 0.5 else POSTERIOR
 
 
-def weigh(engine: Engine, corpus: Corpus, numbers, contexts, drawn, picked) -> Samples:
+def weigh(numbers, drawn, scores, eol: int) -> Samples:
     """What Engine.generate has drawn for these chunks, weighed; none is picked.
 
-    UserError for a log-probability that is not finite.
+    scores: for each chunk log p of the tokens of write_tails(). UserError for
+    a log-probability that is not finite.
     """
     shape = len(numbers), len(drawn[0]) if drawn else 1
     thoughts = np.empty(shape, dtype=object)
@@ -372,29 +385,18 @@ def weigh(engine: Engine, corpus: Corpus, numbers, contexts, drawn, picked) -> S
     finished = np.zeros(shape, dtype=bool)
     log_q, log_p, log_x = np.full((3, *shape), -np.inf)
     log_none, log_alone, log_sol = np.zeros((3, len(numbers)))
-    prefixes, tails, parts = [], [], []
-    for row, (i, context) in enumerate(zip(numbers, contexts)):
-        for k, (ids, ended, log_prob) in enumerate(drawn[row]):
-            ended = ended and ids[-1] == corpus.tokenizer.eol
-            thoughts[row, k] = ids[:-1] if ended else ids
-            length[row, k] = len(ids)
-            finished[row, k] = ended
-            log_q[row, k] = log_prob
-        ended = thoughts[row, finished[row]]
-        prefix, group, places = write_tails(corpus, i, context, ended, picked)
-        prefixes.append(prefix)
-        tails.append(group)
-        parts.append(places)
-
-    scores = engine.score(prefixes, tails)
     for row, (alone, none, *behind) in enumerate(scores):
         log_alone[row] = alone.sum()
         log_sol[row] = none[0]
         log_none[row] = none[2:].sum()  # behind SOL EOL
-        start = len(prefixes[row])
-        for k, part, tail in zip(np.flatnonzero(finished[row]), parts[row], behind):
-            log_p[row, k] = tail[part.thought[0] - start :].sum()
-            log_x[row, k] = tail[part.chunk[0] - start :].sum()
+        for k, (ids, _, log_prob) in enumerate(drawn[row]):
+            length[row, k] = len(ids)
+            finished[row, k] = ids[-1] == eol
+            thoughts[row, k] = ids[:-1] if ids[-1] == eol else ids
+            log_q[row, k] = log_prob
+        for k, tail in zip(np.flatnonzero(finished[row]), behind):
+            log_p[row, k] = tail[2:].sum()  # behind SOL PRI, which are given
+            log_x[row, k] = tail[len(tail) - len(alone) :].sum()
 
     log_w = log_p - log_q
     finite = (np.isfinite(log_w) | ~finished).all(axis=1)
@@ -405,29 +407,26 @@ def weigh(engine: Engine, corpus: Corpus, numbers, contexts, drawn, picked) -> S
             "the model's weights or the arithmetic are broken"
         )
     log_q = np.where(finished, log_q, -np.inf)
-    computed = length.sum(axis=1)
-    for row, group in enumerate(tails):
-        computed[row] += len(prefixes[row]) + sum({t.tobytes(): len(t) for t in group}.values())
     of_samples = thoughts, log_q, log_p, log_x, log_w, length, finished
-    no_pick = np.full(len(numbers), -1)
-    return Samples(*of_samples, log_none, log_alone, log_sol, computed, no_pick)
+    of_chunks = log_none, log_alone, log_sol, length.sum(axis=1)
+    return Samples(*of_samples, *of_chunks, pick=np.full(len(numbers), -1))
 
 
-def write_tails(corpus: Corpus, i: int, context, thoughts, picked):
-    """What is scored of chunk i: (prefix, tails, the Part of each thought).
+def write_tails(corpus: Corpus, i: int, context, drawn, picked):
+    """What is scored of chunk i: (prefix, tails).
 
     All tails follow the same prefix: BOS and the context. They are x alone,
-    SOL EOL x, and SOL PRI z EOL x for each thought z.
+    SOL EOL x, and SOL PRI z EOL x for each of `drawn` that has ended.
     """
     tok = corpus.tokenizer
     alone, part = write_chunk(corpus, i, context, None, RAW, picked)
     prefix, x = np.split(alone, [part.chunk[0]])
-    tails, parts = [x, np.array([tok.sol, tok.eol, *x])], []
-    for thought in thoughts:
-        ids, part = write_chunk(corpus, i, context, thought, PRIOR, picked)
-        tails.append(ids[len(prefix) :])
-        parts.append(part)
-    return prefix, tails, parts
+    tails = [x, np.array([tok.sol, tok.eol, *x])]
+    for ids, *_ in drawn:
+        if ids[-1] == tok.eol:
+            whole, _ = write_chunk(corpus, i, context, ids[:-1], PRIOR, picked)
+            tails.append(whole[len(prefix) :])
+    return prefix, tails
 
 
 def normalise(log_w: np.ndarray) -> np.ndarray:

@@ -380,6 +380,28 @@ def test_prompts_that_are_all_alike():
         assert mine[0][0].tolist() == list(theirs[0]) and mine[0][2] == pytest.approx(theirs[2], abs=1e-3)
 
 
+@pytest.mark.parametrize("n_rows,prefill_tokens,start", [(4, 2048, 0), (12, 5, 40), (1024, 2048, 40)])
+def test_scores_with_the_keys_of_slots_are_the_plain_ones(n_rows, prefill_tokens, start):
+    """Of prompts that are taken in later, too, and where all begin alike; prefixes as short as BOS."""
+    model, rng = random_model(), np.random.default_rng(2)
+    prompts = [np.concatenate((np.arange(start), prompt)) for prompt in prompts_of(13)]
+    engine, seen = Engine(model, n_rows), {}
+    engine.PREFILL_TOKENS = prefill_tokens
+
+    def score(slots, results):
+        prefixes = [prompts[i][: rng.integers(1, len(prompts[i]))] for i in slots.values()]
+        tails = [[ids for ids, _, _ in results[i]] + [np.arange(i)] for i in slots.values()]
+        plain = engine.score(prefixes, tails)
+        assert not seen.keys() & slots.values()
+        seen.update(dict.fromkeys(slots.values()))
+        for one, other in zip(engine.score(prefixes, tails, list(slots)), plain):
+            for a, b in zip(one, other):
+                np.testing.assert_allclose(a, b, atol=1e-4)
+
+    engine.generate(prompts, np.arange(13), 3, Sampling(9, frozenset({3}), 5), on_ended=score)
+    assert sorted(seen) == list(range(13))
+
+
 @pytest.mark.parametrize("samples,n_slots,prefill_tokens", [(1, 3, 2048), (5, 4, 7), (9, 14, 30)])
 def test_the_scheduler_grows_every_sample_once(samples, n_slots, prefill_tokens):
     """Without a model: each sample starts in a free lane behind its whole prompt, and ends once."""
@@ -402,6 +424,8 @@ def test_the_scheduler_grows_every_sample_once(samples, n_slots, prefill_tokens)
         length |= {lane: length[lane] + 1 for lane in step.lanes.tolist()}
         growing = rng.random(len(step.lanes)) < 0.7
         ended += scheduler.postprocess(step, step.lengths + 1, growing)
+        for slot, prompt in scheduler.take_ended().items():
+            assert sum(s.prompt == prompt for s in ended) == samples and slot in scheduler.free_slots
     assert sorted((s.prompt, s.sample) for s in ended) == [(i, k) for i in range(12) for k in range(samples)]
     assert sorted(s.noise for s in ended) == list(range(12 * samples))
 

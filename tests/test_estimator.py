@@ -145,15 +145,16 @@ def test_thoughts_from_the_prior_are_weighed_right(toy_model, exact):
 
 def test_computed_tokens_are_all_that_the_model_reads(toy_model):
     corpus = corpus_of([[[0, 1], [1, 0, 1]]])
-    got = infer(Engine(toy_model), corpus, np.array([1]), EStep(Limits(3, 6, 64), 3, seed=1))
+    engine, read = Engine(toy_model), []
+    forward = engine.runner.forward
+    engine.runner.forward = lambda ids, *rest: read.append(len(ids)) or forward(ids, *rest)
+    got = infer(engine, corpus, np.array([1]), EStep(Limits(3, 6, 64), 3, seed=1))
     prompt = 1 + 2 + 2 + 3 + 2  # BOS c SOL EOL x SOL POS
-    scored = (
-        (1 + 2)
-        + 3
-        + (2 + 3)
-        + sum(2 + len(z) + 1 + 3 for z, ok in zip(got.thoughts[0], got.finished[0]) if ok)
-    )
-    assert got.computed.tolist() == [prompt + got.length.sum() + scored]
+    thoughts = {tuple(z) for z, ok in zip(got.thoughts[0], got.finished[0]) if ok}
+    scored = 3 + (2 + 3) + sum(2 + len(z) + 1 + 3 for z in thoughts)
+    # The prompt's last token is read by each sample.
+    assert sum(read) == prompt - 1 + got.length.sum() + scored
+    assert got.computed.tolist() == [sum(read) + 1]
 
 
 def test_resampling_approaches_the_posterior(exact, sampled):

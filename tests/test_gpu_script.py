@@ -126,8 +126,8 @@ def test_a_step_and_scores_never_wait_for_the_device(toy_model):
     sampling = Sampling(8, frozenset({5}))
     runner.stops[sampling.stop] = torch.tensor([5])
     toy_model(torch.zeros(1, 2, dtype=torch.long))  # the first forward pass makes rope's frequencies
-    lengths, owner = np.array([5, 3, 2, 4]), np.array([0, 1])
-    attend = engine.attend_tails(np.cumsum(lengths) - lengths, lengths, owner)
+    lengths = np.array([5, 3, 2, 4])
+    attend = engine.attend_rows(np.cumsum(lengths) - lengths, lengths, np.array([6, 2, 0, 1]), [1, 2, 1, 2])
     ids = torch.zeros(int(lengths.sum()), dtype=torch.long)
     with Waits() as waits:
         runner.decode(Shape(n_lanes=4, n_slots=3, prompt_len=8, own_len=4), sampling)

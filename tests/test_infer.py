@@ -476,9 +476,9 @@ def test_whole_documents_stay_in_a_part():
 def test_context_with_thoughts_as_a_command(digits, model, tmp_path, monkeypatch):
     asked, generate = [], Engine.generate
 
-    def recorded(engine, prompts, *rest):
+    def recorded(engine, prompts, *rest, **more):
         asked.append(max(map(len, prompts)))
-        return generate(engine, prompts, *rest)
+        return generate(engine, prompts, *rest, **more)
 
     monkeypatch.setattr(Engine, "generate", recorded)
     parts = ["--problems=3", "--warm=5", "--raw=12", "--heldout=4", "--max_ops=3", "--min_ops=1"]

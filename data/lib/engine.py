@@ -127,6 +127,7 @@ class Scheduler:
         self.free_slots = list(range(1, layout.n_slots))
         self.prompt_len = np.zeros(layout.n_slots, np.int64)
         self.pending = {}  # slot -> its samples that have not begun
+        self.ended = {}  # slot -> its prompt, whose samples have all ended
         self.running = {}  # lane -> Sequence
         self.lengths = np.zeros(layout.n_slots * layout.lanes, np.int64)
         self.started = []
@@ -207,14 +208,26 @@ class Scheduler:
         self.started.append(sequence)
         self.lengths[lane] = 0
 
-    def refill(self, lane: int) -> None:
-        """Start the next sample in a lane, or free a slot without samples."""
+    def refill(self, lane: int, prompt: int) -> None:
+        """Start the prompt's next sample in a lane, if there is one."""
         slot = lane // self.layout.lanes
         if self.pending[slot]:
             self.start(lane)
         elif not any(lane in self.running for lane in self.lanes_of(slot)):
             del self.pending[slot]
+            self.ended[slot] = prompt
+
+    def take_ended(self) -> dict[int, int]:
+        """{slot: prompt} of slots whose samples have all ended, which are free from now on.
+
+        None until they are an eighth of all, or nothing runs.
+        """
+        if self.running and 8 * len(self.ended) < self.layout.n_slots:
+            return {}
+        ended, self.ended = self.ended, {}
+        for slot in ended:
             heapq.heappush(self.free_slots, slot)
+        return ended
 
     def lanes_of(self, slot: int) -> range:
         first = slot * self.layout.lanes
@@ -230,7 +243,7 @@ class Scheduler:
         for lane in step.lanes[~growing].tolist():
             ended.append(self.running.pop(lane))
             ended[-1].length = int(self.lengths[lane])
-            self.refill(lane)
+            self.refill(lane, ended[-1].prompt)
         if step.prefill and step.prefill.last:
             for slot in step.prefill.slots.tolist():
                 # Slot 0 holds what the prompts share, and no samples.
@@ -622,7 +635,7 @@ class Engine:
 
     @torch.inference_mode()
     def generate(
-        self, prompts, keys, samples, sampling: Sampling, on_tokens=None, ends=None
+        self, prompts, keys, samples, sampling: Sampling, on_tokens=None, ends=None, on_ended=None
     ) -> list[list[tuple]]:
         """Continue each prompt `samples` times, as sample_slowly does.
 
@@ -631,7 +644,9 @@ class Engine:
         the stop token if there is one, whether it finished, the sum of its
         log-probabilities). on_tokens(n) is told of every n sampled tokens.
         ends(ids) is asked every 8 tokens whether a sample has ended by what
-        it says; it then counts as finished.
+        it says; it then counts as finished. on_ended({slot: i}, results) is told
+        of prompts i whose samples are complete; till it returns, score() can
+        read the keys of prompts[i][:-1] from those slots.
         """
         if not len(prompts):
             return []
@@ -657,6 +672,9 @@ class Engine:
                 finished = stopped or len(ids) < sampling.max_new
                 row = results[sequence.prompt]
                 row[sequence.sample] = ids, finished, float(log_q)
+            ended = scheduler.take_ended()
+            if ended and on_ended:
+                on_ended(ended, results)
         return results
 
     def ask(self, ends, lanes, lengths, growing) -> None:
@@ -669,58 +687,46 @@ class Engine:
     # ---- scoring
 
     @torch.inference_mode()
-    def score(self, prefixes, tails) -> list[list[np.ndarray]]:
+    def score(self, prefixes, tails, slots=None) -> list[list[np.ndarray]]:
         """log p(token | all before it) of the tokens of each prefix's tails.
 
         prefixes: ids, at least one each. tails: for each prefix a list of ids.
+        slots: those of prompts that begin with the prefixes, see generate().
         Returns a float64 array in place of each tail. This is the one fast
-        scoring function: log_p of thoughts and chunks, and the NLL of text.
-        A prefix is computed once for as many tails as SCORE_TOKENS allow, and of
-        equal tails one.
+        scoring function: log_p of thoughts and chunks, and the NLL of text. Of
+        equal tails it computes one.
         """
         tails = [[tuple(np.asarray(t).tolist()) for t in group] for group in tails]
+        # The last token of a prefix predicts the first one of a tail.
+        known = np.array([len(prefix) - 1 for prefix in prefixes])
+        cached = known if slots is not None else np.zeros_like(known)
 
-        def size(group):  # of pairs (i, tail) with one prefix i
-            return len(prefixes[group[0][0]]) + sum(len(tail) for _, tail in group)
+        def size(row):  # (i, tail); what is read from the cache counts an eighth
+            return len(row[1]) + known[row[0]] - cached[row[0]] * 7 // 8
 
-        groups, log_p = [], {}
-        for i, prefix in enumerate(prefixes):
-            pairs = [(i, tail) for tail in dict.fromkeys(tails[i]) if tail]
-            room = self.SCORE_TOKENS - len(prefix)
-            groups += fill(pairs, lambda pair: len(pair[1]), room)
-        groups.sort(key=size, reverse=True)  # less padding
-        for batch in fill(groups, size, self.SCORE_TOKENS):
-            pairs = [pair for group in batch for pair in group]
-            found = self.score_batch(
-                [prefixes[group[0][0]] for group in batch],
-                [tail for _, tail in pairs],
-                np.repeat(np.arange(len(batch)), [len(group) for group in batch]),
-            )
-            log_p |= zip(pairs, found)
+        rows = [(i, t) for i, group in enumerate(tails) for t in dict.fromkeys(group) if t]
+        rows.sort(key=size, reverse=True)  # less padding
+        log_p = {}
+        for batch in fill(rows, size, self.SCORE_TOKENS):
+            n = np.array([cached[i] for i, _ in batch])
+            ids = [[*prefixes[i], *tail][n:-1] for (i, tail), n in zip(batch, n)]
+            of_rows = None if slots is None else [slots[i] for i, _ in batch]
+            found = self.score_batch(ids, [tail for _, tail in batch], n, of_rows)
+            log_p |= zip(batch, found)
         none = np.zeros(0)
         return [[log_p[i, t] if t else none for t in row] for i, row in enumerate(tails)]
 
-    def score_batch(self, prefixes, tails, owner) -> list[np.ndarray]:
-        """log p of each tail's tokens; tail r continues prefix owner[r].
-
-        The prefixes and then the tails lie flat in one batch. The last token
-        of a tail is left out, for it predicts nothing.
-        """
-        put, G = self.runner.put, len(prefixes)
-        tails = [np.asarray(tail, dtype=np.int64) for tail in tails]
-        parts = [np.asarray(prefix, dtype=np.int64) for prefix in prefixes]
-        parts += [tail[:-1] for tail in tails]
-        lengths = np.array([len(part) for part in parts])
-        starts = np.cumsum(lengths) - lengths
-        first = np.append(np.zeros(G, np.int64), lengths[owner])
-        positions = [np.arange(n) + f for n, f in zip(lengths, first)]
-        attend = self.attend_tails(starts, lengths, owner)
-        ids = put(np.concatenate(parts))
-        hidden = self.runner.forward(ids, put(np.concatenate(positions)), attend)
-        # The last token of the prefix predicts the first token of a tail.
-        last = (starts + lengths - 1)[owner]
-        rows = zip(last, starts[G:], lengths[G:])
-        source = [np.append(i, start + np.arange(n)) for i, start, n in rows]
+    def score_batch(self, ids, tails, n_cached, slots) -> list[np.ndarray]:
+        """log p of the tokens of tails; ids: of each row those that are computed,
+        behind n_cached [R] that lie in slots [R] of the cache."""
+        put = self.runner.put
+        lengths = np.array(list(map(len, ids)))
+        stops = np.cumsum(lengths)
+        attend = self.attend_rows(stops - lengths, lengths, n_cached, slots)
+        positions = [np.arange(n) + first for n, first in zip(lengths, n_cached)]
+        positions = put(np.concatenate(positions))
+        hidden = self.runner.forward(put(np.concatenate(ids)), positions, attend)
+        source = [np.arange(stop - len(tail), stop) for stop, tail in zip(stops, tails)]
         source = put(np.concatenate(source))
         target = put(np.concatenate(tails))
         n = max(1, (64 << 20) // (4 * self.config.n_vocab))  # 64 MB of logits
@@ -731,31 +737,24 @@ class Engine:
         log_p = torch.cat(log_p).double().cpu().numpy()
         return np.split(log_p, np.cumsum([len(tail) for tail in tails])[:-1])
 
-    def attend_tails(self, starts, lengths, owner: np.ndarray):
-        """attend() of G prefixes, and of R tails that see their prefixes."""
-        G, R = len(lengths) - len(owner), len(owner)
-        n_prefix = int(lengths[:G].sum())
-        owner = self.runner.put(owner)
-        prefix, in_prefix, from_prefix = self.padded(starts[:G], lengths[:G])  # [G, P]
-        tail, _, from_tail = self.padded(starts[G:], lengths[G:])  # [R, T]
-        T = tail.shape[1]
-        # What tails see of their prefix, and of themselves: [R, 1, T, P + T].
-        seen = in_prefix[owner][:, None].expand(-1, T, -1)
-        causal = self.runner.lower_triangle(T, T).expand(R, -1, -1)
-        seen = torch.cat((seen, causal), dim=2)[:, None]
+    def attend_rows(self, starts, lengths, n_cached, slots):
+        """attend() of R rows of tokens, behind what the cache holds of each."""
+        row, _, back = self.padded(starts, lengths)  # [R, T]
+        (R, T), P = row.shape, int(n_cached.max())
+        mask, cache = None, self.runner.prompts
+        if P:  # what is seen of the cache, and of the row itself: [R, 1, T, P + T]
+            slots = self.runner.put(slots)
+            seen = self.runner.put(np.arange(P) < n_cached[:, None])
+            causal = self.runner.lower_triangle(T, T).expand(R, -1, -1)
+            mask = torch.cat((seen[:, None].expand(-1, T, -1), causal), dim=2)[:, None]
 
         def attend(layer, q, k, v):
-            y = torch.empty_like(q)
-            # [N, heads, head_dim] -> [G, heads, P, head_dim]
-            pq, pk, pv = (x[prefix].transpose(1, 2) for x in (q, k, v))
-            y[:n_prefix] = attention(pq, pk, pv).transpose(1, 2)[from_prefix]
-            if n_prefix < len(q):
-                # [N, heads, head_dim] -> [R, heads, T, head_dim]
-                tq, tk, tv = (x[tail].transpose(1, 2) for x in (q, k, v))
-                tk = torch.cat((pk[owner], tk), dim=2)
-                tv = torch.cat((pv[owner], tv), dim=2)
-                y[n_prefix:] = attention(tq, tk, tv, seen).transpose(1, 2)[from_tail]
-            return y
+            # [N, heads, head_dim] -> [R, heads, T, head_dim]
+            q, k, v = (x[row].transpose(1, 2) for x in (q, k, v))
+            if P:
+                k = torch.cat((cache[layer, 0, slots, :, :P], k), dim=2)
+                v = torch.cat((cache[layer, 1, slots, :, :P], v), dim=2)
+            return attention(q, k, v, mask).transpose(1, 2)[back]
 
         return attend
 
