@@ -7,8 +7,9 @@ few lanes, and in each lane one of the prompt's samples (a Sequence) grows:
     own      [n_layer, 2, n_slots, n_kv_head, lanes, max_new, head_dim]
 
 A lane whose sample has ended takes the prompt's next sample; a slot whose
-samples have all ended takes the next prompt. Slot 0 is special: it keeps
-the start that all prompts share, and its first lane serves as padding.
+samples have all ended takes the next prompt, once score() has read its keys.
+Slot 0 is special: it keeps the start that all prompts share, and its first
+lane serves as padding.
 
 Scheduler decides what a step computes and knows no torch. Runner owns all
 that lies on the device. Engine.generate alternates between them: schedule,
