@@ -82,8 +82,8 @@ def read_problems(path: str) -> list[Problem]:
 
 
 def words_of(problem: Problem) -> tuple[str, ...]:
-    """The question's words and numbers; problems that share them are the same."""
-    return tuple(re.findall(r"\w+", problem[0].lower()))
+    """The question's words, numbers and operators; problems that share them are the same."""
+    return tuple(re.findall(r"\w+|[+*/^=<>]|-(?=\s*\d)", problem[0].lower()))
 
 
 def split_problems(s: Settings) -> dict[str, list[Problem]]:

@@ -56,7 +56,7 @@ def test_greedy_decoding_equals_transformers(tmp_path):
         assert log_q == pytest.approx(scores, abs=1e-3)
 
 
-def test_shared_prefixes_score_like_whole_sequences(toy_model):
+def test_tails_score_like_whole_sequences(toy_model):
     rng = np.random.default_rng(0)
     prefixes = [rng.integers(0, 8, rng.integers(1, 12)) for _ in range(15)]
     tails = [[rng.integers(0, 8, rng.integers(0, 6)) for _ in range(1 + i % 4)] for i in range(15)]

@@ -50,8 +50,8 @@ PRICE = rf"""
 """
 # A formula in single dollars ends in the same paragraph.
 DOLLARS = rf"""
-    \$ (?: \$ (?!\$) (?: [^$]++ | \$(?!\$) ){{1,40}}+ \$\$
-         | (?!{PRICE}) [^$\\\n]*+ (?: (?: \\. | \n(?!\s*\n) ) [^$\\\n]*+ )*+ (?<!\$)\$ )
+    \$ (?: \$ (?!\$) (?: [^$]++ | \$(?!\$) ){{1,40}} \$\$
+         | (?!{PRICE}) [^$\\\n]*+ (?: (?: \\. | \n(?!\s*\n) ) [^$\\\n]*+ )* (?<!\$)\$ )
 """
 # Two backslashes are a line break in LaTeX: "\\[2pt]" opens no formula.
 BACKSLASHES = rf"""

@@ -219,11 +219,12 @@ class Scheduler:
             self.ended[slot] = prompt
 
     def take_ended(self) -> dict[int, int]:
-        """{slot: prompt} of slots whose samples have all ended, which are free from now on.
+        """{slot: prompt} of slots whose samples have all ended; they are free now.
 
-        None until they are an eighth of all, or nothing runs.
+        Empty until prompts that wait could have an eighth of all slots.
         """
-        if self.running and 8 * len(self.ended) < self.layout.n_slots:
+        free = len(self.free_slots) if self.waiting else 0
+        if self.running and 8 * (len(self.ended) + free) < self.layout.n_slots:
             return {}
         ended, self.ended = self.ended, {}
         for slot in ended:
@@ -706,11 +707,11 @@ class Engine:
             return len(row[1]) + known[row[0]] - cached[row[0]] * 7 // 8
 
         rows = [(i, t) for i, group in enumerate(tails) for t in dict.fromkeys(group) if t]
-        rows.sort(key=size, reverse=True)  # less padding
+        rows.sort(key=size, reverse=True)
         log_p = {}
         for batch in fill(rows, size, self.SCORE_TOKENS):
             n = np.array([cached[i] for i, _ in batch])
-            ids = [[*prefixes[i], *tail][n:-1] for (i, tail), n in zip(batch, n)]
+            ids = [[*prefixes[i][k:], *tail[:-1]] for (i, tail), k in zip(batch, n)]
             of_rows = None if slots is None else [slots[i] for i, _ in batch]
             found = self.score_batch(ids, [tail for _, tail in batch], n, of_rows)
             log_p |= zip(batch, found)
@@ -740,7 +741,7 @@ class Engine:
 
     def attend_rows(self, starts, lengths, n_cached, slots):
         """attend() of R rows of tokens, behind what the cache holds of each."""
-        row, _, back = self.padded(starts, lengths)  # [R, T]
+        row, back = self.padded(starts, lengths)  # [R, T]
         (R, T), P = row.shape, int(n_cached.max())
         mask, cache = None, self.runner.prompts
         if P:  # what is seen of the cache, and of the row itself: [R, 1, T, P + T]
@@ -759,25 +760,22 @@ class Engine:
 
         return attend
 
-    def padded(self, starts, lengths) -> tuple[Tensor, Tensor, tuple]:
-        """Index [n, longest] of the tokens of sequences, which are real, and the
-        rows and columns of those: a mask as an index would wait for the device."""
+    def padded(self, starts, lengths) -> tuple[Tensor, tuple]:
+        """Index [n, longest] of the tokens of sequences, and the rows and columns
+        of those that are real: a mask as an index would wait for the device."""
         column = np.arange(max(1, lengths.max()))
         real = column < lengths[:, None]
         index = np.where(real, starts[:, None] + column, 0)
-        put = self.runner.put
-        return put(index), put(real), tuple(map(put, np.nonzero(real)))
+        return self.runner.put(index), tuple(map(self.runner.put, np.nonzero(real)))
 
 
 def fill(items, size, limit: int) -> list[list]:
-    """Lists of consecutive items with sizes of at most `limit` together, or of one item."""
+    """Lists of consecutive items, largest first; each counts as much as the
+    first of its list, to which it is padded. One that is too large is alone."""
     lists = []
-    total = 0
     for item in items:
-        total += size(item)
-        if not lists or total > limit:
+        if not lists or (len(lists[-1]) + 1) * size(lists[-1][0]) > limit:
             lists.append([])
-            total = size(item)
         lists[-1].append(item)
     return lists
 

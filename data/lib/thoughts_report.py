@@ -229,7 +229,7 @@ def report(meta: dict) -> str:
     ]
     if m.gain is None:
         lines.append(
-            "no thought ended: raise --max_new, or train the model longer"
+            "no thought ended: train the model longer, or raise --max_new"
         )
     else:
         picked = "-" if m.gain_picked is None else f"{m.gain_picked:.2f}"
