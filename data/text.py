@@ -504,6 +504,8 @@ def spread(function: Callable, tasks: list[tuple], workers: int) -> Iterator[tup
         except BaseException as e:  # Ctrl-C, too
             for worker in multiprocessing.active_children():
                 worker.kill()
+            # Before Python 3.11.5 a task would wait for ever to be read (gh-94777).
+            pool._call_queue._reader.close()
             if not isinstance(e, BrokenProcessPool):
                 raise
             raise UserError(
