@@ -28,7 +28,7 @@ import infer_thoughts
 import train
 from data.lib import report, thoughts_report
 from data.lib.corpus import POSTERIOR, PRIOR, open_corpus, open_thoughts, write_corpus, write_thoughts
-from data.lib.pictures import LOOKS, panels
+from data.lib.pictures import LOOKS, panels, top_of
 from data.lib.results import comparisons, note_run, summarise
 from data.lib.thoughts_report import as_trained, read_rounds, worth_a_look
 from data.lib.tokenizer import make_tokenizer
@@ -342,6 +342,14 @@ BLIND = [
     [[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]],
     [[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]],
 ]
+
+
+def test_an_axis_ends_above_its_numbers():
+    """Also where there are none: a corpus without questions has no accuracies."""
+    assert top_of({}, {}) == pytest.approx(0.0102)
+    for most, top in [(0.19, 0.2), (0.3, 0.3), (0.93, 1), (1.0, 1), (4.4, 6), (7.8, 8), (9.3, 10), (12.0, 20)]:
+        assert top_of({"accuracy": ([[(0, 0.0), (1, most)]], [])}, {}) == pytest.approx(1.02 * top)
+        assert top_of({"accuracy": ([[(0, 0.01)]], [])}, {"gold": most}) == pytest.approx(1.02 * top)
 
 
 def test_the_colour_blind_tell_the_lines_apart():

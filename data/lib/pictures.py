@@ -85,7 +85,7 @@ def numbers(panel: Panel, rows: list[dict], names: list[str]) -> tuple[dict, dic
 def top_of(curves: dict, levels: dict) -> float:
     """Height of an axis: a bit above a round number that holds all."""
     lines = [line for lines, _ in curves.values() for line in lines]
-    most = max(0.01, *levels.values(), *(v for line in lines for _, v in line))
+    most = max([0.01, *levels.values(), *(v for line in lines for _, v in line)])
     power = 10 ** math.floor(math.log10(most))
     steps = (n * power for n in (1, 2, 3, 4, 6, 8, 10))
     return 1.02 * next(step for step in steps if step >= most)
