@@ -347,7 +347,7 @@ BLIND = [
 def test_an_axis_ends_above_its_numbers():
     """Also where there are none: a corpus without questions has no accuracies."""
     assert top_of({}, {}) == pytest.approx(0.0102)
-    for most, top in [(0.19, 0.2), (0.3, 0.3), (0.93, 1), (1.0, 1), (4.4, 6), (7.8, 8), (9.3, 10), (12.0, 20)]:
+    for most, top in [(0.19, 0.2), (0.3, 0.3), (0.93, 1), (1.0, 1), (4.4, 6), (9.3, 10), (12.0, 20)]:
         assert top_of({"accuracy": ([[(0, 0.0), (1, most)]], [])}, {}) == pytest.approx(1.02 * top)
         assert top_of({"accuracy": ([[(0, 0.01)]], [])}, {"gold": most}) == pytest.approx(1.02 * top)
 
