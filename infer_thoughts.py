@@ -394,7 +394,7 @@ def weigh(numbers, drawn, scores, eol: int) -> Samples:
             finished[row, k] = ids[-1] == eol
             thoughts[row, k] = ids[:-1] if ids[-1] == eol else ids
             log_q[row, k] = log_prob
-        for k, tail in zip(np.flatnonzero(finished[row]), behind):
+        for k, tail in zip(np.flatnonzero(finished[row]), behind, strict=True):
             log_p[row, k] = tail[2:].sum()  # behind SOL PRI, which are given
             log_x[row, k] = tail[len(tail) - len(alone) :].sum()
 

@@ -137,7 +137,7 @@ def check(corpus: Corpus, thoughts: Thoughts | None) -> None:
     empty = np.diff(corpus.chunks[corpus.docs]) == 0
     expect(not empty.any(), folder / "docs.npy", f"document {first(empty)} is empty")
     counts = {"n_docs": corpus.n_docs, "n_chunks": corpus.n_chunks}
-    check_spans(corpus, counts, markers_of(tok))
+    check_spans(corpus, counts, tok.markers)
     if thoughts:
         check_thoughts(corpus, thoughts)
 
@@ -145,10 +145,8 @@ def check(corpus: Corpus, thoughts: Thoughts | None) -> None:
 def check_thoughts(corpus: Corpus, thoughts: Thoughts) -> None:
     folder, tok = thoughts.folder, corpus.tokenizer
     has = np.diff(thoughts.chunks) > 0
-    # A sampled thought can hold any id but EOL, a teacher's holds text only.
-    never = [tok.eol] if "samples" in thoughts.meta else markers_of(tok)
     counts = {"n_vocab": corpus.meta["n_vocab"], "n_thoughts": int(has.sum())}
-    check_spans(thoughts, counts, never)
+    check_spans(thoughts, counts, tok.markers)
     asked = has & corpus.questions
     what = f"chunk {first(asked)} is a question and has a thought"
     expect(not asked.any(), folder / "chunks.npy", what)
@@ -158,7 +156,7 @@ def check_thoughts(corpus: Corpus, thoughts: Thoughts) -> None:
     expect(good, path, f"rows {rows}, expected {corpus.n_chunks} of each")
 
 
-def check_spans(part: Corpus | Thoughts, counts: dict, never: list[int]) -> None:
+def check_spans(part: Corpus | Thoughts, counts: dict, never: frozenset[int]) -> None:
     """The counts in meta.json, the ids, and the hash of tokens.bin and chunks.npy.
 
     never: ids that must not occur.
@@ -175,7 +173,7 @@ def check_spans(part: Corpus | Thoughts, counts: dict, never: list[int]) -> None
         block = np.ascontiguousarray(tokens[start : start + BLOCK])
         digest.update(block.tobytes())
         too_high = block >= meta["n_vocab"]
-        bad = too_high | np.isin(block, never)
+        bad = too_high | np.isin(block, sorted(never))
         at = first(bad)
         what = f"not below {meta['n_vocab']}" if too_high[at] else "a special token"
         expect(not bad.any(), path, f"token {start + at} is {block[at]}, {what}")
@@ -189,10 +187,6 @@ def check_spans(part: Corpus | Thoughts, counts: dict, never: list[int]) -> None
 def first(which: np.ndarray) -> int:
     """Index of the first that is true; 0 if none is."""
     return int(which.argmax()) if len(which) else 0
-
-
-def markers_of(tok) -> list[int]:
-    return [tok.bos, tok.eos, tok.sol, tok.eol, tok.pri, tok.pos]
 
 
 # -------------------- main

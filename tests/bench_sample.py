@@ -8,11 +8,12 @@
 
 Both have the same weights, prompts, K, longest thought and threads. transformers gets every help: its
 prompts are sorted by length and left-padded inside a batch, it takes K samples by num_return_sequences
-and its best batch size of --batches, and EOL is its end token. The time of its log q is not counted;
-that of log p is, for whole sequences, sorted, in batches. Ours is infer(): samples with log q, log p and
-log p(x | c). Tokens are counted alike: sampled tokens up to and including EOL. --processes=2 shares the
-chunks between two processes with half of the threads each. The last line says how far the sampler is
-from reading its bytes and computing its FLOPs at the measured speed of this machine.
+and its best batch size of --batches, and the markers are its end tokens. The time of its log q is not
+counted; that of log p is, for whole sequences, sorted, in batches. Ours is infer(): samples with log q,
+log p and log p(x | c). Tokens are counted alike: sampled tokens up to and including the one that ends
+it. --processes=2 shares the chunks between two processes with half of the threads each. The last line
+says how far the sampler is from reading its bytes and computing its FLOPs at the measured speed of this
+machine.
 """
 
 import contextlib

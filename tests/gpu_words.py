@@ -138,7 +138,7 @@ TRAIN += " --save_every=100000"
 PRESET = {"preset": "word-problems", "eval": f"{EM_PRESETS['word-problems']['eval']} --rows=256"}
 KEPT = "--thoughts_only=true"
 ROWS = f"{EM_PRESETS['word-problems']['only']},samples1,samples16"
-# The preset's own recipe with all its controls and other K, on five seeds that had never been run.
+# The preset's own recipe, with its controls and other K, on five seeds that no setting was chosen on.
 WORDS = PRESET | {"seed": 10, "seeds": 5, "train": f"{TRAIN} {KEPT} --max_steps=70", "only": ROWS}
 # As many passes over 3,550 raw problems, of which 1,765 have nothing but an answer.
 MORE = WORDS | {"seeds": 3, "train": f"{TRAIN} {KEPT} --max_steps=310", "only": "warm_flops"}

@@ -8,13 +8,13 @@ in the form of eval_math.py's own prompt, which begins with "Problem:" and ends 
 """
 
 import json
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.gsm8k import read_problem
 from data.lib.cli import opt, run
 
 PART, LEAST = 6000, 1500  # characters of a part of the book
@@ -54,10 +54,10 @@ def parts_of_book(text: str) -> list[str]:
     return parts + [part] * (len(part) > LEAST)
 
 
-def plain(row: dict) -> str:
-    """A problem and its solution as text, without the calculator's marks."""
-    solution = re.sub(r"<<.*?>>", "", row["answer"])
-    return row["question"] + "\n" + re.sub(r"#### (.*)", r"The answer is \1.", solution)
+def plain(line: str) -> str:
+    """A problem and its solution as text."""
+    question, solution, answer = read_problem(line)
+    return f"{question}\n{solution}\nThe answer is {answer}."
 
 
 def main(s: Settings) -> None:
@@ -67,7 +67,7 @@ def main(s: Settings) -> None:
             docs += parts_of_book(json.loads(line)["text"])
     n = len(docs)
     lines = (Path(s.data) / "gsm8k/train.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [plain(json.loads(line)) for line in lines[: s.problems]]
+    rows = list(map(plain, lines[: s.problems]))
     docs += ["\n\n".join(rows[i : i + PROBLEMS]) for i in range(0, len(rows), PROBLEMS)]
     out_dir = Path(s.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)

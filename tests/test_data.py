@@ -347,12 +347,16 @@ def test_gsm8k_folders(tmp_path):
     few = inside(gsm8k, *flags, f"--out_dir={tmp_path}/few", "--warm=27", code=1).stderr
     assert "has 25 problems that are not tested; leave some" in few
     # Of more raw problems those count that are new: 28 is tested, 3 is there, 40 and 41 need no solution.
+    # Quotes, case and white space make no new problem, another operator does.
     more = [{"question": f"What is {i} + {i}?", "answer": f"#### {2 * i}"} for i in (28, 3, 40, 41)]
+    alike = "WHAT IS  40 +40", "“What is 26 + 26?”", "What is 4 - 4?"
+    more += [{"question": question, "answer": "#### 0"} for question in alike]
     (tmp_path / "more.jsonl").write_text("\n".join(map(json.dumps, more)))
     flags.append(f"--raw_more={tmp_path}/more.jsonl")
     inside(gsm8k, *flags, f"--out_dir={tmp_path}/all", "--warm=25", "--truth")
     raw, held = open_corpus(tmp_path / "all/raw"), open_corpus(tmp_path / "all/heldout")
-    assert [raw.text(i) for i in (0, 2)] == ["What is 40 + 40?", "What is 41 + 41?"] and raw.n_docs == 2
+    asked = [raw.text(i) for i in range(0, raw.n_chunks, 2)]
+    assert asked == ["What is 40 + 40?", "What is 41 + 41?", "What is 4 - 4?"] and raw.n_docs == 3
     assert not len(open_thoughts(tmp_path / "all/raw_truth", raw).tokens)
     assert "secret25" in raw.tokenizer.decode(open_thoughts(tmp_path / "all/heldout_truth", held).tokens)
     bare = f"--train={tmp_path}/more.jsonl", flags[1], f"--out_dir={tmp_path}/bare", "--warm=2"

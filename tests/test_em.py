@@ -388,27 +388,13 @@ def test_controls_side_by_side(digits, tmp_path):
     """All controls of one round, two stages at a time, each into its log.
 
     The same numbers come out as one at a time.
-    """""
-    flags = [
-        f"--corpus={digits}",
-        "--iterations=1",
-        "--samples=2",
-        "--controls",
-        *SMALL,
-        "--eval=--bound_docs=5 --limit=10",
-    ]
+    """
+    flags = [f"--corpus={digits}", "--iterations=1", "--samples=2", "--controls", *SMALL]
+    flags += ["--eval=--bound_docs=5 --limit=10"]
     out = script("em.py", f"--out_dir={tmp_path}/two", "--jobs=2", *flags, timeout=600).stdout
     report = json.loads((tmp_path / "two/results.json").read_text())
-    names = [
-        "raw_tokens",
-        "raw_flops",
-        "warm_flops",
-        "warm_x4",
-        "M0",
-        "M1",
-        *(f"{arm}/M1" for arm in em.ARMS),
-        "gold",
-    ]
+    names = ["raw_tokens", "raw_flops", "warm_flops", "warm_x4", "M0", "M1"]
+    names += [*(f"{arm}/M1" for arm in em.ARMS), "gold"]
     assert [r["name"] for r in report["rows"]] == names
     rows = {r["name"]: r for r in report["rows"]}
     for name in ("raw_flops", "warm_flops"):
@@ -420,10 +406,8 @@ def test_controls_side_by_side(digits, tmp_path):
     assert made["uniform"]["selection"] == "uniform" and made["uniform"]["no_gain"] == 0 < made[""]["no_gain"]
     assert made["weights"]["selection"] == "resample" and made["weights"]["no_gain"] == 0
     assert made["gain"]["selection"] == "uniform" and made["gain"]["no_gain"] > 0
-    assert made["prior"]["proposal"] == "prior" and [made[f"samples{k}"]["samples"] for k in (1, 16)] == [
-        1,
-        16,
-    ]
+    assert made["prior"]["proposal"] == "prior"
+    assert [made[f"samples{k}"]["samples"] for k in (1, 16)] == [1, 16]
     assert len({m["weights"] for m in made.values()}) == 1, "all start from the same M0"
     assert (
         rows["gold"]["train_tokens"] > rows["raw_tokens"]["train_tokens"]
@@ -437,13 +421,8 @@ def test_controls_side_by_side(digits, tmp_path):
         and "uniform/M1: done in" in out
     )
     plain = [f for f in flags if f != "--controls"]
-    script(
-        "em.py",
-        f"--out_dir={tmp_path}/one",
-        "--jobs=1",
-        *plain,
-        env={"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))},
-    )
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))}
+    script("em.py", f"--out_dir={tmp_path}/one", "--jobs=1", *plain, env=threads)
     alone = {r["name"]: r for r in results(tmp_path / "one")["rows"]}
     for name, row in alone.items():
         assert row == without_times(rows[name]), name

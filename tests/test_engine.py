@@ -427,7 +427,11 @@ def test_the_scheduler_grows_every_sample_once(samples, n_slots, prefill_tokens)
         length |= {lane: length[lane] + 1 for lane in step.lanes.tolist()}
         growing = rng.random(len(step.lanes)) < 0.7
         ended += scheduler.postprocess(step, step.lengths + 1, growing)
-        for slot, prompt in scheduler.take_ended().items():
+        free = len(scheduler.free_slots) if scheduler.waiting else 0
+        taken = scheduler.take_ended()
+        if taken and scheduler.running:
+            assert 8 * (len(taken) + free) >= n_slots, "prompts are scored and taken in many at a time"
+        for slot, prompt in taken.items():
             assert sum(s.prompt == prompt for s in ended) == samples and slot not in scheduler.pending
             told.append(prompt)
     assert sorted(told) == list(range(12))

@@ -148,9 +148,10 @@ def test_computed_tokens_are_all_that_the_model_reads(toy_model):
     engine, read = Engine(toy_model), []
     forward = engine.runner.forward
     engine.runner.forward = lambda ids, *rest: read.append(len(ids)) or forward(ids, *rest)
-    got = infer(engine, corpus, np.array([1]), EStep(Limits(3, 6, 64), 3, seed=1))
+    got = infer(engine, corpus, np.array([1]), EStep(Limits(3, 6, 64), 12, seed=1))
     prompt = 1 + 2 + 2 + 3 + 2  # BOS c SOL EOL x SOL POS
     thoughts = {tuple(z) for z, ok in zip(got.thoughts[0], got.finished[0]) if ok}
+    assert len(thoughts) < got.finished.sum(), "some are equal, and scored once"
     scored = 3 + (2 + 3) + sum(2 + len(z) + 1 + 3 for z in thoughts)
     # The prompt's last token is read by each sample.
     assert sum(read) == prompt - 1 + got.length.sum() + scored
